@@ -1,0 +1,122 @@
+"""The fill as plain functions, for callers from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin.fill_args import FillArgs
+from sglang_nsa_plugin.kernels import cpu, cuda
+
+
+class BoundFill:
+    """A fill bound to its tensors: calling it runs it on the current stream.
+
+    ``backend`` is the name of the implementation, ``args`` keeps the tensors alive.
+    """
+
+    def __init__(self, args: FillArgs, backend: str, run: Callable[[], None]) -> None:
+        self.args = args
+        self.backend = backend
+        self._run = run
+
+    def __call__(self) -> None:
+        self._run()
+
+
+def bind(args: FillArgs, backend: str = "auto") -> BoundFill:
+    """Binds ``args`` once, to be filled many times, also inside a captured CUDA graph.
+
+    Raises:
+        ValueError: ``backend`` is not one of auto, cuda, cpu, triton, torch.
+        BackendUnavailableError: the backend was asked for by name and cannot run here.
+    """
+    choice = dispatch.choose(backend, args.device)
+    return BoundFill(args, choice.name, choice.bind(args))
+
+
+def fill(args: FillArgs, backend: str = "auto") -> BoundFill:
+    """Binds ``args``, fills once and returns the bound fill. Errors as :func:`bind`."""
+    bound = bind(args, backend)
+    bound()
+    return bound
+
+
+def fill_draft_extend_metadata_cuda(
+    extend_seq_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    nsa_index_topk: int,
+    out_seqlens_expanded: torch.Tensor,
+    out_nsa_cache_seqlens: torch.Tensor,
+    use_adaptive: bool = True,
+) -> torch.Tensor:
+    """Expands ragged lengths: ``max(L - q + 1 + j, 0)`` for row j of each request, and its clamp.
+
+    Args:
+        extend_seq_lens: q, int32 or int64 [bs].
+        seq_lens: L, int32 or int64 [bs].
+        nsa_index_topk: the clamp.
+        out_seqlens_expanded: int32 [rows], with room for the sum of q; the rest becomes 0.
+        out_nsa_cache_seqlens: int32 [rows], ``min(out_seqlens_expanded, nsa_index_topk)``.
+        use_adaptive: take as many blocks as the rows need; otherwise always one block. See
+            ``ADAPTIVE`` in this module for the measured difference.
+
+    Returns:
+        int32 scalar tensor on the device, the number of rows in use: ``min(sum of q, rows)``. Nothing
+        is synchronised.
+
+    On CPU tensors the CPU twin runs. Errors as :class:`FillArgs`.
+    """
+    args = _ragged_lengths(
+        extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens
+    )
+    assert args.row_count is not None
+    if args.device.type == "cpu":
+        cpu.bind(args)()
+    else:
+        cuda.bind(args, max_blocks=0 if use_adaptive else 1)()
+    return args.row_count[0]
+
+
+def fill_draft_extend_metadata_cuda_adaptive(
+    extend_seq_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    nsa_index_topk: int,
+    out_seqlens_expanded: torch.Tensor,
+    out_nsa_cache_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    """:func:`fill_draft_extend_metadata_cuda` with ``use_adaptive=True``."""
+    return fill_draft_extend_metadata_cuda(
+        extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens
+    )
+
+
+def _ragged_lengths(
+    extend_seq_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    index_topk: int,
+    seqlens_expanded: torch.Tensor,
+    nsa_cache_seqlens: torch.Tensor,
+) -> FillArgs:
+    """A fill of lengths alone; what the caller did not ask for goes to one scratch tensor."""
+    bs, rows = seq_lens.numel(), seqlens_expanded.numel()
+    scratch = torch.empty(2 * bs + rows + 3, dtype=torch.int32, device=seq_lens.device)
+    cache_seqlens, cu_seqlens_k, nsa_cu_seqlens_k, row_count = scratch.split(
+        [bs, bs + 1, rows + 1, 1]
+    )
+    return FillArgs(
+        seq_lens=seq_lens,
+        req_pool_indices=None,
+        req_to_token=None,
+        extend_lens=extend_seq_lens,
+        index_topk=index_topk,
+        page_size=1,
+        cache_seqlens=cache_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
+        seqlens_expanded=seqlens_expanded,
+        nsa_cache_seqlens=nsa_cache_seqlens,
+        nsa_cu_seqlens_k=nsa_cu_seqlens_k,
+        row_count=row_count,
+    )

@@ -1,0 +1,1 @@
+"""Four implementations of one signature: ``bind(args: FillArgs) -> Callable[[], None]``."""

@@ -1,0 +1,33 @@
+"""The compiled CUDA kernel (``csrc/fill_cuda.cu``): one launch on the caller's current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sglang_nsa_plugin.fill_args import FillArgs
+from sglang_nsa_plugin.kernels import library
+
+
+def unavailable() -> str | None:
+    """Why this implementation cannot run here, or None. Creates no CUDA context."""
+    try:
+        if not library.has_cuda():
+            return "the library was built without nvcc; install the released wheel or CUDA 13 and rebuild"
+    except library.LibraryUnavailableError as error:
+        return str(error)
+    if torch.version.hip is not None:
+        return "this torch is a ROCm build; the kernel needs an NVIDIA GPU"
+    return None
+
+
+def bind(args: FillArgs, max_blocks: int = 0) -> Callable[[], None]:
+    """Returns a function that launches the fill on the stream that is current when it is called."""
+    launch = library.bind(args, max_blocks)
+    device = args.device
+
+    def run() -> None:
+        launch(torch.cuda.current_stream(device).cuda_stream)
+
+    return run

@@ -1,0 +1,85 @@
+"""Finds and loads the compiled library of this package, and binds fills with it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_nsa_plugin.fill_args import FillArgs
+
+LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "nsa_metadata.so"
+
+
+class LibraryUnavailableError(RuntimeError):
+    """The compiled library cannot be used; the message says why and what to do."""
+
+
+@functools.cache
+def load() -> Any:
+    """The library as a TVM FFI module, loaded from this package and from nowhere else.
+
+    Raises:
+        LibraryUnavailableError: TVM FFI or the library is missing, or it does not load.
+    """
+    if not LIBRARY.is_file():
+        raise LibraryUnavailableError(
+            f"the compiled library {LIBRARY} is missing; install the wheel, or build it with "
+            "`pip install .`"
+        )
+    try:
+        import tvm_ffi
+    except ImportError as error:
+        raise LibraryUnavailableError(
+            f"apache-tvm-ffi cannot be imported ({error}); install apache-tvm-ffi>=0.1.5,<0.2"
+        ) from error
+    try:
+        return tvm_ffi.load_module(str(LIBRARY))
+    except (OSError, RuntimeError) as error:
+        raise LibraryUnavailableError(
+            f"the compiled library {LIBRARY} does not load with apache-tvm-ffi "
+            f"{tvm_ffi.__version__}: {error}; reinstall sglang-nsa-plugin"
+        ) from error
+
+
+def has_cuda() -> bool:
+    """Whether the library was built with its CUDA kernel.
+
+    Raises:
+        LibraryUnavailableError: as :func:`load`.
+    """
+    return bool(load()["has_cuda"]())
+
+
+def bind(args: FillArgs, max_blocks: int = 0) -> Callable[[int], None]:
+    """Packs ``args`` once and returns a function of the stream to launch on, as an address.
+
+    ``max_blocks`` limits the CUDA grid; 0 leaves it to the shapes and the GPU. The caller keeps the
+    tensors of ``args`` alive.
+    """
+    static = args.extend_lens if isinstance(args.extend_lens, int) else 0
+    ragged = args.extend_lens if isinstance(args.extend_lens, torch.Tensor) else None
+    bound: Callable[[int], None] = load()["bind"](
+        max_blocks,
+        args.seq_lens,
+        args.req_pool_indices,
+        args.req_to_token,
+        ragged,
+        static,
+        args.index_topk,
+        args.page_size,
+        args.cache_seqlens,
+        args.cu_seqlens_k,
+        args.seqlens_expanded,
+        args.nsa_cache_seqlens,
+        args.nsa_cu_seqlens_k,
+        args.ctx_lens,
+        args.page_table_1,
+        args.real_page_table,
+        args.row_count,
+        args.enabled,
+    )
+    return bound

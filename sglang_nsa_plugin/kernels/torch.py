@@ -1,0 +1,92 @@
+"""The definition of a fill in plain torch. Every other implementation is compared with it.
+
+It reads like the table in ``fill_args.py``, runs on any device, launches some thirty operations, and
+never asks the device for a number, so that it can be captured too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from sglang_nsa_plugin.fill_args import INT32_MAX, FillArgs
+
+
+def bind(args: FillArgs) -> Callable[[], None]:
+    """Returns a function that fills the outputs of ``args``."""
+    return functools.partial(fill, args)
+
+
+def fill(args: FillArgs) -> None:
+    """Fills the outputs of ``args``."""
+    length = args.seq_lens.to(torch.int32).to(torch.int64)
+    q = _extend_lens(args)
+    ends = torch.cumsum(q, dim=0)
+    row = torch.arange(args.rows, device=args.device)
+    request = torch.searchsorted(ends, row, right=True)
+    in_use = request < args.bs
+    request = request.clamp(max=max(args.bs - 1, 0))
+
+    expanded = torch.zeros_like(row)
+    if args.bs > 0:
+        j = row - (ends - q)[request]
+        expanded = (length[request] - q[request] + 1 + j).clamp(min=0)
+    expanded = torch.where(in_use, expanded, 0)
+    clamped = expanded.clamp(max=args.index_topk)
+
+    write = functools.partial(_write, args.enabled)
+    write(args.cache_seqlens, length)
+    write(args.cu_seqlens_k, _running_sums(length))
+    write(args.seqlens_expanded, expanded)
+    write(args.nsa_cache_seqlens, clamped)
+    write(args.nsa_cu_seqlens_k, _running_sums(clamped))
+    if args.ctx_lens is not None:
+        write(args.ctx_lens, expanded.view(args.ctx_lens.shape))
+    if args.row_count is not None:
+        write(args.row_count, q.sum().clamp(max=args.rows).view(1))
+    if args.page_table_1 is not None:
+        _write_table(args, write, args.page_table_1, 1, request, in_use, length)
+    if args.real_page_table is not None:
+        _write_table(args, write, args.real_page_table, args.page_size, request, in_use, length)
+
+
+def _extend_lens(args: FillArgs) -> torch.Tensor:
+    if isinstance(args.extend_lens, int):
+        return torch.full((args.bs,), args.extend_lens, device=args.device)
+    return args.extend_lens.to(torch.int64).clamp(0, INT32_MAX)
+
+
+def _running_sums(values: torch.Tensor) -> torch.Tensor:
+    return torch.cat([values.new_zeros(1), torch.cumsum(values, dim=0)])
+
+
+def _write(enabled: torch.Tensor | None, out: torch.Tensor, values: torch.Tensor) -> None:
+    """Converts to int32, keeping the low 32 bits; leaves ``out`` alone where ``enabled`` is 0."""
+    values = values.to(torch.int32)
+    out.copy_(values if enabled is None else torch.where(enabled != 0, values, out))
+
+
+def _write_table(
+    args: FillArgs,
+    write: Callable[[torch.Tensor, torch.Tensor], None],
+    table: torch.Tensor,
+    page_size: int,
+    request: torch.Tensor,
+    in_use: torch.Tensor,
+    length: torch.Tensor,
+) -> None:
+    assert args.req_to_token is not None
+    assert args.req_pool_indices is not None
+    pool, tokens = args.req_to_token.shape
+    if args.bs == 0 or tokens == 0:
+        return
+    column = torch.arange(0, min(table.shape[1] * page_size, tokens), page_size, device=args.device)
+    index = args.req_pool_indices.to(torch.int64)[request]
+    slots = args.req_to_token[index.clamp(0, max(pool - 1, 0))[:, None], column] if pool else 0
+    in_pool = (index >= 0) & (index < pool)
+    pages = torch.where(in_pool[:, None], slots, 0) // page_size
+    live = in_use[:, None] & (column < length[request][:, None])
+    out = table[:, : len(column)]
+    write(out, torch.where(live, pages, out))
