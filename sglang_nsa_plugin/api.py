@@ -101,6 +101,14 @@ def _ragged_lengths(
     nsa_cache_seqlens: torch.Tensor,
 ) -> FillArgs:
     """A fill of lengths alone; what the caller did not ask for goes to one scratch tensor."""
+    for name, value in (
+        ("extend_seq_lens", extend_seq_lens),
+        ("seq_lens", seq_lens),
+        ("out_seqlens_expanded", seqlens_expanded),
+        ("out_nsa_cache_seqlens", nsa_cache_seqlens),
+    ):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: must be a torch.Tensor, got {type(value).__name__}")
     bs, rows = seq_lens.numel(), seqlens_expanded.numel()
     scratch = torch.empty(2 * bs + rows + 3, dtype=torch.int32, device=seq_lens.device)
     cache_seqlens, cu_seqlens_k, nsa_cu_seqlens_k, row_count = scratch.split(

@@ -111,11 +111,20 @@ def refusal(name: str, device: torch.device) -> str | None:
         return f"it cannot be imported: {error}"
     unavailable = getattr(module, "unavailable", None)
     why_not: str | None = unavailable() if unavailable is not None else None
-    return why_not if why_not is not None else _self_test(module.bind, device)
+    if why_not is not None:
+        return why_not
+    return _self_test(module.bind, device, getattr(module, "ERRORS", ()))
 
 
-def _self_test(bind: Callable[[FillArgs], Callable[[], None]], device: torch.device) -> str | None:
-    """Compares one ragged and one static fill with the reference; the first difference in words."""
+def _self_test(
+    bind: Callable[[FillArgs], Callable[[], None]],
+    device: torch.device,
+    errors: tuple[type[Exception], ...],
+) -> str | None:
+    """Compares one static and one ragged fill with the reference; the first difference in words.
+
+    ``errors`` are those of the implementation's own, beside RuntimeError, that say it cannot run.
+    """
     for ragged in (False, True):
         expected = small_case(device, ragged)
         actual = small_case(device, ragged)
@@ -124,7 +133,7 @@ def _self_test(bind: Callable[[FillArgs], Callable[[], None]], device: torch.dev
             bind(actual)()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        except RuntimeError as error:
+        except (RuntimeError, *errors) as error:
             return f"its self-test failed: {error}"
         for name, tensor in actual.outputs().items():
             if not torch.equal(tensor, expected.outputs()[name]):

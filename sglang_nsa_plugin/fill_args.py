@@ -34,7 +34,8 @@ class FillArgs:
 
     Inputs, int32 or int64, any strides:
         seq_lens: [bs]. Only the low 32 bits count, as in SGLang's int32 metadata.
-        extend_lens: a number, the same for every request, or [bs]. Negative counts as 0.
+        extend_lens: a number, the same for every request, or [bs]. Negative counts as 0, more than
+            2**31 - 1 as that.
         req_pool_indices: [bs], rows of ``req_to_token``.
         req_to_token: [pool, columns], the KV slot of each token of each request. Both may be None
             when no page table is asked for.
@@ -157,6 +158,8 @@ def _check_tensors(args: FillArgs) -> None:
             continue
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name}: must be a torch.Tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: must be a dense tensor, got one of layout {value.layout}")
         _check_dtype(name, value)
         _check_rank(name, value)
         if value.device != args.device:

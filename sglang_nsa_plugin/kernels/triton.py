@@ -9,13 +9,18 @@ ragged widths compile anew.
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
+from triton.errors import TritonError
 
 from sglang_nsa_plugin.fill_args import OUTPUTS, FillArgs
+
+# What Triton raises beside RuntimeError where it cannot compile; the second is the C compiler's.
+ERRORS = (TritonError, subprocess.CalledProcessError)
 
 TILE = 128  # requests scanned at a time
 COLUMNS = 512  # table columns copied at a time
@@ -135,6 +140,7 @@ def _fill_table(
     row = tl.zeros((), tl.int64)
     local = tl.arange(0, TILE)
     page = page_size.to(tl.int64)
+    row_stride = stride_0.to(tl.int64)  # an interpreted loop counts in int32
     for start in tl.range(0, bs, TILE):
         r = start + local
         mask = r < bs
@@ -161,7 +167,7 @@ def _fill_table(
             ).to(tl.int64)  # fmt: skip
             value = tl.where(slot >= 0, slot // page, -((page - 1 - slot) // page)).to(tl.int32)
             for t_row in tl.range(first_row, end_row):
-                tl.store(table + t_row * stride_0 + c * stride_1, value, mask=keep)
+                tl.store(table + t_row * row_stride + c * stride_1, value, mask=keep)
         row += tl.sum(q, 0)
 
 

@@ -1,0 +1,68 @@
+# Everything runs in .venv, which the first target that needs it makes. On a GPU host that has no package
+# index, name the Python that already has torch, SGLang and this package: make gpu-test PYTHON=python3
+SGLANG ?= 0.5.17
+VENV   := .venv
+PYTHON ?= $(VENV)/bin/python
+PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml $(wildcard csrc/*) $(shell find sglang_nsa_plugin -name '*.py')
+
+ifeq ($(PYTHON),$(VENV)/bin/python)
+READY := $(VENV)/.ready
+endif
+
+.PHONY: help demo test lint gpu-test serve-test bench wheel clean
+
+help:
+	@echo "make demo        fill SGLang's own draft-extend backend and compare every value (no GPU needed)"
+	@echo "make test        tests that need no GPU"
+	@echo "make lint        formatter, linter, types"
+	@echo "make gpu-test    tests, sanitizers and timings on an NVIDIA GPU; writes integration/results/"
+	@echo "make serve-test  real SGLang servers with and without the plugin; writes integration/results/"
+	@echo "make bench       time of one fill, SGLang's own and ours, in one run"
+	@echo "make wheel       the wheel, into dist/"
+
+demo: $(READY)
+	$(PYTHON) -m sglang_nsa_plugin demo
+
+test: $(READY)
+	$(VENV)/bin/pytest
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+gpu-test: $(READY)
+	$(PYTHON) integration/gpu_test.py
+
+serve-test: $(READY)
+	$(PYTHON) -m pytest integration/test_serving.py -v -s
+
+bench: $(READY)
+	$(PYTHON) -m sglang_nsa_plugin bench
+
+wheel: $(VENV)/.torch
+	$(PIP) build
+	$(VENV)/bin/python -m build --wheel --outdir dist .
+
+# torch, Triton and NumPy are named first so that nothing below chooses them. Triton's interpreter, which
+# runs SGLang's kernels where there is no GPU, does not work with NumPy 2.4.
+$(VENV)/.torch:
+	python3 -m venv $(VENV)
+	$(PIP) torch==2.13.0 triton==3.6.0 'numpy<2.4'
+	touch $@
+
+$(VENV)/.sglang-$(SGLANG): $(VENV)/.torch integration/install_sglang.py
+	$(VENV)/bin/python integration/install_sglang.py $(SGLANG)
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.sglang-$(SGLANG) $(SOURCES)
+	$(PIP) '.[test]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.ready
+	$(PIP) '.[lint]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,102 @@
+"""``make gpu-test``: the GPU tests, the sanitizers and the timings, into one committed result file.
+
+    python integration/gpu_test.py [--only tests|sanitizers|bench ...]
+
+Needs an NVIDIA GPU, torch, pytest, hypothesis and the installed package; SGLang for the adapter tests
+and the timings; compute-sanitizer for the sanitizers. Writes integration/results/gpu-test.json, or below
+NSA_RESULTS_DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import results
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# One fill of each kind under the sanitizers: they slow a kernel down a hundredfold.
+SANITIZED = "tests/gpu/sanitized_fill.py"
+TIME_LIMIT_S = 540
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parts = {"tests": run_tests, "sanitizers": run_sanitizers, "bench": run_bench}
+    parser.add_argument("--only", choices=parts, action="append")
+    only = parser.parse_args().only or list(parts)
+    outcome: dict[str, Any] = {}
+    for name in only:
+        outcome[name] = parts[name]()
+        results.merge("gpu-test.json", "make gpu-test", outcome)
+    failed = [name for name, part in outcome.items() if not part["passed"]]
+    print("FAILED: " + ", ".join(failed) if failed else "gpu-test passed: " + ", ".join(outcome))
+    return 1 if failed else 0
+
+
+def run_tests() -> dict[str, Any]:
+    """Pytest over everything marked gpu; counts come from its closing line."""
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
+    )
+    print(run.stdout[-6000:], run.stderr[-2000:])
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", run.stdout)}
+    return {
+        "passed": run.returncode == 0,
+        "counts": counts,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def run_sanitizers() -> dict[str, Any]:
+    """compute-sanitizer's four tools over one fill of every kind."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"passed": False, "reason": "compute-sanitizer is not on PATH; install the CUDA toolkit"}
+    findings = {name: _sanitize(tool, name) for name in SANITIZERS}
+    return {"passed": all(f["errors"] == 0 for f in findings.values()), **findings}
+
+
+def _sanitize(tool: str, name: str) -> dict[str, Any]:
+    begin = time.monotonic()
+    command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, SANITIZED]
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
+    )
+    output = run.stdout + run.stderr
+    print(f"--- {name}\n{output[-1500:]}")
+    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+    fills = re.search(r"sanitized fills: (\d+)", output)
+    ran = summary is not None and fills is not None and run.returncode == 0
+    return {
+        "errors": int(summary[1]) if ran and summary else None,
+        "fills": int(fills[1]) if fills else 0,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def run_bench() -> dict[str, Any]:
+    """``sglang-nsa-plugin bench``."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bench.json"
+        command = [sys.executable, "-m", "sglang_nsa_plugin", "bench", "--json", str(path)]
+        run = subprocess.run(command, cwd=folder, timeout=TIME_LIMIT_S, check=False)
+        if run.returncode != 0:
+            return {"passed": False, "exit_code": run.returncode}
+        return {"passed": True, **json.loads(path.read_text())}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

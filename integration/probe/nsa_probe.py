@@ -1,0 +1,176 @@
+"""A second SGLang plugin that only measures: host time around each draft-extend replay.
+
+With this folder on PYTHONPATH, SGLang finds the entry point ``probe``. The probe works the same with
+and without sglang-nsa-plugin, so both arms of a comparison are timed by the same code. Each process
+that loads plugins writes ``$NSA_PROBE_DIR/<pid>.json``; without that variable the probe does nothing.
+
+In a scheduler process the draft-extend runner is watched from the end of its ``__init__``, so that
+captures are not timed. Two spans are taken, in nanoseconds of ``time.perf_counter_ns``:
+
+- fill: one call of ``draft_extend_attn_backend.init_forward_metadata_out_graph`` inside ``execute``;
+  SGLang fills the metadata there, sglang-nsa-plugin only points at it.
+- before_replay: from entering ``execute`` to entering ``_replay_graph``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RUNNER = (
+    "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
+)
+SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
+PLUGIN_MODULE = "sglang_nsa_plugin.plugin"
+STATE_MODULE = "sglang_nsa_plugin.state"
+WRITE_EVERY_S = 0.5
+FIRST_SAMPLES = 5
+
+clock = time.perf_counter_ns
+
+
+def register() -> None:
+    """Called by SGLang's plugin loader.
+
+    A spawned scheduler has imported its own module before it loads plugins; the launcher has not. There
+    the hook is left out, because applying it imports the runner's module, which costs the launcher
+    seconds and needs GPU libraries that it does without.
+    """
+    folder = os.environ.get("NSA_PROBE_DIR")
+    if not folder:
+        return
+    path = Path(folder) / f"{os.getpid()}.json"
+    if SCHEDULER_MODULE not in sys.modules:
+        _write(path, _process("launcher"))
+        return
+    _write(path, _process("scheduler"))
+
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def watch(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:
+        original(runner, *args, **kwargs)
+        Watch(runner, path)
+
+    HookRegistry.register(f"{RUNNER}.__init__", watch, HookType.AROUND)
+
+
+class Watch:
+    """Times one runner and writes the figures from a thread of its own."""
+
+    def __init__(self, runner: Any, path: Path) -> None:
+        self.path = path
+        self.capture_bs = [int(size) for size in runner.capture_bs]
+        self.fill_ns: list[int] = []
+        self.before_replay_ns: list[int] = []
+        self.replays: Counter[int] = Counter()
+        self.entered = 0
+        self.executing = False
+        self._time_fill(runner.draft_extend_attn_backend)
+        self._time_execute(runner)
+        self._time_replay(runner)
+        threading.Thread(target=self._write_forever, name="nsa-probe", daemon=True).start()
+
+    def _time_fill(self, backend: Any) -> None:
+        fill = backend.init_forward_metadata_out_graph
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = clock()
+            result = fill(*args, **kwargs)
+            spent = clock() - begin
+            if self.executing:
+                self.fill_ns.append(spent)
+            return result
+
+        backend.init_forward_metadata_out_graph = timed
+
+    def _time_execute(self, runner: Any) -> None:
+        execute = runner.execute
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.executing = True
+            self.entered = clock()
+            try:
+                return execute(*args, **kwargs)
+            finally:
+                self.executing = False
+
+        runner.execute = timed
+
+    def _time_replay(self, runner: Any) -> None:
+        replay = runner._replay_graph
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.before_replay_ns.append(clock() - self.entered)
+            self.replays[runner.bs] += 1
+            return replay(*args, **kwargs)
+
+        runner._replay_graph = timed
+
+    def _write_forever(self) -> None:
+        """Writes after each pause of the replays: sorting samples beside them would slow them down."""
+        written, seen = -1, -1
+        while True:
+            count = len(self.before_replay_ns)
+            if count == seen and count != written:
+                _write(self.path, self.figures())
+                written = count
+            seen = count
+            time.sleep(WRITE_EVERY_S)
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            **_process("scheduler"),
+            "capture_bs": self.capture_bs,
+            "replays": len(self.before_replay_ns),
+            "replays_by_batch_size": {str(bs): n for bs, n in sorted(self.replays.items())},
+            "fill_us": summary(self.fill_ns),
+            "before_replay_us": summary(self.before_replay_ns),
+            "plugin_record": _plugin_record(),
+        }
+
+
+def summary(samples_ns: list[int]) -> dict[str, Any]:
+    """Count, mean, median, 10th and 90th percentile, greatest and first samples in microseconds."""
+    spans = [span / 1000 for span in samples_ns]
+    if len(spans) < 2:
+        return {"count": len(spans), "first": spans}
+    tenths = statistics.quantiles(spans, n=10)
+    return {
+        "count": len(spans),
+        "median": round(statistics.median(spans), 3),
+        "p10": round(tenths[0], 3),
+        "p90": round(tenths[-1], 3),
+        "mean": round(statistics.fmean(spans), 3),
+        "max": round(max(spans), 3),
+        "first": [round(span, 3) for span in spans[:FIRST_SAMPLES]],
+    }
+
+
+def _process(role: str) -> dict[str, Any]:
+    """SGLang imports all plugins of a process before it runs the first: the order does not matter."""
+    return {
+        "pid": os.getpid(),
+        "role": role,
+        "argv": sys.argv,
+        "plugin_loaded": PLUGIN_MODULE in sys.modules,
+        "written_at": time.time(),
+    }
+
+
+def _plugin_record() -> dict[str, Any] | None:
+    state = sys.modules.get(STATE_MODULE)
+    return None if state is None else state.record()
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,74 @@
+"""Result files: every figure with the machine, the versions, the date and the commit it came from."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DISTRIBUTIONS = ("torch", "triton", "sglang", "sglang-nsa-plugin", "apache-tvm-ffi", "sgl-deep-gemm")
+
+
+def folder() -> Path:
+    """``integration/results``, or where NSA_RESULTS_DIR says."""
+    path = Path(os.environ.get("NSA_RESULTS_DIR") or ROOT / "integration" / "results")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def merge(name: str, command: str, parts: dict[str, Any]) -> Path:
+    """Writes ``parts`` into a result file, keeping the parts of earlier runs of the same commit."""
+    path = folder() / name
+    header = {"command": command, **environment()}
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    kept = old.get("parts", {}) if old.get("commit") == header["commit"] else {}
+    path.write_text(json.dumps({**header, "parts": {**kept, **parts}}, indent=2) + "\n")
+    return path
+
+
+def environment() -> dict[str, Any]:
+    """Date, commit, GPU, driver and versions."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "gpus": _gpus(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in DISTRIBUTIONS},
+    }
+
+
+def commit() -> str:
+    """NSA_COMMIT, for hosts that have the files without the repository, else git's HEAD."""
+    named = os.environ.get("NSA_COMMIT")
+    if named:
+        return named
+    git = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return git.stdout.strip() or "unknown"
+
+
+def _gpus() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        return []
+    return output.strip().splitlines()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,82 @@
+"""A table row for each place of SGLang that an adapter hooks or calls, and how it is checked.
+
+An adapter fits a release when every row does: the target exists and has the parameters that the hook
+uses. Versions are never compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """One AROUND hook: ``replacement(original, *args, **kwargs)`` takes the place of ``target``."""
+
+    target: str
+    parameters: tuple[str, ...]
+    replacement: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A function or method of SGLang that an adapter calls with these parameters."""
+
+    target: str
+    parameters: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Fields of a dataclass of SGLang that an adapter reads."""
+
+    target: str
+    names: tuple[str, ...]
+
+
+def misfits(rows: Iterable[Hook | Call | Fields]) -> list[str]:
+    """What the installed SGLang lacks, one sentence a row; empty when everything fits."""
+    return [problem for row in rows if (problem := _misfit(row)) is not None]
+
+
+def _misfit(row: Hook | Call | Fields) -> str | None:
+    try:
+        target = pkgutil.resolve_name(row.target)
+    except (ImportError, AttributeError) as error:
+        return f"{row.target} is missing ({error})"
+    if isinstance(row, Fields):
+        present = {field.name for field in dataclasses.fields(target)}
+        missing = [name for name in row.names if name not in present]
+        return f"{row.target} has no field {', '.join(missing)}" if missing else None
+    names = tuple(inspect.signature(target).parameters)
+    if names[: len(row.parameters)] != row.parameters:
+        return (
+            f"{row.target} takes ({', '.join(names)}), expected ({', '.join(row.parameters)}, ...)"
+        )
+    return None
+
+
+_installed: dict[str, object] = {}  # target: what stands there since our hook was applied
+
+
+def install(hooks: Iterable[Hook]) -> list[str]:
+    """Applies the hooks through SGLang's HookRegistry; returns the targets that did not take theirs.
+
+    The registry applies hooks once a target: one that another plugin patched earlier is skipped.
+    Installing twice changes nothing.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    source = HookSource(plugin_name="nsa", dist_name="sglang-nsa-plugin")
+    new = [hook for hook in hooks if hook.target not in _installed]
+    before = {hook.target: pkgutil.resolve_name(hook.target) for hook in new}
+    for hook in new:
+        HookRegistry.register(hook.target, hook.replacement, HookType.AROUND, source=source)
+    HookRegistry.apply_hooks()
+    after = {target: pkgutil.resolve_name(target) for target in before}
+    _installed.update({t: now for t, now in after.items() if now is not before[t]})
+    return [target for target, now in after.items() if now is before[target]]

@@ -1,0 +1,328 @@
+"""SGLang 0.5.15 to 0.5.18: the fill is recorded inside the captured draft-extend graph.
+
+At capture the runner calls ``init_forward_metadata_in_graph`` on its backend, which DSA leaves empty:
+there the fill and the tables that SGLang derives from it are recorded. At replay only
+``forward_metadata`` is pointed at the captured tensors; the host launches nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook
+from sglang_nsa_plugin.fill_args import FillArgs
+from sglang_nsa_plugin.state import STATE
+
+logger = logging.getLogger(__name__)
+
+NAME = "in-graph"
+ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend whose draft-extend fill is ours
+# The name of the event that frees req_to_token for the scheduler, 0.5.18 and before.
+FENCE_EVENTS = ("shared_read_done_event", "war_fastpath_read_done_event")
+INPUTS_REPLACED = "input tensors are not the captured ones"
+
+_FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
+_BACKEND = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend"
+_METADATA = "sglang.srt.layers.attention.dsa_backend.DSAMetadata"
+_RUNNER = (
+    "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
+)
+
+
+@dataclass(frozen=True)
+class CapturedFill:
+    """The fill of one batch size: SGLang's tensors, the bound launch, the end of its read."""
+
+    metadata: Any
+    args: FillArgs
+    run: Callable[[], None]
+    read_done: torch.cuda.Event | None
+
+    def reads(self, batch: Any, req_to_token: torch.Tensor) -> bool:
+        """Whether a replay of this batch hands over the tensors whose addresses were captured."""
+        return (
+            _same(batch.seq_lens, self.args.seq_lens)
+            and _same(batch.req_pool_indices, self.args.req_pool_indices)
+            and _same(req_to_token, self.args.req_to_token)
+        )
+
+
+def _same(given: torch.Tensor, captured: torch.Tensor | None) -> bool:
+    """Same memory, read the same way. The runner captures a slice and replays the whole buffer."""
+    return (
+        captured is not None
+        and given.data_ptr() == captured.data_ptr()
+        and given.dtype is captured.dtype
+        and given.stride() == captured.stride()
+        and given.shape[0] >= captured.shape[0]
+    )
+
+
+class DraftExtendFill:
+    """The fills of one draft-extend backend, one for each captured batch size.
+
+    Captured fills read ``enabled`` on the device. A replay that cannot be ours switches it off and lets
+    SGLang fill before the graph runs; else the graph would write over SGLang's values from the tensors
+    that it captured.
+    """
+
+    def __init__(self, backend: Any, choice: dispatch.Choice) -> None:
+        self.backend = backend
+        self.bind = choice.bind
+        self.captured: dict[int, CapturedFill] = {}
+        self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
+        self.is_enabled = True
+
+    def forget(self) -> None:
+        """SGLang allocates its graph tensors anew: captured fills of the old ones are void."""
+        self.captured.clear()
+
+    def record(self, batch: Any) -> None:
+        """Runs the fill and the derived tables on the current stream, which may be capturing."""
+        captured = self._captured(batch)
+        captured.run()
+        if captured.read_done is not None:
+            captured.read_done.record()
+        self.refresh_derived(captured.metadata)
+        if _is_capturing(captured.args.device):
+            STATE.captures.add(batch.batch_size)
+
+    def replay(self, batch: Any) -> bool:
+        """Points the backend at the captured tensors; False when SGLang has to fill instead."""
+        captured = self.captured.get(batch.batch_size)
+        if captured is None:
+            return False
+        ours = captured.reads(batch, self.backend.req_to_token)
+        if ours is not self.is_enabled:
+            self._switch(ours)
+        if not ours:
+            self._count_fallback(INPUTS_REPLACED)
+            return False
+        self.backend.set_dsa_prefill_impl(forward_batch=None)
+        self.backend.forward_metadata = captured.metadata
+        STATE.replays += 1
+        return True
+
+    def _captured(self, batch: Any) -> CapturedFill:
+        metadata = self.backend.decode_cuda_graph_metadata[batch.batch_size]
+        captured = self.captured.get(batch.batch_size)
+        if captured is None or captured.metadata is not metadata:
+            args = self._args(batch, metadata)
+            captured = CapturedFill(metadata, args, self.bind(args), _read_done(args.device))
+            self.captured[batch.batch_size] = captured
+        return captured
+
+    def _args(self, batch: Any, metadata: Any) -> FillArgs:
+        backend = self.backend
+        expanded, ctx_lens = metadata.dsa_seqlens_expanded, metadata.paged_mqa_ctx_lens_2d
+        # SGLang builds the context lengths as a view of the expanded ones: one write serves both.
+        if ctx_lens is not None and ctx_lens.data_ptr() == expanded.data_ptr():
+            ctx_lens = None
+        return FillArgs(
+            seq_lens=batch.seq_lens,
+            req_pool_indices=batch.req_pool_indices,
+            req_to_token=backend.req_to_token,
+            extend_lens=backend.speculative_num_draft_tokens,
+            index_topk=backend.dsa_index_topk,
+            page_size=backend.real_page_size,
+            cache_seqlens=metadata.cache_seqlens_int32,
+            cu_seqlens_k=metadata.cu_seqlens_k,
+            seqlens_expanded=expanded,
+            nsa_cache_seqlens=metadata.dsa_cache_seqlens_int32,
+            nsa_cu_seqlens_k=metadata.dsa_cu_seqlens_k,
+            ctx_lens=ctx_lens,
+            page_table_1=metadata.page_table_1,
+            real_page_table=metadata.real_page_table if backend.real_page_size > 1 else None,
+            enabled=self.enabled,
+        )
+
+    def refresh_derived(self, metadata: Any) -> None:
+        """SGLang's own functions, in the order of its own fill, into the tensors that it captured."""
+        backend = self.backend
+        if metadata.paged_mqa_schedule_metadata is not None:
+            backend._refresh_paged_mqa_schedule_metadata(metadata, metadata.paged_mqa_ctx_lens_2d)
+        backend._refresh_topk_v2_plan(metadata)
+        if metadata.flashmla_metadata is not None:
+            metadata.flashmla_metadata.copy_(
+                backend._compute_flashmla_metadata(
+                    cache_seqlens=metadata.dsa_cache_seqlens_int32, seq_len_q=1
+                )
+            )
+
+    def _switch(self, on: bool) -> None:
+        self.enabled.fill_(int(on))
+        self.is_enabled = on
+
+    def _count_fallback(self, reason: str) -> None:
+        if not STATE.fallbacks[reason]:
+            logger.warning(
+                "sglang-nsa-plugin: a draft-extend replay goes through SGLang's own fill: %s; "
+                "further ones are counted, not logged",
+                reason,
+            )
+        STATE.fallbacks[reason] += 1
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """On the CPU there are no graphs: there each fill counts as one that a graph would hold."""
+    return device.type == "cpu" or torch.cuda.is_current_stream_capturing()
+
+
+def _read_done(device: torch.device) -> torch.cuda.Event | None:
+    """An event that a captured graph records again at every replay, right behind the fill."""
+    return torch.cuda.Event(external=True) if device.type == "cuda" else None
+
+
+def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
+    """The factory's product is the one backend that draft-extend graphs are captured with."""
+    product = original(factory)
+    if _asked_for is None:
+        return product
+    backend = product[1] if isinstance(product, tuple) else product
+    refusal = uncovered(backend, factory.server_args)
+    if refusal is None:
+        _take_over(backend, dispatch.choose(_asked_for, backend.req_to_token.device))
+    elif _asked_for == "auto":
+        STATE.adapter, STATE.reason = None, refusal
+        logger.info("sglang-nsa-plugin: not used: %s; SGLang fills draft-extend metadata itself", refusal)
+    else:
+        raise dispatch.BackendUnavailableError(
+            f"the metadata backend {_asked_for!r} was asked for by name and cannot be used: {refusal}. "
+            "Use 'auto' or 'off' to serve with SGLang's own fill"
+        )
+    return product
+
+
+def _take_over(backend: Any, choice: dispatch.Choice) -> None:
+    setattr(backend, ATTRIBUTE, DraftExtendFill(backend, choice))
+    if STATE.backend is None:  # adaptive speculation makes several backends; they say it once
+        STATE.backend, STATE.reason = choice.name, choice.reason
+        logger.info(
+            "sglang-nsa-plugin %s: adapter %s, implementation %s: %s",
+            version("sglang-nsa-plugin"),
+            NAME,
+            choice.name,
+            choice.reason,
+        )
+
+
+def uncovered(backend: Any, server_args: Any) -> str | None:
+    """Why this configuration stays with SGLang, or None when the adapter covers it."""
+    if torch.version.hip is not None:
+        return "HIP is not covered"
+    if getattr(server_args, "enable_multi_layer_eagle", False):
+        return "the multi-layer EAGLE runner is not covered"
+    if getattr(backend, "dsa_index_kpool", 1) > 1:
+        return f"index k-pooling ({backend.dsa_index_kpool}) is not covered"
+    graphs = getattr(server_args, "cuda_graph_config", None)
+    if graphs is not None and graphs.decode.backend not in ("full", "disabled"):
+        return f"{graphs.decode.backend} CUDA graphs are not covered, only full ones"
+    return None
+
+
+def _init_cuda_graph_state(
+    original: Callable[..., Any], backend: Any, max_bs: int, max_num_tokens: int
+) -> Any:
+    fill = getattr(backend, ATTRIBUTE, None)
+    if fill is not None:
+        fill.forget()
+    return original(backend, max_bs, max_num_tokens)
+
+
+def _out_graph(
+    original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool = False
+) -> Any:
+    fill = getattr(backend, ATTRIBUTE, None)
+    is_replay = not in_capture and forward_batch.forward_mode.is_draft_extend_v2()
+    if fill is not None and is_replay and fill.replay(forward_batch):
+        return None
+    return original(backend, forward_batch, in_capture=in_capture)
+
+
+def _in_graph(original: Callable[..., Any], backend: Any, forward_batch: Any) -> Any:
+    fill = getattr(backend, ATTRIBUTE, None)
+    if fill is None or not forward_batch.forward_mode.is_draft_extend_v2():
+        return original(backend, forward_batch)
+    fill.record(forward_batch)
+    return None
+
+
+def _execute(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
+    """Publishes the end of the read inside the replay in place of an event recorded before it.
+
+    The scheduler may overwrite req_to_token behind that event. SGLang records it when its own fill,
+    launched before the graph, has been enqueued; ours reads while the graph runs.
+    """
+    output = original(runner, forward_batch)
+    fill = getattr(runner.draft_extend_attn_backend, ATTRIBUTE, None)
+    captured = None if fill is None else fill.captured.get(runner.bs)
+    if captured is not None and captured.read_done is not None:
+        setattr(runner.model_runner, _fence_event(runner.model_runner), captured.read_done)
+    return output
+
+
+def _fence_event(model_runner: Any) -> str:
+    for name in FENCE_EVENTS:
+        if hasattr(model_runner, name):
+            return name
+    raise RuntimeError(
+        f"sglang-nsa-plugin: the model runner has none of {', '.join(FENCE_EVENTS)}, which the "
+        "scheduler waits on; start with --nsa-metadata-backend off and report the SGLang version"
+    )
+
+
+# Each hook goes when SGLang's DSA backend records its own draft-extend fill in the graph.
+HOOKS = (
+    Hook(f"{_FACTORY}._create_dsa_prefill_backend", ("self",), _create_backend),
+    Hook(
+        f"{_BACKEND}.init_cuda_graph_state",
+        ("self", "max_bs", "max_num_tokens"),
+        _init_cuda_graph_state,
+    ),
+    Hook(
+        f"{_BACKEND}.init_forward_metadata_out_graph",
+        ("self", "forward_batch", "in_capture"),
+        _out_graph,
+    ),
+    Hook(f"{_BACKEND}.init_forward_metadata_in_graph", ("self", "forward_batch"), _in_graph),
+    Hook(f"{_RUNNER}.execute", ("self", "forward_batch"), _execute),
+)
+NEEDS = (
+    Call(f"{_BACKEND}.set_dsa_prefill_impl", ("self", "forward_batch")),
+    Call(
+        f"{_BACKEND}._refresh_paged_mqa_schedule_metadata", ("self", "metadata", "seqlens_32_2d")
+    ),
+    Call(f"{_BACKEND}._refresh_topk_v2_plan", ("self", "metadata")),
+    Call(f"{_BACKEND}._compute_flashmla_metadata", ("self", "cache_seqlens", "seq_len_q")),
+    Fields(
+        _METADATA,
+        (
+            "cache_seqlens_int32",
+            "cu_seqlens_k",
+            "dsa_seqlens_expanded",
+            "dsa_cache_seqlens_int32",
+            "dsa_cu_seqlens_k",
+            "page_table_1",
+            "real_page_table",
+            "paged_mqa_schedule_metadata",
+            "paged_mqa_ctx_lens_2d",
+            "topk_v2_plan",
+            "flashmla_metadata",
+        ),
+    ),
+)
+
+_asked_for: str | None = None
+
+
+def arm(backend: str) -> None:
+    """From now on draft-extend backends are taken over, with this implementation or "auto"."""
+    global _asked_for
+    _asked_for = backend

@@ -1,0 +1,204 @@
+"""Replays of a draft-extend backend that the plugin took over, beside SGLang's own fill.
+
+Two of SGLang's real backend objects share their inputs: one is taken over by the in-graph adapter and
+replayed (a CUDA graph on a GPU; on the CPU what the graph would hold is run again), the other is filled
+by SGLang's own code. Every live value of every tensor is compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from sglang_nsa_plugin import plugin
+from sglang_nsa_plugin.adapters import in_graph
+from sglang_nsa_plugin.cli.rig import BackendRig, sglang_fused_fill
+from sglang_nsa_plugin.state import STATE
+
+POISON = -987_654_321
+LENGTHS = {  # our name: SGLang's field
+    "cache_seqlens": "cache_seqlens_int32",
+    "cu_seqlens_k": "cu_seqlens_k",
+    "seqlens_expanded": "dsa_seqlens_expanded",
+    "nsa_cache_seqlens": "dsa_cache_seqlens_int32",
+    "nsa_cu_seqlens_k": "dsa_cu_seqlens_k",
+    "ctx_lens": "paged_mqa_ctx_lens_2d",
+}
+TABLES = ("page_table_1", "real_page_table")
+
+
+class Comparison:
+    """Counts of values that were compared and that differed, by tensor, and the first difference."""
+
+    def __init__(self) -> None:
+        self.compared: Counter[str] = Counter()
+        self.different: Counter[str] = Counter()
+        self.first: str | None = None
+
+    def add(self, name: str, ours: torch.Tensor, theirs: torch.Tensor, live: torch.Tensor) -> None:
+        """Compares the cells where ``live`` holds."""
+        wrong = (ours != theirs) & live
+        self.compared[name] += int(live.sum())
+        count = int(wrong.sum())
+        self.different[name] += count
+        if count and self.first is None:
+            where = tuple(wrong.nonzero()[0].tolist())
+            self.first = f"{name}{list(where)}: SGLang {int(theirs[where])}, ours {int(ours[where])}"
+
+
+class Twin:
+    """A taken-over backend and an untouched one over the same inputs.
+
+    Args:
+        device: where the tensors lie.
+        batch_sizes: captured batch sizes.
+        backend: implementation to fill with, as ``--nsa-metadata-backend``.
+        rig: further arguments of :class:`BackendRig`.
+    """
+
+    def __init__(
+        self, device: torch.device, batch_sizes: Iterable[int], backend: str = "auto", **rig: Any
+    ) -> None:
+        self.batch_sizes = sorted(batch_sizes)
+        max_bs = self.batch_sizes[-1]
+        server_args = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa")
+        setattr(server_args, "_nsa_metadata_backend", backend)  # noqa: B010
+        plugin.activate(server_args)
+        self.ours = BackendRig(device, max_bs=max_bs, **rig)
+        self.inputs = self.ours.inputs
+        self.theirs = BackendRig(device, max_bs=max_bs, inputs=self.inputs, **rig)
+        vars(self.theirs.backend).pop(in_graph.ATTRIBUTE, None)
+        self._replays: dict[int, Callable[[], None]] = {}
+        for one in (self.ours, self.theirs):
+            one.init_state()
+        for bs in self.batch_sizes:
+            self.ours.capture_setup(bs)
+            self.theirs.capture_setup(bs)
+            self._replays[bs] = self._capture(bs)
+
+    def bucket(self, raw_bs: int) -> int:
+        """The smallest captured batch size that holds so many requests."""
+        return next(bs for bs in self.batch_sizes if bs >= raw_bs)
+
+    def step(self, bs: int, result: Comparison) -> None:
+        """One replay of ours and one fill of SGLang's for the batch in ``inputs``, compared."""
+        ours = self.ours.backend.decode_cuda_graph_metadata[bs]
+        theirs = self.theirs.backend.decode_cuda_graph_metadata[bs]
+        for field in LENGTHS.values():
+            if getattr(ours, field) is not None:
+                getattr(ours, field).fill_(POISON)
+        self.replay(bs)
+        self.theirs.sglang_fill(bs)
+        compare(ours, theirs, result)
+
+    def replay(self, bs: int) -> None:
+        """What the runner does before and in a replay."""
+        self.ours.replay(bs)
+        self._replays[bs]()
+
+    def fill(self, bs: int) -> Callable[[], None]:
+        """The bound launch that the graph of this batch size holds."""
+        return self._captured(bs).run
+
+    def derived(self, bs: int) -> Callable[[], None]:
+        """SGLang's tables that are made from the lengths, as the graph of this batch size makes them."""
+        fill, metadata = self._taken_over(), self._captured(bs).metadata
+        return lambda: fill.refresh_derived(metadata)
+
+    def before_replay(self, bs: int) -> Callable[[], None]:
+        """The runner's call before a replay of our backend. Call it inside :meth:`stand_ins`."""
+        view = self.ours.replay_view(bs)
+        return lambda: self.ours.backend.init_forward_metadata_out_graph(view)
+
+    def sglang_before_replay(self, bs: int) -> Callable[[], None]:
+        """The same call of SGLang's own code, on the untouched backend."""
+        backend, view = self.theirs.backend, self.theirs.replay_view(bs)
+        original = inspect.unwrap(type(backend).init_forward_metadata_out_graph)
+        return lambda: original(backend, view)
+
+    def sglang_kernel(self, bs: int) -> Callable[[], None]:
+        """SGLang's own fill kernel alone, into the untouched backend's tensors."""
+        rig = self.theirs
+        metadata = rig.backend.decode_cuda_graph_metadata[bs]
+        return lambda: sglang_fused_fill(
+            metadata, self.inputs, bs, rig.draft_tokens, rig.index_topk, rig.page_size
+        )
+
+    def stand_ins(self) -> contextlib.AbstractContextManager[None]:
+        """What SGLang's code lacks outside a launched process, for calls that are timed."""
+        return self.ours.stand_ins()
+
+    def _taken_over(self) -> in_graph.DraftExtendFill:
+        fill = getattr(self.ours.backend, in_graph.ATTRIBUTE, None)
+        if fill is None:
+            raise RuntimeError(f"the plugin did not take over SGLang's backend: {STATE.reason}")
+        taken: in_graph.DraftExtendFill = fill
+        return taken
+
+    def _captured(self, bs: int) -> in_graph.CapturedFill:
+        return self._taken_over().captured[bs]
+
+    def _capture(self, bs: int) -> Callable[[], None]:
+        batch = self.ours.capture_batch(bs)
+        record = self.ours.backend.init_forward_metadata_in_graph
+        for _ in range(2):  # warm-up, as SGLang's graph backend does
+            record(batch)
+        if self.inputs.seq_lens.device.type == "cpu":
+            return lambda: record(batch)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            record(batch)
+        return graph.replay
+
+
+def compare(ours: Any, theirs: Any, result: Comparison) -> None:
+    """Compares SGLang's metadata object of one batch size with another: live values only.
+
+    Cells of a page table at and past a request's length hold whatever they held.
+    """
+    for name, field in LENGTHS.items():
+        mine, other = getattr(ours, field), getattr(theirs, field)
+        if mine is not None:
+            result.add(name, mine, other, torch.ones_like(mine, dtype=torch.bool))
+    rows = theirs.dsa_seqlens_expanded.shape[0]
+    length = theirs.cache_seqlens_int32.repeat_interleave(
+        rows // theirs.cache_seqlens_int32.shape[0]
+    )
+    for name in TABLES:
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        if mine is None or (name == "real_page_table" and ours.page_size == 1):
+            continue
+        page = 1 if name == "page_table_1" else ours.page_size
+        column = torch.arange(0, mine.shape[1] * page, page, device=mine.device)
+        result.add(name, mine, other, column < length[:, None])
+    for name, mine, other in _derived(ours, theirs):
+        result.add(name, mine, other, torch.ones_like(mine, dtype=torch.bool))
+
+
+def _derived(ours: Any, theirs: Any) -> Iterable[tuple[str, torch.Tensor, torch.Tensor]]:
+    """What SGLang's own functions make of the lengths, on a GPU; for ours, inside the graph."""
+    if ours.paged_mqa_schedule_metadata is not None:
+        name = "paged_mqa_schedule_metadata"
+        yield name, ours.paged_mqa_schedule_metadata, theirs.paged_mqa_schedule_metadata
+    if ours.topk_v2_plan is not None:
+        yield "topk_v2_plan", _plan(ours.topk_v2_plan), _plan(theirs.topk_v2_plan)
+    if ours.flashmla_metadata is not None:
+        mine, other = ours.flashmla_metadata, theirs.flashmla_metadata
+        yield "flashmla_metadata", mine.flashmla_metadata, other.flashmla_metadata
+        yield "flashmla num_splits", mine.num_splits, other.num_splits
+
+
+def _plan(plan: torch.Tensor) -> torch.Tensor:
+    """The defined part of a top-k plan [rows + 1, 2] in a fixed order.
+
+    Row 0 holds the threshold and a count, the next ``count`` rows the long items in any order.
+    """
+    items = plan[1 : 1 + int(plan[0, 1])]
+    return torch.cat([plan[:1], items[items[:, 0].argsort()]])

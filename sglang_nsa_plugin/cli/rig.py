@@ -1,0 +1,464 @@
+"""SGLang's own draft-extend metadata code around a minimal model runner: no server, no model.
+
+For releases with `dsa_backend` whose draft-extend runs in a CUDA graph (0.5.15 and later), on CUDA
+tensors with everything real, and on CPU tensors with SGLang's own torch path: there Triton's
+interpreter runs the one kernel that it needs, and the DeepGEMM schedule, the top-k plan and the
+FlashMLA metadata stay None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+# EAGLEDraftExtendCudaGraphRunner fills padded rows with this length.
+PADDED_SEQ_LEN = 1
+
+# Values of decode_impl with which making the backend or its metadata takes a CUDA library.
+NEEDS_CUDA = ("flashmla_kv", "trtllm")
+
+# Where releases keep fused_dsa_draft_extend_metadata, newest first.
+FUSED_FILL_MODULES = (
+    "sglang.kernels.ops.attention.dsa.metadata",  # 0.5.23
+    "sglang.kernels.ops.attention.dsa_metadata",  # 0.5.16 to 0.5.22
+    "sglang.srt.layers.attention.triton_ops.dsa_metadata",  # 0.5.15
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The static buffers that a draft-extend graph reads, for up to max_bs requests.
+
+    seq_lens: int64 [max_bs]; req_pool_indices: int64 [max_bs]; req_to_token: int32 [pool_size,
+    width]. Padded entries point at row 0 of req_to_token, which is all zeros.
+    """
+
+    seq_lens: torch.Tensor
+    req_pool_indices: torch.Tensor
+    req_to_token: torch.Tensor
+    page_size: int
+
+    @property
+    def max_bs(self) -> int:
+        """The largest batch size that the buffers hold."""
+        return self.seq_lens.shape[0]
+
+
+def make_inputs(
+    device: torch.device | str, max_bs: int, pool_size: int, width: int, page_size: int
+) -> Inputs:
+    """The buffers as the runner makes them: every row padded, the request table empty."""
+    return Inputs(
+        seq_lens=torch.full((max_bs,), PADDED_SEQ_LEN, dtype=torch.int64, device=device),
+        req_pool_indices=torch.zeros(max_bs, dtype=torch.int64, device=device),
+        req_to_token=torch.zeros((pool_size, width), dtype=torch.int32, device=device),
+        page_size=page_size,
+    )
+
+
+def table_width(context_len: int, draft_tokens: int, page_size: int) -> int:
+    """Columns of req_to_token: the context, and room for speculation to overshoot it."""
+    return context_len + max(4 + draft_tokens, page_size)
+
+
+def random_step(
+    inputs: Inputs,
+    rng: torch.Generator,
+    raw_bs: int,
+    bs: int,
+    draft_tokens: int,
+    max_len: int,
+) -> None:
+    """Write a random batch of raw_bs requests, padded to bs, the way the runner's execute() does.
+
+    rng is a CPU generator. A third of the lengths lies in 1..draft_tokens, a third just below
+    max_len, the rest anywhere; request indices may repeat. Every row of req_to_token but row 0 gets
+    new slots, in whole pages: slot = page * page_size + offset.
+    """
+    if not 0 <= raw_bs <= bs <= inputs.max_bs:
+        raise ValueError(
+            f"raw_bs, bs: 0 <= raw_bs <= bs <= max_bs must hold, got raw_bs={raw_bs}, bs={bs}, "
+            f"max_bs={inputs.max_bs}"
+        )
+    rows, width = inputs.req_to_token.shape
+    if not 1 <= max_len <= width:
+        raise ValueError(f"max_len: must lie in 1..{width}, req_to_token's width, got {max_len}")
+
+    inputs.req_to_token[1:].copy_(_random_slots(rng, rows - 1, width, inputs.page_size))
+    if raw_bs != bs:
+        inputs.seq_lens.fill_(PADDED_SEQ_LEN)
+        inputs.req_pool_indices.zero_()
+    inputs.seq_lens[:raw_bs].copy_(_random_lengths(rng, raw_bs, draft_tokens, max_len))
+    inputs.req_pool_indices[:raw_bs].copy_(torch.randint(1, rows, (raw_bs,), generator=rng))
+
+
+def _random_slots(rng: torch.Generator, rows: int, width: int, page_size: int) -> torch.Tensor:
+    """int32 [rows, width]: token slots of random pages."""
+    pages = torch.randint(
+        0, 2**31 // page_size, (rows, -(-width // page_size), 1), generator=rng, dtype=torch.int32
+    )
+    slots = pages * page_size + torch.arange(page_size, dtype=torch.int32)
+    return slots.view(rows, -1)[:, :width]
+
+
+def _random_lengths(
+    rng: torch.Generator, count: int, draft_tokens: int, max_len: int
+) -> torch.Tensor:
+    """int64 [count] in 1..max_len, see random_step."""
+    short = torch.randint(1, min(draft_tokens, max_len) + 1, (count,), generator=rng)
+    long = max_len + 1 - short
+    anywhere = torch.randint(1, max_len + 1, (count,), generator=rng)
+    kind = torch.randint(0, 3, (count,), generator=rng)
+    return torch.where(kind == 0, short, torch.where(kind == 1, long, anywhere))
+
+
+class BackendRig:
+    """SGLang's own draft-extend backend around a minimal model runner.
+
+    backend is made by SGLang's DraftBackendFactory, so hooks on the factory and on the backend
+    class fire. inputs may be another rig's, to compare two backends on one batch. Making a rig
+    publishes its settings as this process's SGLang configuration, in place of what was there.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        max_bs: int = 8,
+        draft_tokens: int = 4,
+        context_len: int = 4096,
+        pool_size: int = 32,
+        page_size: int = 64,
+        index_topk: int = 2048,
+        decode_impl: str = "flashmla_sparse",
+        inputs: Inputs | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.draft_tokens = draft_tokens
+        self.index_topk = index_topk
+        self.page_size = page_size
+        _check_device(self.device)
+        _fused_fill()  # older releases have other backends: better told here than by a missing name
+        if self.device.type == "cpu":
+            _check_interpreter()
+            if decode_impl in NEEDS_CUDA:
+                raise ValueError(
+                    f"decode_impl: {', '.join(NEEDS_CUDA)} call CUDA libraries, got {decode_impl} "
+                    "for the CPU; use flashmla_sparse there"
+                )
+        if inputs is not None and inputs.page_size != page_size:
+            raise ValueError(
+                f"inputs: page_size must be the rig's, {page_size}, got {inputs.page_size}"
+            )
+        if inputs is None:
+            width = table_width(context_len, draft_tokens, page_size)
+            inputs = make_inputs(self.device, max_bs, pool_size, width, page_size)
+        self.inputs = inputs
+        self.max_bs = inputs.max_bs
+        server_args = _publish_server_args(draft_tokens, page_size, decode_impl)
+        runner = _model_runner(
+            self.device, server_args, inputs, context_len, page_size, index_topk, decode_impl
+        )
+        with self.stand_ins():
+            self.backend = _make_backend(server_args, runner, draft_tokens)
+
+    def stand_ins(self) -> contextlib.AbstractContextManager[None]:
+        """To be entered around calls of SGLang's code; changes nothing on CUDA but the topology."""
+        return _stand_ins(self.device)
+
+    def init_state(self) -> None:
+        """Allocate the graph buffers, as the runner does once before it captures."""
+        with self.stand_ins():
+            self.backend.init_cuda_graph_state(self.max_bs, self.max_bs * self.draft_tokens)
+
+    def capture_setup(self, bs: int) -> None:
+        """Make the metadata of batch size bs, as the runner does before it captures that size."""
+        with self.stand_ins():
+            self.backend.init_forward_metadata_out_graph(self.capture_batch(bs), in_capture=True)
+
+    def capture_batch(self, bs: int) -> Any:
+        """The ForwardBatch of a capture: the first bs entries of the static buffers."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+        self._check_bs(bs)
+        seq_lens = self.inputs.seq_lens[:bs]
+        return ForwardBatch(
+            forward_mode=_draft_extend_mode(),
+            batch_size=bs,
+            input_ids=self._tokens(bs),
+            req_pool_indices=self.inputs.req_pool_indices[:bs],
+            seq_lens=seq_lens,
+            out_cache_loc=self._tokens(bs),
+            seq_lens_sum=int(seq_lens.sum()),
+            seq_lens_cpu=torch.full((bs,), PADDED_SEQ_LEN, dtype=torch.int64),
+            extend_seq_lens=self._per_request(bs),
+            extend_seq_lens_cpu=[self.draft_tokens] * bs,
+            positions=self._tokens(bs),
+            spec_info=self._spec_info(bs),
+        )
+
+    def replay_view(self, bs: int) -> SimpleNamespace:
+        """What execute() hands to the backend: the whole static buffers, no host lengths."""
+        self._check_bs(bs)
+        return SimpleNamespace(
+            batch_size=bs,
+            forward_mode=_draft_extend_mode(),
+            input_ids=self._tokens(bs),
+            req_pool_indices=self.inputs.req_pool_indices,
+            seq_lens=self.inputs.seq_lens,
+            seq_lens_sum=None,
+            seq_lens_cpu=None,
+            encoder_lens=None,
+            out_cache_loc=self._tokens(bs),
+            out_cache_loc_dsv4=None,
+            spec_info=self._spec_info(bs),
+        )
+
+    def replay(self, bs: int) -> None:
+        """Call the backend, hooks and all, as execute() does before a replay."""
+        with self.stand_ins():
+            self.backend.init_forward_metadata_out_graph(self.replay_view(bs))
+
+    def sglang_fill(self, bs: int) -> None:
+        """SGLang's own fill into decode_cuda_graph_metadata[bs], past any hooks on the class."""
+        if bs not in self.backend.decode_cuda_graph_metadata:
+            raise ValueError(f"bs: call capture_setup({bs}) first, nothing is captured for {bs}")
+        original = inspect.unwrap(type(self.backend).init_forward_metadata_out_graph)
+        with self.stand_ins():
+            original(self.backend, self.replay_view(bs))
+
+    def _check_bs(self, bs: int) -> None:
+        if not 1 <= bs <= self.max_bs:
+            raise ValueError(f"bs: must lie in 1..{self.max_bs}, the rig's max_bs, got {bs}")
+
+    def _tokens(self, bs: int) -> torch.Tensor:
+        """int64 zeros, one per token of the batch: per-token fields that a fill does not read."""
+        return torch.zeros(bs * self.draft_tokens, dtype=torch.int64, device=self.device)
+
+    def _per_request(self, bs: int) -> torch.Tensor:
+        return torch.full((bs,), self.draft_tokens, dtype=torch.int32, device=self.device)
+
+    def _spec_info(self, bs: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            num_accept_tokens=self._per_request(bs),
+            num_correct_drafts=self._per_request(bs),
+            num_tokens_per_req=self.draft_tokens,
+        )
+
+
+def sglang_fused_fill(
+    metadata: Any, inputs: Inputs, bs: int, draft_tokens: int, index_topk: int, page_size: int
+) -> None:
+    """SGLang's one-kernel fill, which it uses on CUDA, into the tensors of a DSAMetadata.
+
+    On CPU tensors Triton's interpreter runs it.
+    """
+    fill = _fused_fill()
+    device = inputs.seq_lens.device
+    launch = fill
+    if device.type == "cpu":
+        _check_interpreter()
+        launch = _on_cpu(fill)
+    rows = bs * draft_tokens
+    wide = metadata.page_table_1
+    # Renamed in 0.5.22.
+    page = "real_page_size" if "real_page_size" in _parameters(fill) else "physical_page_size"
+    launch(
+        seq_lens=inputs.seq_lens[:bs],
+        extend_seq_lens=torch.full((bs,), draft_tokens, dtype=torch.int32, device=device),
+        req_pool_indices=inputs.req_pool_indices[:bs],
+        req_to_token=inputs.req_to_token,
+        cache_seqlens=metadata.cache_seqlens_int32,
+        cu_seqlens_k=metadata.cu_seqlens_k,
+        page_table_1=wide,
+        seqlens_expanded=metadata.dsa_seqlens_expanded,
+        dsa_cache_seqlens=metadata.dsa_cache_seqlens_int32,
+        dsa_cu_seqlens_k=metadata.dsa_cu_seqlens_k,
+        real_page_table=metadata.real_page_table,
+        bs=bs,
+        total_len=rows,
+        max_seqlen_k=(inputs.req_to_token if wide is None else wide).shape[1],
+        dsa_index_topk=index_topk,
+        max_extend_len=draft_tokens,
+        max_total_len=rows,
+        static_extend_len=True,
+        **{page: page_size},
+    )
+
+
+def _fused_fill() -> Callable[..., None]:
+    for name in FUSED_FILL_MODULES:
+        try:
+            fill: Callable[..., None] = importlib.import_module(
+                name
+            ).fused_dsa_draft_extend_metadata
+        except ModuleNotFoundError as error:
+            if not name.startswith(error.name or "?"):
+                raise
+        else:
+            return fill
+    from sglang.version import __version__ as version
+
+    raise RuntimeError(
+        f"sglang {version}: has no fused_dsa_draft_extend_metadata in any of "
+        f"{', '.join(FUSED_FILL_MODULES)}; releases from 0.5.15 on have it"
+    )
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def _draft_extend_mode() -> Any:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    return ForwardMode.DRAFT_EXTEND_V2
+
+
+def _check_device(device: torch.device) -> None:
+    """SGLang chooses its path by what the process sees, not by the tensors: the two must agree."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: must be cpu or cuda, got {device}")
+    if (device.type == "cuda") != torch.cuda.is_available():
+        raise ValueError(
+            f"device: got {device}, but torch.cuda.is_available() is {torch.cuda.is_available()}; "
+            "SGLang fills where the process sees a GPU: use cuda there, else hide the GPU with an "
+            "empty CUDA_VISIBLE_DEVICES and use cpu"
+        )
+
+
+def _check_interpreter() -> None:
+    """Triton decides while it is imported whether kernels, its own functions too, are compiled."""
+    from triton.language import cumsum
+    from triton.runtime.jit import JITFunction
+
+    given = os.environ.get("TRITON_INTERPRET")
+    if given != "1" or isinstance(cumsum, JITFunction):
+        raise RuntimeError(
+            "TRITON_INTERPRET: must be 1 before the process first imports Triton, to run SGLang's "
+            f"kernels on the CPU; got {given!r}{', set too late' if given == '1' else ''}"
+        )
+
+
+@contextlib.contextmanager
+def _stand_ins(device: torch.device) -> Iterator[None]:
+    """What a launched process or a GPU would supply to SGLang's backend.
+
+    Everywhere: attention TP of size 1, which is otherwise read from torch.distributed. On the CPU
+    also: the compute capability 9.0, which the constructor asks for; no top-k plan, which a CUDA
+    kernel makes; the launcher of the one Triton kernel, which asserts CUDA tensors.
+    """
+    from sglang.srt.environ import envs
+    from sglang.srt.layers.attention import dsa_backend
+    from sglang.srt.runtime_context import get_parallel
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(get_parallel().override(attn_tp_size=1))
+        if device.type == "cpu":
+            stack.enter_context(envs.SGLANG_OPT_USE_TOPK_V2.override(False))
+            stack.enter_context(
+                mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0))
+            )
+            launcher = _on_cpu(dsa_backend.seqlens_expand_triton)
+            stack.enter_context(mock.patch.object(dsa_backend, "seqlens_expand_triton", launcher))
+        yield
+
+
+def _on_cpu(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher of an interpreted kernel, to which alone CPU tensors look like CUDA tensors."""
+
+    @functools.wraps(launcher)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)):
+            return launcher(*args, **kwargs)
+
+    return call
+
+
+def _publish_server_args(draft_tokens: int, page_size: int, decode_impl: str) -> Any:
+    """A ServerArgs with what the backend reads, made this process's configuration."""
+    from sglang.srt import server_args as module
+    from sglang.srt.runtime_context import get_context
+
+    fields = {
+        "page_size": page_size,
+        "speculative_algorithm": "EAGLE",
+        "speculative_num_steps": draft_tokens - 1,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": draft_tokens,
+        "dsa_prefill_backend": decode_impl,
+        "dsa_decode_backend": decode_impl,
+    }
+    context = get_context()
+    if hasattr(context, "override_server_args"):
+        return context.override_server_args(**fields).install()
+    server_args = module.ServerArgs(model_path="dummy")
+    for name, value in fields.items():
+        setattr(server_args, name, value)
+    module.set_global_server_args_for_scheduler(server_args)
+    return server_args
+
+
+def _model_runner(
+    device: torch.device,
+    server_args: Any,
+    inputs: Inputs,
+    context_len: int,
+    page_size: int,
+    index_topk: int,
+    decode_impl: str,
+) -> SimpleNamespace:
+    """A draft runner of DeepSeek-V3.2's geometry: the attributes that the constructor reads."""
+    fp8 = decode_impl == "flashmla_kv"
+    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    hf_config = SimpleNamespace(
+        architectures=["DeepseekV32ForCausalLM"],
+        index_topk=index_topk,
+        index_n_heads=64,
+        index_head_dim=128,
+    )
+    return SimpleNamespace(
+        device=str(device),
+        is_draft_worker=True,
+        server_args=server_args,
+        page_size=page_size,
+        kv_cache_dtype=dtype,
+        max_running_requests=inputs.max_bs,
+        draft_attention_backend=None,
+        hisparse_coordinator=None,
+        model_config=SimpleNamespace(
+            hf_config=hf_config,
+            context_len=context_len,
+            num_attention_heads=64,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            kv_lora_rank=512,
+        ),
+        token_to_kv_pool=SimpleNamespace(
+            dtype=dtype, dsa_kv_cache_store_fp8=fp8, kv_cache_dim=656 if fp8 else 576
+        ),
+        req_to_token_pool=SimpleNamespace(
+            size=inputs.req_to_token.shape[0] - 1, req_to_token=inputs.req_to_token
+        ),
+    )
+
+
+def _make_backend(server_args: Any, runner: SimpleNamespace, draft_tokens: int) -> Any:
+    """The backend, by the method with which SGLang makes the one of its draft-extend graphs."""
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    arguments = {"draft_model_runner": runner, "topk": 1, "speculative_num_steps": draft_tokens - 1}
+    if "server_args" in _parameters(DraftBackendFactory):
+        arguments["server_args"] = server_args
+    made = DraftBackendFactory(**arguments)._create_dsa_prefill_backend()
+    return made[1] if isinstance(made, tuple) else made

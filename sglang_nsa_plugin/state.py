@@ -1,0 +1,48 @@
+"""What this process is doing. Every report, log line and test reads it from here."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+
+@dataclass
+class State:
+    """Decisions of start-up and counters of service.
+
+    Attributes:
+        adapter: how the fill is hooked into SGLang; None while SGLang fills itself.
+        backend: the implementation; None until the draft-extend backend exists.
+        reason: why this adapter and implementation, or why none.
+        captures: batch sizes whose fill was recorded in a CUDA graph.
+        replays: draft-extend replays whose fill was in the graph.
+        fallbacks: replays that SGLang filled although the graph had a fill of ours, by reason.
+    """
+
+    adapter: str | None = None
+    backend: str | None = None
+    reason: str = "not asked yet"
+    captures: set[int] = field(default_factory=set)
+    replays: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+
+STATE = State()
+
+
+def record() -> dict[str, Any]:
+    """The state as plain values, as ``/server_info`` shows it."""
+    return {
+        "version": version("sglang-nsa-plugin"),
+        "adapter": STATE.adapter,
+        "backend": STATE.backend,
+        "reason": STATE.reason,
+        "in_graph": bool(STATE.captures),
+        "captures": sorted(STATE.captures),
+        "replays": STATE.replays,
+        "fallbacks": dict(STATE.fallbacks),
+        "pid": os.getpid(),
+    }

@@ -1,0 +1,87 @@
+"""Which implementations are tested here, and what a test that needs a GPU asks for.
+
+Values, shapes and errors are tested on every machine. Triton runs through its interpreter where
+there is no GPU, and compiled where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+HAS_GPU = torch.cuda.is_available()
+
+# The installed package is tested. `python -m pytest` puts the folder it is called in first, and the
+# source tree has no compiled library.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import hypothesis  # noqa: E402
+from cases import CPU, Backend  # noqa: E402
+
+hypothesis.settings.register_profile("ci", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("explore", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+GPU = torch.device("cuda", 0)
+BACKENDS = [
+    Backend(CPU, "cpu"),
+    Backend(CPU, "torch"),
+    *([] if HAS_GPU else [Backend(CPU, "triton")]),
+    *(Backend(GPU, name) for name in ("cuda", "triton", "torch")),
+]
+
+
+def _param(backend: Backend) -> object:
+    marks = [pytest.mark.gpu] if backend.device.type == "cuda" else []
+    return pytest.param(backend, id=str(backend), marks=marks)
+
+
+@pytest.fixture(scope="session", params=[_param(backend) for backend in BACKENDS])
+def fill_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every implementation of the fill, on each device it runs on."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param.interpreted:
+            # the interpreter takes a few ms for each program, also for those without work
+            patch.setattr("sglang_nsa_plugin.kernels.triton.TABLE_PROGRAMS", 3)
+        yield request.param
+
+
+@pytest.fixture
+def tile(fill_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many requests an implementation takes at a time; few, for speed, when interpreted."""
+    if not fill_backend.interpreted:
+        return 128  # Triton's, and half of what a block of the CUDA kernel takes
+    monkeypatch.setattr("sglang_nsa_plugin.kernels.triton.TILE", 4)
+    monkeypatch.setattr("sglang_nsa_plugin.kernels.triton.COLUMNS", 16)
+    return 4
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning:triton"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        missing = _missing_gpu()
+        if missing is not None:
+            pytest.skip(missing)
+
+
+def _missing_gpu() -> str | None:
+    if not torch.backends.cuda.is_built():
+        return f"needs an NVIDIA GPU: torch {torch.__version__} is built without CUDA"
+    if not HAS_GPU:
+        return "needs an NVIDIA GPU: torch.cuda.is_available() is False"
+    if torch.cuda.get_device_capability() < (9, 0):
+        return f"needs sm_90 or newer: the GPU is a {torch.cuda.get_device_name()}"
+    return None

@@ -1,0 +1,176 @@
+"""The in-graph adapter on SGLang's real backend object, in real CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.gpu
+
+BATCH_SIZES = (1, 2, 4, 8, 16)
+DRAFT_TOKENS = 4
+
+
+def make_twin(decode_impl: str, backend: str = "auto", **rig: object):
+    pytest.importorskip("sglang", reason="needs SGLang with its GPU packages")
+    from sglang_nsa_plugin.cli.replay import Twin
+
+    device = torch.device("cuda", 0)
+    return Twin(
+        device, BATCH_SIZES, backend, draft_tokens=DRAFT_TOKENS, decode_impl=decode_impl, **rig
+    )
+
+
+def random_batch(twin, generator, longest=None):
+    from sglang_nsa_plugin.cli.rig import random_step
+
+    raw_bs = int(torch.randint(1, BATCH_SIZES[-1] + 1, (), generator=generator))
+    bs = twin.bucket(raw_bs)
+    longest = longest or twin.inputs.req_to_token.shape[1]
+    random_step(twin.inputs, generator, raw_bs, bs, DRAFT_TOKENS, longest)
+    return bs
+
+
+@pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
+def test_every_value_equals_sglangs_fill(decode_impl):
+    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.state import STATE
+
+    twin = make_twin(decode_impl)
+    result, replays = Comparison(), STATE.replays
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        twin.step(random_batch(twin, generator), result)
+    assert result.first is None, result.first
+    assert STATE.backend == "cuda"
+    assert STATE.replays - replays == 200
+    assert not STATE.fallbacks
+    assert result.compared["paged_mqa_schedule_metadata"] > 0
+    assert result.compared["topk_v2_plan"] > 0
+    assert (result.compared["flashmla num_splits"] > 0) == (decode_impl == "flashmla_kv")
+
+
+def test_long_contexts_reach_the_top_k_plan():
+    """Lengths over 65,536 put items into the plan, which short ones leave empty."""
+    from sglang_nsa_plugin.cli.replay import Comparison
+
+    twin = make_twin("flashmla_sparse", context_len=163_840, pool_size=17)
+    result = Comparison()
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(10):
+        twin.step(random_batch(twin, generator), result)
+    assert result.first is None, result.first
+    assert result.compared["topk_v2_plan"] > 10 * 2
+
+
+def test_metadata_addresses_never_change():
+    twin = make_twin("flashmla_sparse")
+    generator = torch.Generator().manual_seed(3)
+    metadata = twin.ours.backend.decode_cuda_graph_metadata[4]
+    names = [name for name, value in vars(metadata).items() if isinstance(value, torch.Tensor)]
+    before = {name: getattr(metadata, name).data_ptr() for name in names}
+    for _ in range(5):
+        random_batch(twin, generator)
+        twin.replay(4)
+        assert twin.ours.backend.forward_metadata is metadata
+    assert {name: getattr(metadata, name).data_ptr() for name in names} == before
+
+
+def test_replaced_inputs_go_through_sglang_and_are_not_overwritten():
+    """The graph still holds a fill of the captured tensors: it must not run over SGLang's values."""
+    from sglang_nsa_plugin.adapters.in_graph import INPUTS_REPLACED
+    from sglang_nsa_plugin.cli.replay import Comparison, compare
+    from sglang_nsa_plugin.state import STATE
+
+    twin = make_twin("flashmla_sparse")
+    generator = torch.Generator().manual_seed(4)
+    bs = random_batch(twin, generator)
+    captured = twin.inputs.seq_lens.clone()
+    replaced = twin.ours.replay_view(bs)
+    replaced.seq_lens = captured.clone()
+    twin.inputs.seq_lens.fill_(777)  # what the captured fill would read
+    fallbacks = STATE.fallbacks[INPUTS_REPLACED]
+    with twin.stand_ins():
+        twin.ours.backend.init_forward_metadata_out_graph(replaced)
+    twin._replays[bs]()
+    assert STATE.fallbacks[INPUTS_REPLACED] == fallbacks + 1
+    twin.inputs.seq_lens.copy_(captured)
+    twin.theirs.sglang_fill(bs)
+    result = Comparison()
+    compare(
+        twin.ours.backend.decode_cuda_graph_metadata[bs],
+        twin.theirs.backend.decode_cuda_graph_metadata[bs],
+        result,
+    )
+    assert result.first is None, result.first
+
+    twin.step(bs, result)  # and the next replay with the captured tensors is ours again
+    assert result.first is None, result.first
+    assert STATE.fallbacks[INPUTS_REPLACED] == fallbacks + 1
+
+
+def test_replay_launches_nothing_and_synchronises_nothing():
+    twin = make_twin("flashmla_sparse")
+    generator = torch.Generator().manual_seed(5)
+    bs = random_batch(twin, generator)
+    call = twin.before_replay(bs)
+    with twin.stand_ins():
+        call()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        ) as profile:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                call()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    launches = [
+        event.name for event in profile.events() if "Launch" in event.name or "Memcpy" in event.name
+    ]
+    assert launches == []
+
+
+@pytest.mark.parametrize("event", ["in_graph", "before_replay"])
+def test_fence_covers_the_read(event):
+    """The scheduler overwrites req_to_token behind the published event while the graph runs.
+
+    The graph waits, fills, records the event and goes on for long. Behind the event recorded in the
+    graph the tables hold the old slots, and the overwrite ends before the graph does: the overlap is
+    kept. Behind SGLang's event, recorded before the replay, they do not: the test would notice.
+    """
+    twin = make_twin("flashmla_sparse")
+    batch, bs = twin.ours.capture_batch(8), 8
+    backend = twin.ours.backend
+    random_batch(twin, torch.Generator().manual_seed(6))
+    twin.inputs.seq_lens.fill_(4_000)
+    twin.inputs.req_pool_indices.copy_(torch.arange(1, twin.inputs.max_bs + 1))
+    expected = twin.inputs.req_to_token[1 : bs + 1, :4_000].repeat_interleave(DRAFT_TOKENS, 0)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.cuda._sleep(100_000_000)
+        backend.init_forward_metadata_in_graph(batch)
+        torch.cuda._sleep(1_000_000_000)
+    read_done = twin._captured(bs).read_done
+    forward, scheduler = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(forward):
+        if event == "before_replay":
+            read_done = torch.cuda.Event()
+            read_done.record()
+        graph.replay()
+        forward_done = torch.cuda.Event()
+        forward_done.record()
+    with torch.cuda.stream(scheduler):
+        scheduler.wait_event(read_done)
+        twin.inputs.req_to_token.fill_(-5)
+        overwritten = torch.cuda.Event()
+        overwritten.record()
+    overwritten.synchronize()
+    overlapped = not forward_done.query()
+    torch.cuda.synchronize()
+
+    table = backend.decode_cuda_graph_metadata[bs].page_table_1[:, :4_000]
+    assert overlapped
+    assert torch.equal(table, expected) == (event == "in_graph")

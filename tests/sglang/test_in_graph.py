@@ -1,0 +1,269 @@
+"""The in-graph adapter on SGLang's real backend object, on CPU tensors.
+
+There are no CUDA graphs here: what a graph would hold is run again at each replay. SGLang's own code
+fills a second backend over the same inputs, and every live value is compared.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU, tests/gpu/test_in_graph.py covers the adapter"
+)
+
+CPU = torch.device("cpu")
+BATCH_SIZES = (1, 2, 4, 8)
+DRAFT_TOKENS = 4
+
+
+@pytest.fixture
+def twin():
+    return make_twin()
+
+
+def make_twin(backend: str = "auto", **rig: object):
+    from sglang_nsa_plugin.cli.replay import Twin
+
+    settings = {"draft_tokens": DRAFT_TOKENS, "context_len": 512, "pool_size": 12, **rig}
+    return Twin(CPU, BATCH_SIZES, backend, **settings)
+
+
+@pytest.fixture
+def state():
+    """The state of this process, emptied: earlier tests counted into it."""
+    from sglang_nsa_plugin.state import STATE
+
+    STATE.__init__()
+    return STATE
+
+
+def random_batch(twin, generator, raw_bs=None):
+    from sglang_nsa_plugin.cli.rig import random_step
+
+    raw_bs = raw_bs or int(torch.randint(1, BATCH_SIZES[-1] + 1, (), generator=generator))
+    bs = twin.bucket(raw_bs)
+    longest = twin.inputs.req_to_token.shape[1]
+    random_step(twin.inputs, generator, raw_bs, bs, twin.ours.draft_tokens, longest)
+    return bs
+
+
+def step_and_expect_equal(twin, bs):
+    from sglang_nsa_plugin.cli.replay import Comparison
+
+    result = Comparison()
+    twin.step(bs, result)
+    assert result.first is None, result.first
+    return result
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    "rig",
+    [
+        {},
+        {"page_size": 1},
+        {"draft_tokens": 1},
+        {"draft_tokens": 6, "index_topk": 100},
+        {"page_size": 16, "context_len": 1_001},
+    ],
+    ids=str,
+)
+def test_every_value_equals_sglangs_fill(backend, rig, state):
+    twin = make_twin(backend, **rig)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(30):
+        step_and_expect_equal(twin, random_batch(twin, generator))
+    assert state.adapter == "in-graph"
+    assert state.backend == {"auto": "cpu", "torch": "torch"}[backend]
+    assert state.captures == set(BATCH_SIZES)
+    assert state.replays == 30
+    assert not state.fallbacks
+
+
+def test_equals_sglangs_cuda_kernel_in_tritons_interpreter(twin):
+    """F1: on CUDA SGLang fills with one Triton kernel, which also clamps rows of padded requests."""
+    from sglang_nsa_plugin.cli.replay import Comparison, compare
+    from sglang_nsa_plugin.cli.rig import sglang_fused_fill
+
+    generator = torch.Generator().manual_seed(2)
+    result = Comparison()
+    for raw_bs in (1, 2, 3, 5):
+        bs = random_batch(twin, generator, raw_bs)
+        twin.replay(bs)
+        theirs = twin.theirs.backend.decode_cuda_graph_metadata[bs]
+        sglang_fused_fill(theirs, twin.inputs, bs, DRAFT_TOKENS, 2048, 64)
+        compare(twin.ours.backend.decode_cuda_graph_metadata[bs], theirs, result)
+    assert result.first is None, result.first
+
+
+def test_padded_rows_get_length_zero(twin):
+    """F1, F3, F18: three requests in the bucket of four; the fourth has one token and four rows."""
+    bs = random_batch(twin, torch.Generator().manual_seed(3), raw_bs=3)
+    assert bs == 4
+    step_and_expect_equal(twin, bs)
+    metadata = twin.ours.backend.decode_cuda_graph_metadata[bs]
+    assert metadata.dsa_seqlens_expanded[-DRAFT_TOKENS:].tolist() == [0, 0, 0, 1]
+    assert metadata.cache_seqlens_int32[-1] == 1
+
+
+def test_draft_extend_lengths_include_the_draft_tokens(twin):
+    """F4: unlike target-verify, draft-extend is handed lengths that count the new tokens already."""
+    twin.inputs.seq_lens[:1].fill_(100)
+    twin.replay(1)
+    metadata = twin.ours.backend.decode_cuda_graph_metadata[1]
+    assert metadata.cache_seqlens_int32.tolist() == [100]
+    assert metadata.dsa_seqlens_expanded.tolist() == [97, 98, 99, 100]
+
+
+def test_accepted_tokens_do_not_change_the_metadata(twin):
+    """F13: the width is static; how many drafts were accepted is used behind the forward."""
+    bs = random_batch(twin, torch.Generator().manual_seed(4), raw_bs=4)
+    metadata = twin.ours.backend.decode_cuda_graph_metadata[bs]
+    filled = []
+    for accepted in (1, 4):
+        view = twin.ours.replay_view(bs)
+        view.spec_info.num_accept_tokens.fill_(accepted)
+        with twin.stand_ins():
+            twin.ours.backend.init_forward_metadata_out_graph(view)
+        twin._replays[bs]()
+        filled.append(metadata.dsa_seqlens_expanded.clone())
+    assert torch.equal(*filled)
+
+
+def test_metadata_object_and_addresses_never_change(twin):
+    """F17: the captured forward reads by address."""
+    generator = torch.Generator().manual_seed(5)
+    metadata = twin.ours.backend.decode_cuda_graph_metadata[2]
+    tensors = {n: t for n, t in vars(metadata).items() if isinstance(t, torch.Tensor)}
+    for _ in range(4):
+        random_batch(twin, generator, raw_bs=2)
+        twin.replay(2)
+        assert twin.ours.backend.forward_metadata is metadata
+        assert all(getattr(metadata, name) is tensor for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("name", ["seq_lens", "req_pool_indices"])
+def test_replaced_inputs_go_through_sglang(twin, state, caplog, name):
+    """F19: a graph that would read the captured tensors must not write over SGLang's values."""
+    from sglang_nsa_plugin.adapters.in_graph import INPUTS_REPLACED
+
+    generator = torch.Generator().manual_seed(6)
+    bs = random_batch(twin, generator)
+    for count in (1, 2):
+        view = twin.ours.replay_view(bs)
+        captured = getattr(twin.inputs, name)
+        setattr(view, name, captured.clone())
+        kept = captured.clone()
+        captured.fill_(1)  # what the captured fill would read
+        with twin.stand_ins():
+            twin.ours.backend.init_forward_metadata_out_graph(view)
+        twin._replays[bs]()
+        captured.copy_(kept)
+        expect_equal_after_sglang_fill(twin, bs)
+        assert state.fallbacks == {INPUTS_REPLACED: count}
+    said = [r for r in caplog.records if INPUTS_REPLACED in r.getMessage()]
+    assert len(said) == 1
+    assert said[0].levelname == "WARNING"
+
+    step_and_expect_equal(twin, bs)
+    assert state.replays == 1
+
+
+def expect_equal_after_sglang_fill(twin, bs):
+    from sglang_nsa_plugin.cli.replay import Comparison, compare
+
+    result = Comparison()
+    twin.theirs.sglang_fill(bs)
+    ours, theirs = (rig.backend.decode_cuda_graph_metadata[bs] for rig in (twin.ours, twin.theirs))
+    compare(ours, theirs, result)
+    assert result.first is None, result.first
+
+
+def test_a_view_of_the_captured_memory_is_accepted(twin, state):
+    """F19: the runner captures slices and replays the whole buffers."""
+    bs = random_batch(twin, torch.Generator().manual_seed(7), raw_bs=2)
+    view = twin.ours.replay_view(bs)
+    view.seq_lens, view.req_pool_indices = view.seq_lens[:bs], view.req_pool_indices[:]
+    with twin.stand_ins():
+        twin.ours.backend.init_forward_metadata_out_graph(view)
+    assert state.replays == 1
+    assert not state.fallbacks
+
+
+def test_recapture_forgets_the_old_tensors(twin):
+    """F19: after a new init_cuda_graph_state fills go to the new tensors and read the new inputs."""
+    old = twin.ours.backend.decode_cuda_graph_metadata[2]
+    twin.ours.init_state()
+    twin.ours.capture_setup(2)
+    batch = twin.ours.capture_batch(2)
+    twin.ours.backend.init_forward_metadata_in_graph(batch)
+    new = twin.ours.backend.decode_cuda_graph_metadata[2]
+    assert new is not old
+    old.cache_seqlens_int32.fill_(-1)
+    step_and_expect_equal(twin, random_batch(twin, torch.Generator().manual_seed(8), raw_bs=2))
+    assert old.cache_seqlens_int32.tolist() == [-1, -1]
+
+
+def test_other_modes_stay_with_sglang(twin):
+    """Target-verify and decode on the same object must reach SGLang's code."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from sglang_nsa_plugin.adapters import in_graph
+
+    seen = []
+    for mode in (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.IDLE):
+        batch = SimpleNamespace(forward_mode=mode, batch_size=2)
+        original = lambda backend, batch, **kwargs: seen.append(batch.forward_mode)  # noqa: E731
+        in_graph._in_graph(original, twin.ours.backend, batch)
+        in_graph._out_graph(original, twin.ours.backend, batch)
+    assert len(seen) == 6
+
+
+def test_backends_not_made_by_the_draft_extend_factory_are_left_alone(twin):
+    from sglang_nsa_plugin.adapters import in_graph
+
+    assert getattr(twin.ours.backend, in_graph.ATTRIBUTE) is not None
+    assert in_graph.ATTRIBUTE not in vars(twin.theirs.backend)
+
+
+@pytest.mark.parametrize(
+    ("backend", "server_args", "said"),
+    [
+        ({"dsa_index_kpool": 4}, {}, "index k-pooling (4) is not covered"),
+        ({}, {"enable_multi_layer_eagle": True}, "the multi-layer EAGLE runner is not covered"),
+        (
+            {},
+            {"cuda_graph_config": SimpleNamespace(decode=SimpleNamespace(backend="breakable"))},
+            "breakable CUDA graphs are not covered, only full ones",
+        ),
+        ({"dsa_index_kpool": 1}, {"enable_multi_layer_eagle": False}, None),
+    ],
+)
+def test_configurations_that_stay_with_sglang(backend, server_args, said):
+    """F10 and others: declined with the reason."""
+    from sglang_nsa_plugin.adapters import in_graph
+
+    assert in_graph.uncovered(SimpleNamespace(**backend), SimpleNamespace(**server_args)) == said
+
+
+def test_hip_stays_with_sglang(monkeypatch):
+    from sglang_nsa_plugin.adapters import in_graph
+
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert in_graph.uncovered(SimpleNamespace(), SimpleNamespace()) == "HIP is not covered"
+
+
+def test_server_info_carries_the_record(state):
+    from sglang.srt.managers.io_struct import GetInternalStateReqOutput
+
+    from sglang_nsa_plugin import plugin
+
+    output = plugin._add_record(GetInternalStateReqOutput(internal_state={"a": 1}), None)
+    record = output.internal_state["nsa_metadata"]
+    assert output.internal_state["a"] == 1
+    assert record["replays"] == 0
+    assert record["fallbacks"] == {}

@@ -1,0 +1,212 @@
+"""The plugin in SGLang's own framework: discovery, flag, environment, off, what registering costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+from isolated import run, run_fresh
+
+LOAD = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.plugins.hook_registry import HookRegistry
+"""
+PARSE = (
+    LOAD
+    + """
+import argparse, pickle
+from sglang.srt.server_args import ServerArgs
+from sglang_nsa_plugin import options
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+args = ServerArgs.from_cli_args(parser.parse_args(["--model-path", "dummy", *sys.argv[1:]]))
+args = pickle.loads(pickle.dumps(args))
+print(options.backend_of(args))
+"""
+)
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_registering_loads_no_gpu_module_and_no_cuda_context():
+    """Beside SGLang's argument module, which every process that loads plugins needs anyway."""
+    program = (
+        "import sglang.srt.server_args\n"
+        + LOAD
+        + """
+import torch
+loaded = [m for m in sys.modules if m.startswith("sglang.") and (
+    "attention" in m or "model_runner" in m or "scheduler" in m or "speculative" in m)]
+print(json.dumps({"hooked": sorted(HookRegistry._patched), "loaded": loaded,
+                  "kernels": "sglang_nsa_plugin.kernels" in sys.modules,
+                  "cuda": torch.cuda.is_initialized()}))
+"""
+    )
+    without = json.loads(last_line(run_fresh(program, SGLANG_PLUGINS="another")))
+    found = json.loads(last_line(run_fresh(program)))
+    assert without["hooked"] == []
+    assert found["hooked"] == [
+        "sglang.srt.server_args.ServerArgs.add_cli_args",
+        "sglang.srt.server_args.ServerArgs.from_cli_args",
+    ]
+    assert found["loaded"] == without["loaded"]
+    assert not found["kernels"]
+    assert not found["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("plugins", "found"),
+    [("nsa", True), ("other, nsa", True), ("nas", False), ("other", False), ("", True), (" ", False)],
+)
+def test_sglang_plugins_selects_by_name(plugins, found):
+    """A list of blanks is a list without names to SGLang; an empty variable is no list."""
+    program = LOAD + "print(bool(HookRegistry._patched))"
+    assert last_line(run(program, SGLANG_PLUGINS=plugins)) == str(found)
+
+
+def test_scheduler_is_hooked_where_it_is_loaded():
+    program = (
+        "import sglang.srt.managers.scheduler\n"
+        + LOAD
+        + "print(json.dumps(sorted(t.rsplit('.', 1)[1] for t in HookRegistry._patched)))"
+    )
+    assert json.loads(last_line(run(program))) == [
+        "__init__",
+        "add_cli_args",
+        "from_cli_args",
+        "get_internal_state",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        ([], {}, "auto"),
+        (["--nsa-metadata-backend", "triton"], {}, "triton"),
+        (["--dsa-metadata-backend", "off"], {}, "off"),
+        ([], {"SGLANG_NSA_METADATA_BACKEND": "torch"}, "torch"),
+        ([], {"SGLANG_NSA_METADATA_BACKEND": ""}, "auto"),
+        (["--nsa-metadata-backend", "off"], {"SGLANG_NSA_METADATA_BACKEND": "torch"}, "off"),
+        (["--nsa-metadata-backend=auto"], {"SGLANG_NSA_METADATA_BACKEND": "torch"}, "auto"),
+    ],
+)
+def test_flag_wins_over_environment_and_survives_pickling(arguments, environment, expected):
+    assert last_line(run(PARSE, *arguments, **environment)) == expected
+
+
+def test_unknown_flag_value_ends_with_the_choices():
+    done = run(PARSE, "--nsa-metadata-backend", "cudaa")
+    assert done.returncode == 2
+    assert "invalid choice: 'cudaa'" in done.stderr
+    for choice in ("auto", "cuda", "triton", "torch", "off"):
+        assert choice in done.stderr.rsplit("invalid choice", 1)[1]
+
+
+def test_unknown_variable_ends_with_the_choices():
+    done = run(LOAD + "print('started')", SGLANG_NSA_METADATA_BACKEND="gpu")
+    assert done.returncode != 0
+    assert "started" not in done.stdout
+    assert (
+        "SGLANG_NSA_METADATA_BACKEND: must be one of auto, cuda, triton, torch, off, got 'gpu'"
+        in done.stderr
+    )
+
+
+def test_cuda_by_name_ends_start_up_where_the_library_is_missing(tmp_path):
+    program = PARSE.replace(
+        "parser = argparse",
+        "from sglang_nsa_plugin.kernels import library; import pathlib\n"
+        f"library.LIBRARY = pathlib.Path({str(tmp_path / 'gone.so')!r})\nparser = argparse",
+    )
+    done = run(program, "--nsa-metadata-backend", "cuda")
+    assert done.returncode != 0
+    assert "--nsa-metadata-backend cuda cannot run: the compiled library" in done.stderr
+    assert "gone.so is missing; install the wheel" in done.stderr
+    assert last_line(run(program)) == "auto"
+
+
+ACTIVATE = (
+    LOAD
+    + """
+import logging
+from types import SimpleNamespace
+from sglang_nsa_plugin import plugin
+from sglang_nsa_plugin.state import record
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+plugin.activate(SimpleNamespace(**json.loads(sys.argv[1])))
+hooked = [t for t in HookRegistry._patched if "server_args" not in t]
+print(json.dumps({"record": record(), "hooked": len(hooked)}))
+"""
+)
+SPARSE = {"speculative_algorithm": "EAGLE", "attention_backend": "dsa"}
+
+
+@pytest.mark.parametrize(
+    ("server_args", "reason"),
+    [
+        ({**SPARSE, "_nsa_metadata_backend": "off"}, "switched off"),
+        ({"attention_backend": "dsa"}, "no speculative decoding, so there is no draft-extend metadata"),
+        (
+            {"speculative_algorithm": "EAGLE", "attention_backend": "fa3"},
+            "attention backend fa3 is not NSA/DSA sparse attention",
+        ),
+    ],
+)
+def test_sglang_fills_itself_and_one_line_says_why(server_args, reason):
+    done = run(ACTIVATE, json.dumps(server_args))
+    outcome = json.loads(last_line(done))
+    assert outcome["hooked"] == 0
+    assert outcome["record"]["adapter"] is None
+    assert outcome["record"]["reason"] == reason
+    lines = [line for line in done.stdout.splitlines() if line.startswith("sglang-nsa-plugin")]
+    assert len(lines) == 1
+    assert f"not used: {reason}; SGLang fills draft-extend metadata itself" in lines[0]
+
+
+def test_another_plugin_on_the_same_target_is_named():
+    """The registry applies hooks once a target: ours come after and would silently be left out."""
+    first = """
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+target = ("sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend."
+          "init_forward_metadata_out_graph")
+HookRegistry.register(target, lambda original, *a, **k: original(*a, **k), HookType.AROUND)
+"""
+    done = run(first + ACTIVATE, json.dumps(SPARSE))
+    reason = json.loads(last_line(done))["record"]["reason"]
+    assert reason.startswith("another plugin patched ")
+    assert "init_forward_metadata_out_graph before" in reason
+
+    by_name = run(first + ACTIVATE, json.dumps({**SPARSE, "_nsa_metadata_backend": "cuda"}))
+    assert by_name.returncode != 0
+    assert "--nsa-metadata-backend cuda was asked for by name and cannot be used" in by_name.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "del dsa_backend.DeepseekSparseAttnBackend._refresh_topk_v2_plan",
+            "_refresh_topk_v2_plan is missing",
+        ),
+        (
+            "dsa_backend.DeepseekSparseAttnBackend.set_dsa_prefill_impl = lambda self, batch: None",
+            "set_dsa_prefill_impl takes (self, batch), expected (self, forward_batch, ...)",
+        ),
+        (
+            "del dsa_backend.DSAMetadata.__dataclass_fields__['real_page_table']",
+            "DSAMetadata has no field real_page_table",
+        ),
+    ],
+)
+def test_a_release_that_does_not_fit_is_declined_by_what_changed(change, said):
+    program = f"from sglang.srt.layers.attention import dsa_backend\n{change}\n{ACTIVATE}"
+    outcome = json.loads(last_line(run(program, json.dumps(SPARSE))))
+    assert outcome["hooked"] == 0
+    assert outcome["record"]["adapter"] is None
+    assert said in outcome["record"]["reason"]

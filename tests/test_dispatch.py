@@ -1,0 +1,269 @@
+"""Which implementation is chosen, and the words in which the others are refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CPU, expect
+from triton.errors import TritonError
+
+from sglang_nsa_plugin import FillArgs, dispatch
+from sglang_nsa_plugin.kernels import cpu, library
+from sglang_nsa_plugin.kernels import torch as reference
+
+BY_NAME = (
+    "the metadata backend {!r} was asked for by name and cannot run: {}. Use 'auto' to let another "
+    "implementation step in, or 'off' for SGLang's own fill"
+)
+
+
+@pytest.fixture(autouse=True)
+def _decide_anew() -> Iterator[None]:
+    """Choices are kept for the life of a process; here each test makes its own."""
+    cached = (dispatch._choose, dispatch.refusal, library.load)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+def refused_by_name(name: str) -> str:
+    with pytest.raises(dispatch.BackendUnavailableError) as caught:
+        dispatch.choose(name, CPU)
+    return str(caught.value)
+
+
+# Choosing
+
+
+def test_auto_takes_the_first_candidate() -> None:
+    choice = dispatch.choose("auto", CPU)
+    assert choice.name == "cpu"
+    assert choice.bind is cpu.bind
+    assert choice.reason == "first choice, cpu self-test passed"
+    assert choice.refused == {}
+
+
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+def test_by_name(name: str) -> None:
+    choice = dispatch.choose(name, CPU)
+    assert (choice.name, choice.reason, choice.refused) == (name, "asked for by name", {})
+    args = dispatch.small_case(CPU, ragged=True)
+    assert_filled_as_expected(args, choice.bind(args))
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_names_that_need_a_gpu(name: str) -> None:
+    assert refused_by_name(name) == BY_NAME.format(name, "it does not run on cpu tensors")
+
+
+@pytest.mark.parametrize("name", ["off", "CUDA", "", "cuda "])
+def test_unknown_names(name: str) -> None:
+    wanted = f"^backend: must be one of auto, cuda, cpu, triton, torch, got {name!r}$"
+    with pytest.raises(ValueError, match=wanted):
+        dispatch.choose(name, CPU)
+
+
+def test_unknown_devices() -> None:
+    with pytest.raises(ValueError, match="^device: a fill runs on cuda or cpu tensors, got meta$"):
+        dispatch.choose("auto", torch.device("meta"))
+
+
+def test_a_choice_is_made_once() -> None:
+    assert dispatch.choose("auto", CPU) is dispatch.choose("auto", CPU)
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_cuda_kernel_on_a_gpu() -> None:
+    choice = dispatch.choose("auto", torch.device("cuda", 0))
+    assert (choice.name, choice.refused) == ("cuda", {}), choice.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "triton", "torch"])
+def test_by_name_on_a_gpu(name: str) -> None:
+    assert dispatch.choose(name, torch.device("cuda", 0)).name == name
+
+
+@pytest.mark.gpu
+def test_the_cpu_twin_does_not_run_on_a_gpu() -> None:
+    with pytest.raises(dispatch.BackendUnavailableError, match="does not run on cuda tensors"):
+        dispatch.choose("cpu", torch.device("cuda", 0))
+
+
+# Refusing
+
+
+def test_a_candidate_that_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "unavailable", lambda: "the moon is in the wrong phase")
+    choice = dispatch.choose("auto", CPU)
+    assert choice.name == "torch"
+    assert choice.refused == {"cpu": "the moon is in the wrong phase"}
+    assert choice.reason == "after refusing cpu (the moon is in the wrong phase)"
+    assert refused_by_name("cpu") == BY_NAME.format("cpu", "the moon is in the wrong phase")
+
+
+def test_a_candidate_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sglang_nsa_plugin.kernels.cpu", None)
+    choice = dispatch.choose("auto", CPU)
+    assert choice.name == "torch"
+    assert choice.refused["cpu"].startswith("it cannot be imported: import of sglang_nsa_plugin")
+
+
+def raise_in_bind(error: Exception) -> Callable[[FillArgs], Callable[[], None]]:
+    def bind(args: FillArgs) -> Callable[[], None]:
+        raise error
+
+    return bind
+
+
+def raise_in_fill(error: Exception) -> Callable[[FillArgs], Callable[[], None]]:
+    def bind(args: FillArgs) -> Callable[[], None]:
+        def fill() -> None:
+            raise error
+
+        return fill
+
+    return bind
+
+
+@pytest.mark.parametrize("bind", [raise_in_bind, raise_in_fill])
+def test_a_candidate_that_raises(monkeypatch: pytest.MonkeyPatch, bind: Callable) -> None:
+    monkeypatch.setattr(cpu, "bind", bind(RuntimeError("no kernel image")))
+    choice = dispatch.choose("auto", CPU)
+    assert choice.name == "torch"
+    assert choice.refused == {"cpu": "its self-test failed: no kernel image"}
+    assert refused_by_name("cpu") == BY_NAME.format("cpu", "its self-test failed: no kernel image")
+
+
+@pytest.mark.parametrize(
+    "error", [TritonError("out of registers"), subprocess.CalledProcessError(1, "gcc")]
+)
+def test_triton_that_cannot_compile(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Neither error is a RuntimeError."""
+    monkeypatch.setitem(dispatch.CANDIDATES, "cpu", ("triton", "torch"))
+    monkeypatch.setattr("sglang_nsa_plugin.kernels.triton.bind", raise_in_fill(error))
+    choice = dispatch.choose("auto", CPU)
+    assert choice.name == "torch"
+    assert choice.refused == {"triton": f"its self-test failed: {error}"}
+
+
+def test_an_error_of_the_program_is_not_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "bind", raise_in_bind(AttributeError("a typing error")))
+    with pytest.raises(AttributeError, match="a typing error"):
+        dispatch.choose("auto", CPU)
+
+
+def off_by_one(name: str) -> Callable[[FillArgs], Callable[[], None]]:
+    def bind(args: FillArgs) -> Callable[[], None]:
+        def fill() -> None:
+            reference.fill(args)
+            if name in args.outputs():
+                args.outputs()[name].flatten()[-1] += 1
+
+        return fill
+
+    return bind
+
+
+def test_the_self_test_fills_every_output() -> None:
+    names = dispatch.small_case(CPU, ragged=True).outputs()
+    assert list(names) == [
+        "cache_seqlens",
+        "cu_seqlens_k",
+        "seqlens_expanded",
+        "nsa_cache_seqlens",
+        "nsa_cu_seqlens_k",
+        "ctx_lens",
+        "page_table_1",
+        "real_page_table",
+        "row_count",
+    ]
+
+
+@pytest.mark.parametrize("name", list(dispatch.small_case(CPU, ragged=True).outputs()))
+def test_a_candidate_with_one_wrong_value(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Also where that value lies in a cell that no fill writes."""
+    monkeypatch.setattr(cpu, "bind", off_by_one(name))
+    choice = dispatch.choose("auto", CPU)
+    wanted = f"its self-test filled {name} with other values than the torch reference"
+    assert choice.name == "torch"
+    assert choice.refused == {"cpu": wanted}
+
+
+def test_nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch.CANDIDATES, "cpu", ("cpu",))
+    monkeypatch.setattr(cpu, "unavailable", lambda: "gone")
+    with pytest.raises(
+        dispatch.BackendUnavailableError,
+        match=r"^no implementation can run on cpu: cpu \(gone\)$",
+    ):
+        dispatch.choose("auto", CPU)
+
+
+# The compiled library
+
+
+def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    missing = tmp_path / "nsa_metadata.so"
+    monkeypatch.setattr(library, "LIBRARY", missing)
+    why = (
+        f"the compiled library {missing} is missing; install the wheel, or build it with "
+        "`pip install .`"
+    )
+    choice = dispatch.choose("auto", CPU)
+    assert (choice.name, choice.refused) == ("torch", {"cpu": why})
+    assert refused_by_name("cpu") == BY_NAME.format("cpu", why)
+
+
+def test_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "nsa_metadata.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(library, "LIBRARY", broken)
+    why = dispatch.choose("auto", CPU).refused["cpu"]
+    assert why.startswith(f"the compiled library {broken} does not load with apache-tvm-ffi ")
+    assert why.endswith("; reinstall sglang-nsa-plugin")
+
+
+def test_tvm_ffi_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tvm_ffi", None)
+    why = dispatch.choose("auto", CPU).refused["cpu"]
+    assert why.startswith("apache-tvm-ffi cannot be imported (")
+    assert why.endswith("); install apache-tvm-ffi>=0.1.5,<0.2")
+
+
+# The case that proves
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_small_case_has_the_edges_that_matter(ragged: bool) -> None:
+    args = dispatch.small_case(CPU, ragged)
+    lengths, pool = args.seq_lens.tolist(), args.req_to_token.shape[0]
+    widths = args.extend_lens.tolist() if ragged else [args.extend_lens] * args.bs
+    live = [(length, q) for length, q in zip(lengths, widths, strict=True) if q]
+    assert any(0 < length < q for length, q in live)
+    assert 0 in lengths
+    assert any(length > args.index_topk for length, _ in live)
+    assert any(length > args.page_table_1.shape[1] for length, _ in live)
+    assert any(not 0 <= index < pool for index in args.req_pool_indices.tolist())
+    assert (sum(widths) < args.rows) == ragged
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_reference_fills_the_small_case_as_expected(ragged: bool) -> None:
+    """Every candidate is held to the reference; here the reference is held to the contract."""
+    args = dispatch.small_case(CPU, ragged)
+    assert_filled_as_expected(args, reference.bind(args))
+
+
+def assert_filled_as_expected(args: FillArgs, run: Callable[[], None]) -> None:
+    expected = expect(args)
+    run()
+    for name, tensor in args.outputs().items():
+        assert tensor.tolist() == expected[name].tolist(), name
