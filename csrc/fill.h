@@ -67,9 +67,12 @@ struct Fill {
   const int32_t* enabled;  // null, or one number on the device: 0 makes the fill write nothing
 };
 
+// What a fill knows of one request. Everything is read at once, so that no load waits for another.
 struct Request {
   int64_t length;      // L, as SGLang keeps it: the low 32 bits of seq_lens, signed
   int64_t extend_len;  // q, 0 to 2^31 - 1
+  int64_t pool_row;    // its row of req_to_token, or -1 when its index lies outside the pool
+  uint32_t columns[kPageTables];  // of each page table, that its length fills
 };
 
 // Running sums over the requests before one. Sums of lengths wrap like the int32 tensors they go to;
@@ -87,6 +90,8 @@ NSA_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return minimum(maximum(x, low), high);
 }
 NSA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Dividing 32 bits takes a GPU a fraction of what 64 bits take. Holds for a, b < 2^31.
+NSA_INLINE uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
 NSA_INLINE int64_t load(const void* data, int64_t index, bool is_int64) {
   return is_int64 ? static_cast<const int64_t*>(data)[index]
@@ -101,12 +106,32 @@ NSA_INLINE void store(const OutputVector& out, int64_t i, int64_t value) {
   if (out.data != nullptr) out.data[i * out.stride] = static_cast<int32_t>(value);
 }
 
+// Columns of a page table that a request of this length fills: those below the length that exist both
+// in the table and in req_to_token.
+NSA_INLINE uint32_t live_columns(const Fill& fill, const PageTable& table, int64_t length) {
+  if (table.data == nullptr) return 0;
+  const uint32_t tokens = static_cast<uint32_t>(clamp(length, 0, fill.req_to_token.columns));
+  const uint32_t page = static_cast<uint32_t>(table.page_size);
+  return static_cast<uint32_t>(minimum(ceil_div(tokens, page), table.columns));
+}
+
+// A request whose index lies outside the pool gets slot 0, SGLang's padding slot, in every live cell.
+NSA_INLINE int64_t pool_row(const Fill& fill, int64_t r) {
+  if (fill.req_pool_indices.data == nullptr) return -1;
+  const int64_t index = load(fill.req_pool_indices, r);
+  return index >= 0 && index < fill.req_to_token.rows ? index : -1;
+}
+
 NSA_INLINE Request request_at(const Fill& fill, int64_t r) {
   Request request;
+  request.pool_row = pool_row(fill, r);
   request.length = static_cast<int32_t>(load(fill.seq_lens, r));
   const int64_t q =
       fill.extend_lens.data == nullptr ? fill.static_extend_len : load(fill.extend_lens, r);
   request.extend_len = clamp(q, 0, INT32_MAX);
+  for (int k = 0; k < kPageTables; ++k) {
+    request.columns[k] = live_columns(fill, fill.tables[k], request.length);
+  }
   return request;
 }
 
@@ -127,17 +152,9 @@ NSA_INLINE uint32_t clamped_sum(const Request& request, int64_t n, int64_t topk)
   return static_cast<uint32_t>(ramp + static_cast<uint64_t>((n - level) * topk));
 }
 
-// Columns of a page table that a request of this length fills: those below the length that exist both
-// in the table and in req_to_token.
-NSA_INLINE int64_t live_columns(const Fill& fill, const PageTable& table, int64_t length) {
-  if (table.data == nullptr) return 0;
-  const int64_t tokens = clamp(length, 0, fill.req_to_token.columns);
-  return minimum(ceil_div(tokens, table.page_size), table.columns);
-}
-
 // Columns that one block copies at a time: four a thread for the token table, one for the paged one.
 template <int kThreads>
-NSA_INLINE int64_t unit_columns(const PageTable& table) {
+NSA_INLINE uint32_t unit_columns(const PageTable& table) {
   return table.page_size == 1 ? 4 * kThreads : kThreads;
 }
 
@@ -157,18 +174,9 @@ NSA_INLINE Offsets offsets_of(const Fill& fill, const Request& request) {
   own.lengths = static_cast<uint32_t>(request.length);
   own.clamped = clamped_sum(request, request.extend_len, fill.index_topk);
   for (int k = 0; k < kPageTables; ++k) {
-    own.units[k] = static_cast<uint32_t>(
-        ceil_div(live_columns(fill, fill.tables[k], request.length),
-                 unit_columns<kThreads>(fill.tables[k])));
+    own.units[k] = ceil_div(request.columns[k], unit_columns<kThreads>(fill.tables[k]));
   }
   return own;
-}
-
-// The row of req_to_token that a request reads, or -1 when its index lies outside the pool; such a
-// request gets slot 0, SGLang's padding slot, in every live cell.
-NSA_INLINE int64_t pool_row(const Fill& fill, int64_t r) {
-  const int64_t index = load(fill.req_pool_indices, r);
-  return index >= 0 && index < fill.req_to_token.rows ? index : -1;
 }
 
 NSA_INLINE int64_t token_at(const Fill& fill, int64_t pool_row, int64_t column) {
@@ -179,7 +187,11 @@ NSA_INLINE int64_t token_at(const Fill& fill, int64_t pool_row, int64_t column) 
 }
 
 NSA_INLINE int64_t page_of(int64_t token, int64_t page_size) {  // rounds down, also below 0
-  return token >= 0 ? token / page_size : -ceil_div(-token, page_size);
+  if (token >= 0 && token <= INT32_MAX) {
+    return static_cast<uint32_t>(token) / static_cast<uint32_t>(page_size);
+  }
+  const int64_t quotient = token / page_size;
+  return token % page_size < 0 ? quotient - 1 : quotient;
 }
 
 NSA_INLINE int32_t page_at(const Fill& fill, const PageTable& table, int64_t pool_row,

@@ -4,15 +4,13 @@
 namespace nsa {
 namespace {
 
-void copy_pages(const Fill& fill, const PageTable& table, int64_t r, const Request& request,
-                int64_t first_row, int64_t end_row) {
-  const int64_t columns = live_columns(fill, table, request.length);
-  if (columns == 0) return;
-  const int64_t source = pool_row(fill, r);
+void copy_pages(const Fill& fill, int k, const Request& request, int64_t first_row,
+                int64_t end_row) {
+  const PageTable& table = fill.tables[k];
   for (int64_t row = first_row; row < end_row; ++row) {
     int32_t* out = table.data + row * table.row_stride;
-    for (int64_t column = 0; column < columns; ++column) {
-      out[column * table.column_stride] = page_at(fill, table, source, column);
+    for (int64_t column = 0; column < request.columns[k]; ++column) {
+      out[column * table.column_stride] = page_at(fill, table, request.pool_row, column);
     }
   }
 }
@@ -30,9 +28,7 @@ void fill_on_cpu(const Fill& fill) {
     for (int64_t row = before.row; row < after.row; ++row) {
       store_live_row(fill, row, request, before);
     }
-    for (const PageTable& table : fill.tables) {
-      copy_pages(fill, table, r, request, before.row, after.row);
-    }
+    for (int k = 0; k < kPageTables; ++k) copy_pages(fill, k, request, before.row, after.row);
     before = after;
   }
   for (int64_t row = before.row; row < fill.rows; ++row) store_row(fill, row, 0, before.clamped);

@@ -17,7 +17,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlocksPerMultiprocessor = 4;
+constexpr int kBlocksPerMultiprocessor = 6;
 
 __device__ Offsets shuffle_up(const Offsets& value, int delta) {
   constexpr unsigned kAll = 0xffffffffu;
@@ -73,11 +73,11 @@ struct Tile {
   const Offsets* ends;
   Offsets carry;
 
-  __device__ const Offsets& before(int t) const { return t == 0 ? carry : ends[t - 1]; }
+  __device__ Offsets before(int t) const { return t == 0 ? carry : ends[t - 1]; }
 };
 
 __device__ void fill_requests(const Fill& fill, const Tile& tile) {
-  const int64_t tile_index = tile.first_request / kThreads;
+  const uint32_t tile_index = static_cast<uint32_t>(tile.first_request / kThreads);
   if (blockIdx.x != tile_index % gridDim.x || threadIdx.x >= tile.count) return;
   const int t = threadIdx.x;
   store_request(fill, tile.first_request + t, tile.requests[t], tile.before(t));
@@ -153,11 +153,11 @@ __device__ void fill_pages(const Fill& fill, const Tile& tile, int k) {
   for (uint32_t i = blockIdx.x; i < end_unit - first_unit; i += gridDim.x) {
     const int t = find_request(i, tile.count,
                                [&](int j) { return tile.ends[j].units[k] - first_unit; });
-    const Offsets& before = tile.before(t);
-    const int64_t unit = first_unit + i - before.units[k];
-    const int64_t source = pool_row(fill, tile.first_request + t);
-    const int64_t end = live_columns(fill, table, tile.requests[t].length);
-    const int64_t first_column = unit * unit_columns<kThreads>(table);
+    const Offsets before = tile.before(t);
+    const uint32_t unit = first_unit + i - before.units[k];
+    const int64_t first_column = static_cast<int64_t>(unit) * unit_columns<kThreads>(table);
+    const int64_t source = tile.requests[t].pool_row;
+    const int64_t end = tile.requests[t].columns[k];
     if (table.page_size == 1) {
       copy_four(fill, table, source, first_column + 4 * threadIdx.x, end, before.row,
                 tile.ends[t].row);
@@ -178,11 +178,12 @@ __device__ void fill_rest(const Fill& fill, const Offsets& total) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) fill_kernel(const __grid_constant__ Fill fill) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) fill_kernel(const __grid_constant__ Fill fill) {
   __shared__ Request requests[kThreads];
   __shared__ Offsets ends[kThreads];
   __shared__ Offsets warp_totals[kWarps];
-  if (fill.enabled != nullptr && *fill.enabled == 0) return;
+  // Read here, asked for behind the first scan: the two loads overlap. Nothing is written before.
+  const bool enabled = fill.enabled == nullptr || *fill.enabled != 0;
 
   Offsets carry{};
   for (int64_t first = 0; first < fill.requests; first += kThreads) {
@@ -193,6 +194,7 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(const __grid_constant__ 
       own = offsets_of<kThreads>(fill, requests[threadIdx.x]);
     }
     scan_tile(fill, carry, own, ends, warp_totals);
+    if (!enabled) return;
     const Tile tile{first, count, requests, ends, carry};
     fill_requests(fill, tile);
     fill_rows(fill, tile);
@@ -200,14 +202,14 @@ __global__ void __launch_bounds__(kThreads) fill_kernel(const __grid_constant__ 
     carry = ends[count - 1];
     __syncthreads();  // the next tile overwrites requests and ends
   }
-  fill_rest(fill, carry);
+  if (enabled) fill_rest(fill, carry);
 }
 
 int64_t most_units(const Fill& fill) {
-  int64_t units = ceil_div(fill.rows, kThreads);
+  int64_t units = ceil_div(fill.rows, int64_t{kThreads});
   for (const PageTable& table : fill.tables) {
     if (table.data == nullptr) continue;
-    units += fill.requests * ceil_div(table.columns, unit_columns<kThreads>(table));
+    units += fill.requests * ceil_div(table.columns, int64_t{unit_columns<kThreads>(table)});
   }
   return units;
 }

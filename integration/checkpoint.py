@@ -34,6 +34,7 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -83,7 +84,10 @@ class Strengths:
     draft_hidden: float = 0.7
 
 
-def model_config() -> dict:
+DEFAULTS = Strengths()
+
+
+def model_config() -> dict[str, Any]:
     """The config.json: real key names, small sizes, no quantization."""
     return {
         "architectures": ["DeepseekV32ForCausalLM"],
@@ -245,7 +249,7 @@ class _Weights:
         }
 
 
-def build_weights(seed: int = 0, strengths: Strengths = Strengths()) -> dict[str, torch.Tensor]:
+def build_weights(seed: int = 0, strengths: Strengths = DEFAULTS) -> dict[str, torch.Tensor]:
     """All tensors by checkpoint name, bfloat16 except the router's bias (float32)."""
     weights = _Weights(seed, strengths)
     weights.embeddings(seed)
@@ -269,9 +273,7 @@ def tokenizer() -> Tokenizer:
     return model
 
 
-def write_checkpoint(
-    path: str | Path, *, seed: int = 0, strengths: Strengths = Strengths()
-) -> Path:
+def write_checkpoint(path: str | Path, *, seed: int = 0, strengths: Strengths = DEFAULTS) -> Path:
     """Write config.json, tokenizer and model.safetensors (about 165 MB) into the folder ``path``.
 
     The same seed and strengths give the same bytes with the same torch release. Returns the
@@ -297,13 +299,18 @@ def write_checkpoint(
     return folder
 
 
+def add_strength_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of `Strengths`."""
+    for field in fields(Strengths):
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, type=type(field.default), default=field.default)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="where to write; created if missing")
     parser.add_argument("--seed", type=int, default=0)
-    for field in fields(Strengths):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=type(field.default), default=field.default)
+    add_strength_options(parser)
     arguments = vars(parser.parse_args())
     folder, seed = arguments.pop("folder"), arguments.pop("seed")
     written = write_checkpoint(folder, seed=seed, strengths=Strengths(**arguments))

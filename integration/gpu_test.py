@@ -64,7 +64,10 @@ def run_sanitizers() -> dict[str, Any]:
     """compute-sanitizer's four tools over one fill of every kind."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
-        return {"passed": False, "reason": "compute-sanitizer is not on PATH; install the CUDA toolkit"}
+        return {
+            "passed": False,
+            "reason": "compute-sanitizer is not on PATH; install the CUDA toolkit",
+        }
     findings = {name: _sanitize(tool, name) for name in SANITIZERS}
     return {"passed": all(f["errors"] == 0 for f in findings.values()), **findings}
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-DISTRIBUTIONS = ("torch", "triton", "sglang", "sglang-nsa-plugin", "apache-tvm-ffi", "sgl-deep-gemm")
+DISTRIBUTIONS = (
+    "torch",
+    "triton",
+    "sglang",
+    "sglang-nsa-plugin",
+    "apache-tvm-ffi",
+    "sgl-deep-gemm",
+)
 
 
 def folder() -> Path:

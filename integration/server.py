@@ -51,6 +51,18 @@ SERVE_ARGS = (
     "--skip-server-warmup",
 )
 PROBE = Path(__file__).parent / "probe"
+START_LIMIT_S = 240.0
+# The arms differ in nothing but this. SGLang finds every installed plugin by itself; naming one
+# leaves the others out. Settings of the shell that could change the plugin's choice are removed.
+PLUGIN_ENV: dict[str, str | None] = {
+    "SGLANG_PLUGINS": None,
+    "SGLANG_NSA_METADATA_BACKEND": None,
+    "SGLANG_NSA_METADATA_CHECK": None,
+}
+ARMS: dict[str, dict[str, str | None]] = {
+    "plugin": PLUGIN_ENV,
+    "sglang": {"SGLANG_PLUGINS": "probe"},
+}
 
 
 class ServerError(RuntimeError):
@@ -253,9 +265,7 @@ class Server:
         with requests.Session() as session:
             session.trust_env = False  # a proxy of the environment cannot reach this machine
             try:
-                return session.request(
-                    method, self.url + path, timeout=(5.0, limit_s), **options
-                )
+                return session.request(method, self.url + path, timeout=(5.0, limit_s), **options)
             except requests.Timeout as error:
                 what = f"did not answer {method} {path} within {limit_s:.0f} s"
                 raise self._error(what) from error
@@ -312,9 +322,7 @@ def start_arms(
 
 
 @contextmanager
-def _arm(
-    name: str, env: Mapping[str, str | None], model: Path, folder: Path
-) -> Iterator[Arm]:
+def _arm(name: str, env: Mapping[str, str | None], model: Path, folder: Path) -> Iterator[Arm]:
     probe_dir = folder / f"{name}-probe"
     probe_dir.mkdir(parents=True)
     with_probe = {

@@ -23,6 +23,7 @@ class BoundFill:
         self._run = run
 
     def __call__(self) -> None:
+        """Runs the fill."""
         self._run()
 
 
@@ -111,9 +112,7 @@ def _ragged_lengths(
             raise TypeError(f"{name}: must be a torch.Tensor, got {type(value).__name__}")
     bs, rows = seq_lens.numel(), seqlens_expanded.numel()
     scratch = torch.empty(2 * bs + rows + 3, dtype=torch.int32, device=seq_lens.device)
-    cache_seqlens, cu_seqlens_k, nsa_cu_seqlens_k, row_count = scratch.split(
-        [bs, bs + 1, rows + 1, 1]
-    )
+    cache_seqlens, cu_seqlens_k, nsa_cu_seqlens_k, row_count = scratch.split([bs, bs + 1, rows + 1, 1])
     return FillArgs(
         seq_lens=seq_lens,
         req_pool_indices=None,

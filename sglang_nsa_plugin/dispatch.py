@@ -125,6 +125,7 @@ def _self_test(
 
     ``errors`` are those of the implementation's own, beside RuntimeError, that say it cannot run.
     """
+    cannot_run: tuple[type[Exception], ...] = (RuntimeError, *errors)
     for ragged in (False, True):
         expected = small_case(device, ragged)
         actual = small_case(device, ragged)
@@ -133,7 +134,7 @@ def _self_test(
             bind(actual)()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        except (RuntimeError, *errors) as error:
+        except cannot_run as error:
             return f"its self-test failed: {error}"
         for name, tensor in actual.outputs().items():
             if not torch.equal(tensor, expected.outputs()[name]):

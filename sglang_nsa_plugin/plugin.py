@@ -36,6 +36,7 @@ def register() -> None:
     if _SCHEDULER_MODULE in sys.modules:
         HookRegistry.register(f"{_SCHEDULER}.__init__", _before_scheduler, HookType.BEFORE)
         HookRegistry.register(f"{_SCHEDULER}.get_internal_state", _add_record, HookType.AFTER)
+    _export_to_sgl_kernel()
 
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
@@ -43,6 +44,7 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     backend = options.backend_of(server_args)
     if backend == "cuda":
         _end_unless_compiled()
+    _export_to_sgl_kernel()
     logger.info(
         "sglang-nsa-plugin %s: metadata backend %s, set up in each scheduler process",
         version("sglang-nsa-plugin"),
@@ -81,8 +83,7 @@ def activate(server_args: Any) -> None:
                 f"{options.FLAG} {backend} was asked for by name and cannot be used: {aside}. "
                 f"Use 'auto' or 'off' to serve with SGLang's own fill"
             )
-    if backend != "off":
-        _export_to_sgl_kernel()
+    _export_to_sgl_kernel()
     if aside is None:
         STATE.adapter, STATE.reason = adapters.in_graph.NAME, "waiting for the draft-extend backend"
     else:
@@ -95,7 +96,7 @@ def activate(server_args: Any) -> None:
 
 
 def _export_to_sgl_kernel() -> None:
-    """Callers of SGLang's kernels find the two plain functions beside them."""
+    """Callers of SGLang's kernels find the two plain functions beside them, where those are loaded."""
     sgl_kernel = sys.modules.get("sgl_kernel")
     if sgl_kernel is None:
         return

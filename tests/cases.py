@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 GUARD = -1_431_655_766  # bits 1010...: what no fill writes and no case holds
 POISON = -123_456_789
-EDGE = 64  # guard cells before and behind every tensor
+EDGE = 256  # guard cells before and behind every tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +180,7 @@ def _like(memory: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
     return memory.as_strided(view.shape, view.stride(), view.storage_offset())
 
 
-def _difference(
-    name: str, actual: torch.Tensor, expected: torch.Tensor, tensor: torch.Tensor
-) -> str:
+def _difference(name: str, actual: torch.Tensor, expected: torch.Tensor, tensor: torch.Tensor) -> str:
     cells = (actual != expected).nonzero().flatten().tolist()
     cell = cells[0]
     inside = torch.zeros(actual.shape, dtype=torch.bool)
@@ -256,9 +254,7 @@ def _slots_of(args: FillArgs, r: int) -> np.ndarray:
     return args.req_to_token[index].cpu().numpy()
 
 
-def _copy_pages(
-    table: np.ndarray | None, row: int, slots: np.ndarray, length: int, page: int
-) -> None:
+def _copy_pages(table: np.ndarray | None, row: int, slots: np.ndarray, length: int, page: int) -> None:
     if table is None:
         return
     first_slots = slots[: max(length, 0)][::page][: table.shape[1]]

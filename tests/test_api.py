@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CPU, GUARD, Case, Guarded, Layout, expect, place
+from cases import CPU, EDGE, GUARD, Case, Guarded, Layout, expect, place
 
 import sglang_nsa_plugin
 from sglang_nsa_plugin import (
@@ -76,7 +76,7 @@ def test_a_bound_fill_keeps_its_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("function", [bind, fill])
 def test_backends_that_are_refused(function: Callable) -> None:
     args = Guarded(CASE).args
-    with pytest.raises(ValueError, match="^backend: must be one of auto, cuda, cpu, triton, torch"):
+    with pytest.raises(ValueError, match=r"^backend: must be one of auto, cuda"):
         function(args, "fast")
     with pytest.raises(dispatch.BackendUnavailableError, match="'cuda' was asked for by name"):
         function(args, "cuda")
@@ -207,14 +207,14 @@ def test_bad_lengths(
 
 def test_one_tensor_for_both_outputs(lengths: list) -> None:
     lengths[4] = lengths[3]
-    with pytest.raises(ValueError, match="^seqlens_expanded: must not overlap nsa_cache_seqlens"):
+    with pytest.raises(ValueError, match=r"^seqlens_expanded: must not overlap nsa_cache_seq"):
         fill_draft_extend_metadata_cuda(*lengths)
 
 
 def test_an_output_over_an_input() -> None:
     memory, widths = place(torch.tensor([3, 2, 4]).numpy(), torch.int32, CPU, Layout())
-    out = memory[64:73]
-    with pytest.raises(ValueError, match="^seqlens_expanded: must not overlap extend_lens"):
+    out = memory[EDGE : EDGE + 9]
+    with pytest.raises(ValueError, match=r"^seqlens_expanded: must not overlap extend_lens"):
         fill_draft_extend_metadata_cuda(widths, torch.tensor([9, 30, 1]), 20, out, out.clone())
 
 

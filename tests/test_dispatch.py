@@ -71,7 +71,7 @@ def test_unknown_names(name: str) -> None:
 
 
 def test_unknown_devices() -> None:
-    with pytest.raises(ValueError, match="^device: a fill runs on cuda or cpu tensors, got meta$"):
+    with pytest.raises(ValueError, match=r"^device: a fill runs on cuda or cpu tensors, got meta"):
         dispatch.choose("auto", torch.device("meta"))
 
 
@@ -214,8 +214,7 @@ def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     missing = tmp_path / "nsa_metadata.so"
     monkeypatch.setattr(library, "LIBRARY", missing)
     why = (
-        f"the compiled library {missing} is missing; install the wheel, or build it with "
-        "`pip install .`"
+        f"the compiled library {missing} is missing; install the wheel, or build it with `pip install .`"
     )
     choice = dispatch.choose("auto", CPU)
     assert (choice.name, choice.refused) == ("torch", {"cpu": why})

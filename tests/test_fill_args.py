@@ -229,9 +229,7 @@ def test_rows_of_tables(valid: dict, name: str) -> None:
 
 @pytest.mark.parametrize("rows", [5, 7, 0])
 def test_a_number_asks_for_exact_rows(valid: dict, rows: int) -> None:
-    message = (
-        f"seqlens_expanded: 2 requests of 3 rows each need shape (6,), got ({rows},)"  # too small
-    )
+    message = f"seqlens_expanded: 2 requests of 3 rows each need shape (6,), got ({rows},)"  # too small
     refused(ValueError, message, valid | {"extend_lens": 3, "seqlens_expanded": int32(rows)})
 
 
@@ -368,8 +366,7 @@ def test_outputs_that_overlap_an_input(valid: dict, name: str) -> None:
     source = memory[: shape.numel()].view(shape)
     output = memory[shape.numel() - 1 :][:2]
     message = (
-        f"cache_seqlens: must not overlap {name} in memory, "
-        f"got bytes {span(output)} and {span(source)}"
+        f"cache_seqlens: must not overlap {name} in memory, got bytes {span(output)} and {span(source)}"
     )
     refused(ValueError, message, valid | {name: source, "cache_seqlens": output})
     behind = memory[shape.numel() :][:2]

@@ -190,21 +190,15 @@ def test_requests_without_rows(fill_backend: Backend) -> None:
 
 
 def test_static_and_ragged_agree(fill_backend: Backend) -> None:
-    static = Case(
-        seq_lens=[1, 40, 0, 47, 22], extend_lens=4, row_count=True, ctx_dims=1, **BOTH_TABLES
-    )
-    one, other = (
-        fill_backend.check(case) for case in (static, replace(static, extend_lens=[4] * 5))
-    )
+    static = Case(seq_lens=[1, 40, 0, 47, 22], extend_lens=4, row_count=True, ctx_dims=1, **BOTH_TABLES)
+    one, other = (fill_backend.check(case) for case in (static, replace(static, extend_lens=[4] * 5)))
     for name, tensor in one.args.outputs().items():
         assert torch.equal(tensor, other.args.outputs()[name]), name
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 4])
 @pytest.mark.parametrize("more", [-1, 0, 1])
-def test_batches_around_the_tile_sizes(
-    fill_backend: Backend, tile: int, tiles: int, more: int
-) -> None:
+def test_batches_around_the_tile_sizes(fill_backend: Backend, tile: int, tiles: int, more: int) -> None:
     requests = range(tiles * tile + more)
     lengths = [(37 * r) % 61 for r in requests]
     widths = [(r * r) % 4 for r in requests]
@@ -255,6 +249,14 @@ def test_cells_at_and_past_the_length_keep_what_they_held(fill_backend: Backend)
 )
 def test_tables_left_out(fill_backend: Backend, tables: dict[str, int]) -> None:
     fill_backend.check(Case(seq_lens=[5, 33, 90], extend_lens=2, **tables))
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_request_indices_one_off_the_pool_read_slot_zero(fill_backend: Backend, index: int) -> None:
+    """The row there is all guard cells: what is read of it would be seen."""
+    case = Case(seq_lens=[20], indices=[index], pool=5, dtypes=ALL_INT32, **BOTH_TABLES)
+    guarded = fill_backend.check(case)
+    assert guarded.args.page_table_1[0].tolist() == [0] * 20 + [POISON] * 20
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

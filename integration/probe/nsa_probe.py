@@ -1,14 +1,15 @@
 """A second SGLang plugin that only measures: host time around each draft-extend replay.
 
-With this folder on PYTHONPATH, SGLang finds the entry point ``probe``. The probe works the same with
-and without sglang-nsa-plugin, so both arms of a comparison are timed by the same code. Each process
-that loads plugins writes ``$NSA_PROBE_DIR/<pid>.json``; without that variable the probe does nothing.
+With this folder on PYTHONPATH, SGLang finds the entry point ``probe``. The probe works the same
+with and without sglang-nsa-plugin, so both arms of a comparison are timed by the same code. Each
+process that loads plugins writes ``$NSA_PROBE_DIR/<pid>.json``; without that variable the probe
+does nothing.
 
 In a scheduler process the draft-extend runner is watched from the end of its ``__init__``, so that
 captures are not timed. Two spans are taken, in nanoseconds of ``time.perf_counter_ns``:
 
-- fill: one call of ``draft_extend_attn_backend.init_forward_metadata_out_graph`` inside ``execute``;
-  SGLang fills the metadata there, sglang-nsa-plugin only points at it.
+- fill: one call of ``draft_extend_attn_backend.init_forward_metadata_out_graph`` inside
+  ``execute``; SGLang fills the metadata there, sglang-nsa-plugin only points at it.
 - before_replay: from entering ``execute`` to entering ``_replay_graph``.
 """
 
@@ -25,9 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RUNNER = (
-    "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
-)
+RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 PLUGIN_MODULE = "sglang_nsa_plugin.plugin"
 STATE_MODULE = "sglang_nsa_plugin.state"
@@ -40,9 +39,9 @@ clock = time.perf_counter_ns
 def register() -> None:
     """Called by SGLang's plugin loader.
 
-    A spawned scheduler has imported its own module before it loads plugins; the launcher has not. There
-    the hook is left out, because applying it imports the runner's module, which costs the launcher
-    seconds and needs GPU libraries that it does without.
+    A spawned scheduler has imported its own module before it loads plugins; the launcher has not.
+    There the hook is left out, because applying it imports the runner's module, which costs the
+    launcher seconds and needs GPU libraries that it does without.
     """
     folder = os.environ.get("NSA_PROBE_DIR")
     if not folder:
@@ -115,7 +114,7 @@ class Watch:
         runner._replay_graph = timed
 
     def _write_forever(self) -> None:
-        """Writes after each pause of the replays: sorting samples beside them would slow them down."""
+        """Writes after each pause of the replays: sorting beside them would slow them down."""
         written, seen = -1, -1
         while True:
             count = len(self.before_replay_ns)
@@ -155,7 +154,7 @@ def summary(samples_ns: list[int]) -> dict[str, Any]:
 
 
 def _process(role: str) -> dict[str, Any]:
-    """SGLang imports all plugins of a process before it runs the first: the order does not matter."""
+    """SGLang imports all plugins of a process before it runs the first, in whatever order."""
     return {
         "pid": os.getpid(),
         "role": role,

@@ -19,7 +19,7 @@ def nothing_to_fill(server_args: Any) -> str | None:
     """Why a server with these arguments has no draft-extend metadata, or None when it has."""
     if getattr(server_args, "speculative_algorithm", None) is None:
         return "no speculative decoding, so there is no draft-extend metadata"
-    backends = {getattr(server_args, name, None) for name in _BACKEND_ARGUMENTS} - {None}
+    backends = {str(getattr(server_args, name, None)) for name in _BACKEND_ARGUMENTS} - {"None"}
     if not backends.intersection(SPARSE_ATTENTION):
         return f"attention backend {', '.join(sorted(backends))} is not NSA/DSA sparse attention"
     return None

@@ -54,9 +54,7 @@ def _misfit(row: Hook | Call | Fields) -> str | None:
         return f"{row.target} has no field {', '.join(missing)}" if missing else None
     names = tuple(inspect.signature(target).parameters)
     if names[: len(row.parameters)] != row.parameters:
-        return (
-            f"{row.target} takes ({', '.join(names)}), expected ({', '.join(row.parameters)}, ...)"
-        )
+        return f"{row.target} takes ({', '.join(names)}), expected ({', '.join(row.parameters)}, ...)"
     return None
 
 

@@ -31,9 +31,7 @@ INPUTS_REPLACED = "input tensors are not the captured ones"
 _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _BACKEND = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend"
 _METADATA = "sglang.srt.layers.attention.dsa_backend.DSAMetadata"
-_RUNNER = (
-    "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
-)
+_RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
 
 
 @dataclass(frozen=True)
@@ -186,12 +184,14 @@ def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
     if _asked_for is None:
         return product
     backend = product[1] if isinstance(product, tuple) else product
-    refusal = uncovered(backend, factory.server_args)
+    refusal = uncovered(backend, factory.draft_model_runner.server_args)
     if refusal is None:
         _take_over(backend, dispatch.choose(_asked_for, backend.req_to_token.device))
     elif _asked_for == "auto":
         STATE.adapter, STATE.reason = None, refusal
-        logger.info("sglang-nsa-plugin: not used: %s; SGLang fills draft-extend metadata itself", refusal)
+        logger.info(
+            "sglang-nsa-plugin: not used: %s; SGLang fills draft-extend metadata itself", refusal
+        )
     else:
         raise dispatch.BackendUnavailableError(
             f"the metadata backend {_asked_for!r} was asked for by name and cannot be used: {refusal}. "
@@ -296,9 +296,7 @@ HOOKS = (
 )
 NEEDS = (
     Call(f"{_BACKEND}.set_dsa_prefill_impl", ("self", "forward_batch")),
-    Call(
-        f"{_BACKEND}._refresh_paged_mqa_schedule_metadata", ("self", "metadata", "seqlens_32_2d")
-    ),
+    Call(f"{_BACKEND}._refresh_paged_mqa_schedule_metadata", ("self", "metadata", "seqlens_32_2d")),
     Call(f"{_BACKEND}._refresh_topk_v2_plan", ("self", "metadata")),
     Call(f"{_BACKEND}._compute_flashmla_metadata", ("self", "cache_seqlens", "seq_len_q")),
     Fields(

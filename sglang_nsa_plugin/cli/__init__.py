@@ -1,0 +1,1 @@
+"""The commands verify, demo and bench, and what they share."""

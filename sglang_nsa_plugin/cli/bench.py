@@ -128,14 +128,14 @@ def _replay_us(call: Callable[[], object], count: int) -> float:
     with torch.cuda.graph(graph):
         for _ in range(count):
             call()
-    samples = []
+    samples: list[float] = []
     for _ in range(CALLS // 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        samples.append(begin.elapsed_time(end) * 1000)
+        samples.append(float(begin.elapsed_time(end)) * 1000)
     return statistics.median(samples)
 
 

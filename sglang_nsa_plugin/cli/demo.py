@@ -72,12 +72,10 @@ def _discover_and_compare(device: Any, steps: int, seed: int, console: Console) 
     }
 
 
-def _replay_random_batches(
-    twin: Any, comparison: Any, steps: int, seed: int, console: Console
-) -> None:
+def _replay_random_batches(twin: Any, comparison: Any, steps: int, seed: int, console: Console) -> None:
     import torch
 
-    from sglang_nsa_plugin.cli.rig import random_step
+    from sglang_nsa_plugin.cli.batches import random_step
 
     rng = torch.Generator().manual_seed(seed)
     longest = twin.inputs.req_to_token.shape[1]

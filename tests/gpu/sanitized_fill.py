@@ -21,9 +21,7 @@ BATCHES = (0, 1, 3, 257)  # the last one needs two tiles of requests
 DEVICE = torch.device("cuda", 0)
 
 
-def case(
-    bs: int, width: int, q: int, ragged: bool, wide: bool, generator: torch.Generator
-) -> FillArgs:
+def case(bs: int, width: int, q: int, ragged: bool, wide: bool, generator: torch.Generator) -> FillArgs:
     """A random batch whose tables are ``width`` wide, with lengths from below 0 to over the width."""
     rows = bs * q + (5 if ragged else 0)
     pages = -(-width // 64)

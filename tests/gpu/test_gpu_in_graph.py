@@ -16,13 +16,11 @@ def make_twin(decode_impl: str, backend: str = "auto", **rig: object):
     from sglang_nsa_plugin.cli.replay import Twin
 
     device = torch.device("cuda", 0)
-    return Twin(
-        device, BATCH_SIZES, backend, draft_tokens=DRAFT_TOKENS, decode_impl=decode_impl, **rig
-    )
+    return Twin(device, BATCH_SIZES, backend, draft_tokens=DRAFT_TOKENS, decode_impl=decode_impl, **rig)
 
 
 def random_batch(twin, generator, longest=None):
-    from sglang_nsa_plugin.cli.rig import random_step
+    from sglang_nsa_plugin.cli.batches import random_step
 
     raw_bs = int(torch.randint(1, BATCH_SIZES[-1] + 1, (), generator=generator))
     bs = twin.bucket(raw_bs)

@@ -38,9 +38,7 @@ def run(program: str, *arguments: str, **environment: str) -> subprocess.Complet
         if process.exitcode is None:
             process.kill()
             raise TimeoutError(f"the program ran over {TIME_LIMIT_S} s: {program}")
-        return subprocess.CompletedProcess(
-            arguments, process.exitcode, out.read_text(), err.read_text()
-        )
+        return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
 
 
 def _execute(

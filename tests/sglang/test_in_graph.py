@@ -42,7 +42,7 @@ def state():
 
 
 def random_batch(twin, generator, raw_bs=None):
-    from sglang_nsa_plugin.cli.rig import random_step
+    from sglang_nsa_plugin.cli.batches import random_step
 
     raw_bs = raw_bs or int(torch.randint(1, BATCH_SIZES[-1] + 1, (), generator=generator))
     bs = twin.bucket(raw_bs)

@@ -62,7 +62,14 @@ print(json.dumps({"hooked": sorted(HookRegistry._patched), "loaded": loaded,
 
 @pytest.mark.parametrize(
     ("plugins", "found"),
-    [("nsa", True), ("other, nsa", True), ("nas", False), ("other", False), ("", True), (" ", False)],
+    [
+        ("nsa", True),
+        ("other, nsa", True),
+        ("nas", False),
+        ("other", False),
+        ("", True),
+        (" ", False),
+    ],
 )
 def test_sglang_plugins_selects_by_name(plugins, found):
     """A list of blanks is a list without names to SGLang; an empty variable is no list."""
@@ -151,7 +158,10 @@ SPARSE = {"speculative_algorithm": "EAGLE", "attention_backend": "dsa"}
     ("server_args", "reason"),
     [
         ({**SPARSE, "_nsa_metadata_backend": "off"}, "switched off"),
-        ({"attention_backend": "dsa"}, "no speculative decoding, so there is no draft-extend metadata"),
+        (
+            {"attention_backend": "dsa"},
+            "no speculative decoding, so there is no draft-extend metadata",
+        ),
         (
             {"speculative_algorithm": "EAGLE", "attention_backend": "fa3"},
             "attention backend fa3 is not NSA/DSA sparse attention",

@@ -1,0 +1,95 @@
+"""Random draft-extend batches in the static buffers that a captured graph reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# EAGLEDraftExtendCudaGraphRunner fills padded rows with this length.
+PADDED_SEQ_LEN = 1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The static buffers that a draft-extend graph reads, for up to max_bs requests.
+
+    seq_lens: int64 [max_bs]; req_pool_indices: int64 [max_bs]; req_to_token: int32 [pool_size,
+    width]. Padded entries point at row 0 of req_to_token, which is all zeros.
+    """
+
+    seq_lens: torch.Tensor
+    req_pool_indices: torch.Tensor
+    req_to_token: torch.Tensor
+    page_size: int
+
+    @property
+    def max_bs(self) -> int:
+        """The largest batch size that the buffers hold."""
+        return self.seq_lens.shape[0]
+
+
+def make_inputs(
+    device: torch.device | str, max_bs: int, pool_size: int, width: int, page_size: int
+) -> Inputs:
+    """The buffers as the runner makes them: every row padded, the request table empty."""
+    return Inputs(
+        seq_lens=torch.full((max_bs,), PADDED_SEQ_LEN, dtype=torch.int64, device=device),
+        req_pool_indices=torch.zeros(max_bs, dtype=torch.int64, device=device),
+        req_to_token=torch.zeros((pool_size, width), dtype=torch.int32, device=device),
+        page_size=page_size,
+    )
+
+
+def table_width(context_len: int, draft_tokens: int, page_size: int) -> int:
+    """Columns of req_to_token: the context, and room for speculation to overshoot it."""
+    return context_len + max(4 + draft_tokens, page_size)
+
+
+def random_step(
+    inputs: Inputs,
+    rng: torch.Generator,
+    raw_bs: int,
+    bs: int,
+    draft_tokens: int,
+    max_len: int,
+) -> None:
+    """Write a random batch of raw_bs requests, padded to bs, the way the runner's execute() does.
+
+    rng is a CPU generator. A third of the lengths lies in 1..draft_tokens, a third just below
+    max_len, the rest anywhere; request indices may repeat. Every row of req_to_token but row 0 gets
+    new slots, in whole pages: slot = page * page_size + offset.
+    """
+    if not 0 <= raw_bs <= bs <= inputs.max_bs:
+        raise ValueError(
+            f"raw_bs, bs: 0 <= raw_bs <= bs <= max_bs must hold, got raw_bs={raw_bs}, bs={bs}, "
+            f"max_bs={inputs.max_bs}"
+        )
+    rows, width = inputs.req_to_token.shape
+    if not 1 <= max_len <= width:
+        raise ValueError(f"max_len: must lie in 1..{width}, req_to_token's width, got {max_len}")
+
+    inputs.req_to_token[1:].copy_(_random_slots(rng, rows - 1, width, inputs.page_size))
+    if raw_bs != bs:
+        inputs.seq_lens.fill_(PADDED_SEQ_LEN)
+        inputs.req_pool_indices.zero_()
+    inputs.seq_lens[:raw_bs].copy_(_random_lengths(rng, raw_bs, draft_tokens, max_len))
+    inputs.req_pool_indices[:raw_bs].copy_(torch.randint(1, rows, (raw_bs,), generator=rng))
+
+
+def _random_slots(rng: torch.Generator, rows: int, width: int, page_size: int) -> torch.Tensor:
+    """int32 [rows, width]: token slots of random pages."""
+    pages = torch.randint(
+        0, 2**31 // page_size, (rows, -(-width // page_size), 1), generator=rng, dtype=torch.int32
+    )
+    slots = pages * page_size + torch.arange(page_size, dtype=torch.int32)
+    return slots.view(rows, -1)[:, :width]
+
+
+def _random_lengths(rng: torch.Generator, count: int, draft_tokens: int, max_len: int) -> torch.Tensor:
+    """int64 [count] in 1..max_len, see random_step."""
+    short = torch.randint(1, min(draft_tokens, max_len) + 1, (count,), generator=rng)
+    long = max_len + 1 - short
+    anywhere = torch.randint(1, max_len + 1, (count,), generator=rng)
+    kind = torch.randint(0, 3, (count,), generator=rng)
+    return torch.where(kind == 0, short, torch.where(kind == 1, long, anywhere))

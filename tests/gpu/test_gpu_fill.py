@@ -1,0 +1,331 @@
+"""The implementations on a GPU: graphs, streams, synchronisation, memory, compiles, size.
+
+What they write is tested by ``test_values.py`` and ``test_properties.py``, on a GPU too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import POISON, Backend, Case, Guarded, Layout
+
+from sglang_nsa_plugin import (
+    bind,
+    fill_draft_extend_metadata_cuda,
+    fill_draft_extend_metadata_cuda_adaptive,
+)
+from sglang_nsa_plugin.kernels import cuda
+
+pytestmark = pytest.mark.gpu
+
+GPU = torch.device("cuda", 0)
+STATIC = Case(
+    seq_lens=[64, 1, 40, 0, 100],
+    extend_lens=4,
+    pool=9,
+    tokens=130,
+    index_topk=50,
+    page_size=16,
+    ctx_dims=2,
+    enabled=1,
+    width=128,
+    pages=8,
+)
+RAGGED = replace(STATIC, extend_lens=[4, 0, 2, 3, 1], rows=20, row_count=True)
+
+
+@pytest.fixture(params=["cuda", "triton", "torch"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return Backend(GPU, request.param)
+
+
+@contextlib.contextmanager
+def synchronising_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def capture(bound: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    bound()  # compiles and loads what it needs
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        bound()
+    return graph
+
+
+# CUDA graphs
+
+
+@pytest.mark.parametrize("case", [STATIC, RAGGED], ids=["static", "ragged"])
+def test_replays_follow_the_inputs(backend: Backend, case: Case) -> None:
+    guarded = Guarded(case, GPU)
+    args = guarded.args
+    graph = capture(backend.bind(args))
+    tensors = args.inputs() | args.outputs()
+    pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+    def replay(_: object) -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    rounds = [
+        ([64, 1, 40, 0, 100], [4, 0, 2, 3, 1], [0, 1, 2, 3, 4], 1),
+        ([100_001, 64, 3, 128, 7], [1, 6, 0, 2, 9], [8, 7, 8, 7, 0], 1),
+        ([5, 6, 7, 8, 9], [9, 9, 9, 9, 9], [1, 1, 1, 1, 1], 0),
+        ([1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0], 1),
+        ([-5, 2**31 - 1, 129, 2**40, 128], [-3, 2**31 - 1, 1, 1, 1], [9, -1, 3, 2**40, 2], 1),
+        ([64, 1, 40, 0, 100], [4, 0, 2, 3, 1], [0, 1, 2, 3, 4], 1),
+    ]
+    for lengths, widths, indices, enabled in rounds:
+        args.seq_lens.copy_(torch.tensor(lengths))
+        if isinstance(args.extend_lens, torch.Tensor):
+            args.extend_lens.copy_(torch.tensor(widths))
+        args.req_pool_indices.copy_(torch.tensor(indices))
+        args.req_to_token.add_(1)
+        args.enabled.fill_(enabled)
+        guarded.poison()
+        guarded.check(replay)
+    assert pointers == {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+def test_a_capture_runs_nothing(backend: Backend) -> None:
+    guarded = Guarded(STATIC, GPU)
+    bound = backend.bind(guarded.args)
+    bound()
+    torch.cuda.synchronize()
+    guarded.poison()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        bound()
+    torch.cuda.synchronize()
+    for name, tensor in guarded.args.outputs().items():
+        assert (tensor == POISON).all(), name
+
+
+def test_several_graphs_share_their_inputs(backend: Backend) -> None:
+    """One graph for each batch size, as SGLang captures them, over views of the same inputs."""
+    largest = Guarded(STATIC, GPU)
+    graphs = []
+    for bs in (1, 2, 5):
+        guarded = Guarded(replace(STATIC, seq_lens=STATIC.seq_lens[:bs]), GPU)
+        inputs = {
+            "seq_lens": largest.args.seq_lens[:bs],
+            "req_pool_indices": largest.args.req_pool_indices[:bs],
+            "req_to_token": largest.args.req_to_token,
+        }
+        guarded.args = replace(guarded.args, **inputs)
+        graphs.append((guarded, capture(backend.bind(guarded.args))))
+    for lengths in ([3, 50, 99, 1, 0], [128, 1, 1, 64, 65]):
+        largest.args.seq_lens.copy_(torch.tensor(lengths))
+        for guarded, graph in graphs:
+            guarded.poison()
+            guarded.check(lambda _, graph=graph: (graph.replay(), torch.cuda.synchronize()))
+
+
+# The host
+
+
+@pytest.mark.parametrize("case", [STATIC, RAGGED], ids=["static", "ragged"])
+def test_a_bound_fill_never_synchronises(backend: Backend, case: Case) -> None:
+    guarded = Guarded(case, GPU)
+    bound = backend.bind(guarded.args)
+    guarded.check(lambda _: bound())
+    guarded.poison()
+    expected = guarded.expected()
+    with synchronising_is_an_error():
+        bound()
+    guarded.compare(expected)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_bound_fill_allocates_nothing(name: str) -> None:
+    guarded = Guarded(RAGGED, GPU)
+    bound = Backend(GPU, name).bind(guarded.args)
+    bound()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats(GPU)["allocation.all.allocated"]
+    for _ in range(10):
+        bound()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats(GPU)["allocation.all.allocated"] == before
+
+
+@pytest.mark.parametrize("bound_on", ["default stream", "another stream"])
+def test_a_fill_runs_on_the_stream_that_is_current(backend: Backend, bound_on: str) -> None:
+    """When it is called, not when it was bound: it waits for a slow producer on that stream."""
+    guarded = Guarded(STATIC, GPU)
+    args = guarded.args
+    other = torch.cuda.Stream() if bound_on == "another stream" else torch.cuda.current_stream()
+    with torch.cuda.stream(other):
+        bound = backend.bind(args)
+        bound()
+    torch.cuda.synchronize()
+    new = torch.tensor([7, 128, 33, 90, 2], device=GPU)
+    args.seq_lens.copy_(new)
+    guarded.poison()
+    expected = guarded.expected()
+    args.seq_lens.zero_()
+    torch.cuda.synchronize()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(400_000_000)  # 0.2 s
+        args.seq_lens.copy_(new)
+        bound()
+    returned_early = not stream.query()
+    stream.synchronize()
+    guarded.compare(expected)
+    assert returned_early
+
+
+def test_tensors_on_another_device_than_the_current(backend: Backend) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    other = torch.device("cuda", 1)
+    guarded = Guarded(STATIC, other)
+    bound = backend.bind(guarded.args)
+    guarded.check(lambda _: (bound(), torch.cuda.synchronize(other)))
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "triton", "torch"])
+def test_bind_by_name(name: str) -> None:
+    guarded = Guarded(RAGGED, GPU)
+    bound = bind(guarded.args, name)
+    assert bound.backend == ("cuda" if name == "auto" else name)
+    guarded.check(lambda _: bound())
+
+
+# Size
+
+
+def test_full_size(backend: Backend) -> None:
+    """64 requests at a context length of 163,840, all columns live or nearly so."""
+    width = 163_904
+    lengths = [width - 3 * r for r in range(60)] + [0, 1, width + 1, 2**31 - 1]
+    case = Case(
+        seq_lens=lengths,
+        indices=list(reversed(range(64))),
+        extend_lens=4,
+        pool=64,
+        tokens=width + 4,
+        index_topk=2048,
+        page_size=64,
+        ctx_dims=2,
+        width=width,
+        pages=width // 64,
+        dtypes={"req_to_token": torch.int32},
+        layouts={"page_table_1": Layout(gap=0), "req_to_token": Layout(gap=0)},
+    )
+    guarded = backend.check(case)
+    # the same once more, where no vector fits
+    del guarded
+    odd = dict.fromkeys(("page_table_1", "req_to_token"), Layout(gap=1, offset=3))
+    backend.check(replace(case, layouts=odd))
+
+
+@pytest.mark.parametrize("max_blocks", [1, 2, 3, 7])
+def test_any_number_of_blocks_writes_the_same(max_blocks: int) -> None:
+    lengths = [(977 * r) % 3000 for r in range(300)]
+    widths = [(r * r) % 5 for r in range(300)]
+    case = replace(
+        RAGGED,
+        seq_lens=lengths,
+        extend_lens=widths,
+        rows=sum(widths) + 300,
+        tokens=3000,
+        width=2900,
+        pages=180,
+        dtypes={"req_to_token": torch.int32},
+    )
+    guarded = Guarded(case, GPU)
+    guarded.check(lambda args: cuda.bind(args, max_blocks=max_blocks)())
+
+
+# Triton's compiles
+
+
+def compiled_variants() -> int:
+    from sglang_nsa_plugin.kernels.triton import _fill_kernel
+
+    return len(_fill_kernel.device_caches[GPU.index][0])
+
+
+def test_triton_compiles_nothing_anew_for_other_sizes() -> None:
+    backend = Backend(GPU, "triton")
+    backend.check(STATIC)
+    before = compiled_variants()
+    assert before > 0
+    names = (*STATIC.input_values(), *STATIC.output_shapes())
+    layouts = [Layout(gap=0), Layout(step=2, offset=1), Layout(step=16, gap=3), Layout(offset=4)]
+    for i, bs in enumerate((0, 1, 2, 3, 8, 16, 17, 64, 300)):
+        lengths = [(31 * r) % 140 for r in range(bs)]
+        for width in (1, 2, 16, 40, 193, 1024):
+            case = replace(
+                STATIC,
+                seq_lens=lengths,
+                extend_lens=i % 7,
+                pool=1 + 5 * i,
+                tokens=width + 3,
+                index_topk=(1, 16, 50, 2048)[i % 4],
+                page_size=(2, 3, 16, 64)[i % 4],
+                width=width,
+                pages=width // 2 + 1,
+                layouts=dict.fromkeys(names, layouts[(i + width) % 4]),
+            )
+            backend.check(case)
+    assert compiled_variants() == before
+
+
+# fill_draft_extend_metadata_cuda
+
+
+def without_adapting(*args: object) -> torch.Tensor:
+    return fill_draft_extend_metadata_cuda(*args, use_adaptive=False)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        fill_draft_extend_metadata_cuda,
+        fill_draft_extend_metadata_cuda_adaptive,
+        without_adapting,
+    ],
+)
+@pytest.mark.parametrize("bs", [0, 1, 16, 256, 700])
+@pytest.mark.parametrize("spare", [-3, 0, 1000])
+def test_ragged_lengths(function: Callable, bs: int, spare: int) -> None:
+    widths = [(r * r) % 7 - 1 for r in range(bs)]
+    needed = sum(max(q, 0) for q in widths)
+    case = Case(
+        seq_lens=[(911 * r) % 5000 for r in range(bs)],
+        extend_lens=widths,
+        rows=max(needed + spare, 0),
+        index_topk=2048,
+    )
+    guarded = Guarded(case, GPU)
+    args = guarded.args
+    expected = guarded.expected()
+    arguments = (
+        args.extend_lens,
+        args.seq_lens,
+        case.index_topk,
+        args.seqlens_expanded,
+        args.nsa_cache_seqlens,
+    )
+    function(*arguments)
+    guarded.poison()
+    with synchronising_is_an_error():
+        rows = function(*arguments)
+    for name in ("seq_lens", "extend_lens", "seqlens_expanded", "nsa_cache_seqlens"):
+        assert torch.equal(guarded.memory[name], expected[name]), name
+    assert (rows.dtype, rows.shape, rows.device) == (torch.int32, (), GPU)
+    assert int(rows) == min(needed, args.rows)
