@@ -149,6 +149,16 @@ def test_record_says_in_the_graph(arms: Arms, report: Report) -> None:
     assert RECORD_KEY not in arms["sglang"].server.server_info()["internal_states"][0]
 
 
+def test_published_fence_is_the_one_in_the_graph(arms: Arms, report: Report) -> None:
+    """One event for each captured batch size that was replayed; SGLang makes one for each replay."""
+    figures = {name: scheduler_figures(arm) for name, arm in arms.items()}
+    fences = {name: {k: f[k] for k in ("distinct_fences", "replays")} for name, f in figures.items()}
+    report("fence_events", fences)
+    plugin, sglang = figures["plugin"], figures["sglang"]
+    assert plugin["distinct_fences"] == len(plugin["replays_by_batch_size"])
+    assert sglang["distinct_fences"] > len(sglang["replays_by_batch_size"])
+
+
 def test_host_time_of_the_fill(arms: Arms, report: Report) -> None:
     figures = {name: scheduler_figures(arm) for name, arm in arms.items()}
     kept = ("fill_us", "before_replay_us", "replays", "replays_by_batch_size", "capture_bs")

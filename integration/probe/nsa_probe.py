@@ -11,6 +11,9 @@ captures are not timed. Two spans are taken, in nanoseconds of ``time.perf_count
 - fill: one call of ``draft_extend_attn_backend.init_forward_metadata_out_graph`` inside
   ``execute``; SGLang fills the metadata there, sglang-nsa-plugin only points at it.
 - before_replay: from entering ``execute`` to entering ``_replay_graph``.
+
+And the events that ``execute`` publishes for the scheduler to wait on are told apart: SGLang makes a new
+one for each replay, a graph records the same one again.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraft
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 PLUGIN_MODULE = "sglang_nsa_plugin.plugin"
 STATE_MODULE = "sglang_nsa_plugin.state"
+FENCE_EVENTS = ("shared_read_done_event", "war_fastpath_read_done_event")
 WRITE_EVERY_S = 0.5
 FIRST_SAMPLES = 5
 
@@ -70,6 +74,7 @@ class Watch:
         self.fill_ns: list[int] = []
         self.before_replay_ns: list[int] = []
         self.replays: Counter[int] = Counter()
+        self.fences: dict[int, Any] = {}  # by identity; holding them keeps identities apart
         self.entered = 0
         self.executing = False
         self._time_fill(runner.draft_extend_attn_backend)
@@ -97,11 +102,17 @@ class Watch:
             self.executing = True
             self.entered = clock()
             try:
-                return execute(*args, **kwargs)
+                output = execute(*args, **kwargs)
             finally:
                 self.executing = False
+            self._keep_fence(runner.model_runner)
+            return output
 
         runner.execute = timed
+
+    def _keep_fence(self, model_runner: Any) -> None:
+        event = next(getattr(model_runner, name) for name in FENCE_EVENTS if hasattr(model_runner, name))
+        self.fences[id(event)] = event
 
     def _time_replay(self, runner: Any) -> None:
         replay = runner._replay_graph
@@ -130,6 +141,7 @@ class Watch:
             "capture_bs": self.capture_bs,
             "replays": len(self.before_replay_ns),
             "replays_by_batch_size": {str(bs): n for bs, n in sorted(self.replays.items())},
+            "distinct_fences": len(self.fences),
             "fill_us": summary(self.fill_ns),
             "before_replay_us": summary(self.before_replay_ns),
             "plugin_record": _plugin_record(),
