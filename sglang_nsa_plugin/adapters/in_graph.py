@@ -26,6 +26,15 @@ NAME = "in-graph"
 ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend whose draft-extend fill is ours
 # The name of the event that frees req_to_token for the scheduler, 0.5.18 and before.
 FENCE_EVENTS = ("shared_read_done_event", "war_fastpath_read_done_event")
+# Set by the backend's constructor, so no class can be asked for them.
+BACKEND_ATTRIBUTES = (
+    "req_to_token",
+    "real_page_size",
+    "dsa_index_topk",
+    "speculative_num_draft_tokens",
+    "use_mha",
+    "enable_auto_select_prefill_impl",
+)
 INPUTS_REPLACED = "input tensors are not the captured ones"
 
 _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
@@ -43,13 +52,11 @@ class CapturedFill:
     run: Callable[[], None]
     read_done: torch.cuda.Event | None
 
-    def reads(self, batch: Any, req_to_token: torch.Tensor) -> bool:
-        """Whether a replay of this batch hands over the tensors whose addresses were captured."""
-        return (
-            _same(batch.seq_lens, self.args.seq_lens)
-            and _same(batch.req_pool_indices, self.args.req_pool_indices)
-            and _same(req_to_token, self.args.req_to_token)
-        )
+    def reads(self, inputs: tuple[torch.Tensor, ...]) -> bool:
+        """Whether these are the tensors whose addresses were captured."""
+        args = self.args
+        captured = (args.seq_lens, args.req_pool_indices, args.req_to_token)
+        return all(map(_same, inputs, captured))
 
 
 def _same(given: torch.Tensor, captured: torch.Tensor | None) -> bool:
@@ -61,6 +68,27 @@ def _same(given: torch.Tensor, captured: torch.Tensor | None) -> bool:
         and given.stride() == captured.stride()
         and given.shape[0] >= captured.shape[0]
     )
+
+
+@dataclass(frozen=True)
+class CheckedInputs:
+    """Tensors that were found to be the captured ones: the same objects need no second look, only
+    that nobody moved their memory."""
+
+    tensors: tuple[torch.Tensor, ...]
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensors: tuple[torch.Tensor, ...]) -> CheckedInputs:
+        """Remembers tensors and where their memory lies now."""
+        return cls(tensors, tuple(tensor.data_ptr() for tensor in tensors))
+
+    def are(self, tensors: tuple[torch.Tensor, ...]) -> bool:
+        """Whether these are the remembered objects, in their old place."""
+        (a, b, c), (d, e, f) = self.tensors, tensors
+        if a is not d or b is not e or c is not f:
+            return False
+        return (d.data_ptr(), e.data_ptr(), f.data_ptr()) == self.addresses
 
 
 class DraftExtendFill:
@@ -75,12 +103,14 @@ class DraftExtendFill:
         self.backend = backend
         self.bind = choice.bind
         self.captured: dict[int, CapturedFill] = {}
+        self.checked: dict[int, CheckedInputs] = {}
         self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
         self.is_enabled = True
 
     def forget(self) -> None:
         """SGLang allocates its graph tensors anew: captured fills of the old ones are void."""
         self.captured.clear()
+        self.checked.clear()
 
     def record(self, batch: Any) -> None:
         """Runs the fill and the derived tables on the current stream, which may be capturing."""
@@ -97,15 +127,28 @@ class DraftExtendFill:
         captured = self.captured.get(batch.batch_size)
         if captured is None:
             return False
-        ours = captured.reads(batch, self.backend.req_to_token)
+        ours = self._reads_captured(captured, batch)
         if ours is not self.is_enabled:
             self._switch(ours)
         if not ours:
             self._count_fallback(INPUTS_REPLACED)
             return False
-        self.backend.set_dsa_prefill_impl(forward_batch=None)
-        self.backend.forward_metadata = captured.metadata
+        backend = self.backend
+        # All that this call can do here; it takes longer than everything else in a replay.
+        if backend.use_mha or backend.enable_auto_select_prefill_impl:
+            backend.set_dsa_prefill_impl(forward_batch=None)
+        backend.forward_metadata = captured.metadata
         STATE.replays += 1
+        return True
+
+    def _reads_captured(self, captured: CapturedFill, batch: Any) -> bool:
+        inputs = (batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token)
+        checked = self.checked.get(batch.batch_size)
+        if checked is not None and checked.are(inputs):
+            return True
+        if not captured.reads(inputs):
+            return False
+        self.checked[batch.batch_size] = CheckedInputs.of(inputs)
         return True
 
     def _captured(self, batch: Any) -> CapturedFill:
@@ -115,6 +158,7 @@ class DraftExtendFill:
             args = self._args(batch, metadata)
             captured = CapturedFill(metadata, args, self.bind(args), _read_done(args.device))
             self.captured[batch.batch_size] = captured
+            self.checked.pop(batch.batch_size, None)
         return captured
 
     def _args(self, batch: Any, metadata: Any) -> FillArgs:
@@ -215,6 +259,9 @@ def _take_over(backend: Any, choice: dispatch.Choice) -> None:
 
 def uncovered(backend: Any, server_args: Any) -> str | None:
     """Why this configuration stays with SGLang, or None when the adapter covers it."""
+    missing = [name for name in BACKEND_ATTRIBUTES if not hasattr(backend, name)]
+    if missing:
+        return f"{type(backend).__name__} has no attribute {', '.join(missing)}"
     if torch.version.hip is not None:
         return "HIP is not covered"
     if getattr(server_args, "enable_multi_layer_eagle", False):

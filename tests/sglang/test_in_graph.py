@@ -173,6 +173,16 @@ def test_replaced_inputs_go_through_sglang(twin, state, caplog, name):
     assert state.replays == 1
 
 
+def test_inputs_whose_memory_moved_go_through_sglang(twin, state):
+    """F19: the tensor object is the captured one, the address that the graph reads is not."""
+    bs = random_batch(twin, torch.Generator().manual_seed(9))
+    step_and_expect_equal(twin, bs)
+    twin.inputs.seq_lens.data = twin.inputs.seq_lens.clone()
+    twin.replay(bs)
+    expect_equal_after_sglang_fill(twin, bs)
+    assert sum(state.fallbacks.values()) == 1
+
+
 def expect_equal_after_sglang_fill(twin, bs):
     from sglang_nsa_plugin.cli.replay import Comparison, compare
 
@@ -243,18 +253,28 @@ def test_backends_not_made_by_the_draft_extend_factory_are_left_alone(twin):
         ({"dsa_index_kpool": 1}, {"enable_multi_layer_eagle": False}, None),
     ],
 )
-def test_configurations_that_stay_with_sglang(backend, server_args, said):
+def test_configurations_that_stay_with_sglang(twin, monkeypatch, backend, server_args, said):
     """F10 and others: declined with the reason."""
     from sglang_nsa_plugin.adapters import in_graph
 
-    assert in_graph.uncovered(SimpleNamespace(**backend), SimpleNamespace(**server_args)) == said
+    for name, value in backend.items():
+        monkeypatch.setattr(twin.ours.backend, name, value, raising=False)
+    assert in_graph.uncovered(twin.ours.backend, SimpleNamespace(**server_args)) == said
 
 
-def test_hip_stays_with_sglang(monkeypatch):
+def test_hip_stays_with_sglang(twin, monkeypatch):
     from sglang_nsa_plugin.adapters import in_graph
 
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert in_graph.uncovered(SimpleNamespace(), SimpleNamespace()) == "HIP is not covered"
+    assert in_graph.uncovered(twin.ours.backend, SimpleNamespace()) == "HIP is not covered"
+
+
+def test_a_backend_without_what_the_fill_reads_stays_with_sglang(twin, monkeypatch):
+    from sglang_nsa_plugin.adapters import in_graph
+
+    monkeypatch.delattr(twin.ours.backend, "real_page_size")
+    said = in_graph.uncovered(twin.ours.backend, SimpleNamespace())
+    assert said == "DeepseekSparseAttnBackend has no attribute real_page_size"
 
 
 def test_server_info_carries_the_record(state):
