@@ -48,8 +48,7 @@ wheel: $(VENV)/.torch
 	$(PIP) build
 	$(VENV)/bin/python -m build --wheel --outdir dist .
 
-# torch, Triton and NumPy are named first so that nothing below chooses them. Triton's interpreter, which
-# runs SGLang's kernels where there is no GPU, does not work with NumPy 2.4.
+# torch, Triton and NumPy are named first so that nothing below chooses them.
 $(VENV)/.torch:
 	python3 -m venv $(VENV)
 	$(PIP) torch==2.13.0 triton==3.6.0 'numpy<2.4'

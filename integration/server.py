@@ -30,8 +30,6 @@ LOG_TAIL_LINES = 60
 REQUEST_LIMIT_S = 60.0
 STOP_LIMIT_S = 10.0
 POLL_S = 0.25
-# What urllib3 raises while nothing listens yet, or when the server ends under a request.
-NOT_LISTENING = (requests.ConnectionError,)
 
 # Two servers share one GPU: each gets a third of its memory and a KV cache of fixed size.
 SPECULATIVE_ARGS = (
@@ -127,6 +125,7 @@ class Server:
         self.env = changed_environment(env or {})
         self.process: subprocess.Popen[bytes] | None = None
         self.ready_after_s: float | None = None
+        self.broken: str | None = None  # what failed; later requests then fail without waiting
         self._started = 0.0
 
     def __enter__(self) -> Server:
@@ -262,15 +261,18 @@ class Server:
         return reply.json()
 
     def _send(self, method: str, path: str, limit_s: float, **options: Any) -> requests.Response:
+        if self.broken is not None:
+            raise self._error(f"is not asked again, because it {self.broken}")
         with requests.Session() as session:
             session.trust_env = False  # a proxy of the environment cannot reach this machine
             try:
                 return session.request(method, self.url + path, timeout=(5.0, limit_s), **options)
             except requests.Timeout as error:
-                what = f"did not answer {method} {path} within {limit_s:.0f} s"
-                raise self._error(what) from error
-            except NOT_LISTENING as error:
-                raise self._error(f"broke off {method} {path}: {error}") from error
+                self.broken = f"did not answer {method} {path} within {limit_s:.0f} s"
+                raise self._error(self.broken) from error
+            except requests.ConnectionError as error:
+                self.broken = f"broke off {method} {path}: {error}"
+                raise self._error(self.broken) from error
 
     def _check_alive(self) -> None:
         if self.process is None:
@@ -323,7 +325,7 @@ def start_arms(
 
 @contextmanager
 def _arm(name: str, env: Mapping[str, str | None], model: Path, folder: Path) -> Iterator[Arm]:
-    probe_dir = folder / f"{name}-probe"
+    probe_dir = (folder / f"{name}-probe").resolve()
     probe_dir.mkdir(parents=True)
     with_probe = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PROBE), os.environ.get("PYTHONPATH")])),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -135,7 +136,7 @@ def _self_test(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except cannot_run as error:
-            return f"its self-test failed: {error}"
+            return f"its self-test failed: {textwrap.shorten(str(error), 300)}"
         for name, tensor in actual.outputs().items():
             if not torch.equal(tensor, expected.outputs()[name]):
                 return f"its self-test filled {name} with other values than the torch reference"

@@ -150,6 +150,8 @@ def _check_number(name: str, value: object, lowest: int, otherwise: str = "") ->
 
 
 def _check_tensors(args: FillArgs) -> None:
+    if isinstance(args.seq_lens, torch.Tensor) and args.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"seq_lens: must be a CPU or CUDA tensor, got one on {args.device}")
     for name in (*INPUTS, *OUTPUTS):
         value = getattr(args, name)
         if value is None and name not in REQUIRED:

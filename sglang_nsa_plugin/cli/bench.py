@@ -23,6 +23,7 @@ REPEATS = 21
 DRAFT_TOKENS = 4
 CONTEXT = 163_840
 BATCH_SIZES = (1, 8, 32, 64)
+EXPAND_BATCH_SIZES = (1, 8, 32, 64, 128, 256, 512, 1024)
 LENGTHS = (2_048, 32_768, 131_072)
 DECODE_IMPLS = ("flashmla_sparse", "flashmla_kv")
 
@@ -68,6 +69,7 @@ def measure(console: Console) -> dict[str, Any]:
         "req_to_token_width": CONTEXT + 64,
         "implementation": STATE.backend,
         "cases": rows,
+        "expand": [_expand_case(device, bs) for bs in EXPAND_BATCH_SIZES],
     }
 
 
@@ -98,6 +100,28 @@ def _case(twin: Any, bs: int, length: int) -> dict[str, Any]:
                 "our_kernel": _gpu_us(fill),
             },
         }
+
+
+def _expand_case(device: Any, bs: int) -> dict[str, Any]:
+    """``fill_draft_extend_metadata_cuda`` on bs requests: one block, and as many as the rows need."""
+    import torch
+
+    from sglang_nsa_plugin import fill_draft_extend_metadata_cuda
+
+    def numbers(value: int, count: int) -> torch.Tensor:
+        return torch.full((count,), value, dtype=torch.int32, device=device)
+
+    extend_lens, seq_lens = numbers(DRAFT_TOKENS, bs), numbers(40_000, bs)
+    expanded, clamped = numbers(0, bs * DRAFT_TOKENS), numbers(0, bs * DRAFT_TOKENS)
+
+    def gpu_us(use_adaptive: bool) -> float:
+        return _gpu_us(
+            lambda: fill_draft_extend_metadata_cuda(
+                extend_lens, seq_lens, 2_048, expanded, clamped, use_adaptive
+            )
+        )
+
+    return {"requests": bs, "gpu_us": {"one_block": gpu_us(False), "adaptive": gpu_us(True)}}
 
 
 def _host_us(call: Callable[[], object]) -> float:
