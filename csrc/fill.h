@@ -152,10 +152,13 @@ NSA_INLINE uint32_t clamped_sum(const Request& request, int64_t n, int64_t topk)
   return static_cast<uint32_t>(ramp + static_cast<uint64_t>((n - level) * topk));
 }
 
-// Columns that one block copies at a time: four a thread for the token table, one for the paged one.
+// Columns that one block copies at a time: `kVectors` times four a thread for the token table, one for
+// the paged one.
+constexpr int kVectors = 2;
+
 template <int kThreads>
 NSA_INLINE uint32_t unit_columns(const PageTable& table) {
-  return table.page_size == 1 ? 4 * kThreads : kThreads;
+  return table.page_size == 1 ? 4 * kVectors * kThreads : kThreads;
 }
 
 NSA_INLINE Offsets combine(const Offsets& a, const Offsets& b, int64_t rows) {
@@ -179,25 +182,24 @@ NSA_INLINE Offsets offsets_of(const Fill& fill, const Request& request) {
   return own;
 }
 
-NSA_INLINE int64_t token_at(const Fill& fill, int64_t pool_row, int64_t column) {
+// The slot of a token: the low 32 bits of req_to_token, signed.
+NSA_INLINE int32_t token_at(const Fill& fill, int64_t pool_row, int64_t column) {
   if (pool_row < 0) return 0;
   const IndexTable& source = fill.req_to_token;
-  return load(source.data, pool_row * source.row_stride + column * source.column_stride,
-              source.is_int64);
+  const int64_t index = pool_row * source.row_stride + column * source.column_stride;
+  return static_cast<int32_t>(load(source.data, index, source.is_int64));
 }
 
-NSA_INLINE int64_t page_of(int64_t token, int64_t page_size) {  // rounds down, also below 0
-  if (token >= 0 && token <= INT32_MAX) {
-    return static_cast<uint32_t>(token) / static_cast<uint32_t>(page_size);
-  }
-  const int64_t quotient = token / page_size;
-  return token % page_size < 0 ? quotient - 1 : quotient;
+// Rounds down, also below 0: there ~t = -t - 1 is divided instead.
+NSA_INLINE int32_t page_of(int32_t token, int64_t page_size) {
+  const int32_t flip = token < 0 ? -1 : 0;
+  const uint32_t quotient = static_cast<uint32_t>(token ^ flip) / static_cast<uint32_t>(page_size);
+  return static_cast<int32_t>(quotient) ^ flip;
 }
 
 NSA_INLINE int32_t page_at(const Fill& fill, const PageTable& table, int64_t pool_row,
                            int64_t column) {
-  const int64_t token = token_at(fill, pool_row, column * table.page_size);
-  return static_cast<int32_t>(page_of(token, table.page_size));
+  return page_of(token_at(fill, pool_row, column * table.page_size), table.page_size);
 }
 
 NSA_INLINE void store_request(const Fill& fill, int64_t r, const Request& request,

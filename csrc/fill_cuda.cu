@@ -94,76 +94,79 @@ __device__ void fill_rows(const Fill& fill, const Tile& tile) {
   }
 }
 
-__device__ bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % sizeof(int4) == 0;
+__device__ bool is_aligned(const void* pointer, int64_t row_stride) {
+  return reinterpret_cast<uintptr_t>(pointer) % sizeof(int4) == 0 && row_stride % 4 == 0;
 }
 
-__device__ void store_four(int32_t* out, const int4& value) {
-  if (is_aligned(out)) {
-    *reinterpret_cast<int4*>(out) = value;
-  } else {
-    out[0] = value.x;
-    out[1] = value.y;
-    out[2] = value.z;
-    out[3] = value.w;
-  }
-}
-
-__device__ int4 load_four(const int32_t* in) {
-  return is_aligned(in) ? *reinterpret_cast<const int4*>(in) : make_int4(in[0], in[1], in[2], in[3]);
-}
-
-// Copies table columns [column, column + 4) below `end` of one request into its rows. Vectors only
-// where four live columns lie side by side in memory, so no cell at or past the length is touched.
-__device__ void copy_four(const Fill& fill, const PageTable& table, int64_t source, int64_t column,
-                          int64_t end, int64_t first_row, int64_t end_row) {
+// Whether four neighbouring columns can be moved as one 16-byte vector, in every row.
+__device__ bool moves_vectors(const Fill& fill, const PageTable& table) {
   const IndexTable& tokens = fill.req_to_token;
-  const bool dense = !tokens.is_int64 && tokens.column_stride == 1 && table.column_stride == 1;
-  if (dense && column + 4 <= end) {
-    const int4 value =
-        source < 0 ? make_int4(0, 0, 0, 0)
-                   : load_four(static_cast<const int32_t*>(tokens.data) +
-                               source * tokens.row_stride + column);
-    for (int64_t row = first_row; row < end_row; ++row) {
-      store_four(table.data + row * table.row_stride + column, value);
-    }
-    return;
+  return table.page_size == 1 && !tokens.is_int64 && tokens.column_stride == 1 &&
+         table.column_stride == 1 && is_aligned(tokens.data, tokens.row_stride) &&
+         is_aligned(table.data, table.row_stride);
+}
+
+// The rows of one request in a page table.
+struct Span {
+  int64_t pool_row;
+  int64_t first_row;
+  int64_t end_row;
+};
+
+// Columns [begin, end), a multiple of four and at most one unit. All loads come before the stores.
+__device__ void copy_vectors(const Fill& fill, const PageTable& table, const Span& span,
+                             int64_t begin, int64_t end) {
+  const int32_t* source = static_cast<const int32_t*>(fill.req_to_token.data) +
+                          span.pool_row * fill.req_to_token.row_stride;
+  int4 values[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t column = begin + 4 * (v * kThreads + threadIdx.x);
+    const bool reads = column < end && span.pool_row >= 0;
+    values[v] = reads ? __ldg(reinterpret_cast<const int4*>(source + column)) : int4{0, 0, 0, 0};
   }
-  for (int64_t c = column; c < minimum(column + 4, end); ++c) {
-    const int32_t value = page_at(fill, table, source, c);
-    for (int64_t row = first_row; row < end_row; ++row) {
-      table.data[row * table.row_stride + c * table.column_stride] = value;
+#pragma unroll 1
+  for (int64_t row = span.first_row; row < span.end_row; ++row) {
+    int32_t* out = table.data + row * table.row_stride;
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t column = begin + 4 * (v * kThreads + threadIdx.x);
+      if (column < end) *reinterpret_cast<int4*>(out + column) = values[v];
     }
   }
 }
 
-__device__ void copy_one(const Fill& fill, const PageTable& table, int64_t source, int64_t column,
-                         int64_t end, int64_t first_row, int64_t end_row) {
-  if (column >= end) return;
-  const int32_t value = page_at(fill, table, source, column);
-  for (int64_t row = first_row; row < end_row; ++row) {
-    table.data[row * table.row_stride + column * table.column_stride] = value;
+__device__ void copy_scalars(const Fill& fill, const PageTable& table, const Span& span,
+                             int64_t begin, int64_t end) {
+#pragma unroll 1
+  for (int64_t column = begin + threadIdx.x; column < end; column += kThreads) {
+    const int32_t value = page_at(fill, table, span.pool_row, column);
+#pragma unroll 1
+    for (int64_t row = span.first_row; row < span.end_row; ++row) {
+      table.data[row * table.row_stride + column * table.column_stride] = value;
+    }
   }
 }
 
+// No cell at or past the length is touched: a last vector that is not full goes as scalars.
 __device__ void fill_pages(const Fill& fill, const Tile& tile, int k) {
   const PageTable& table = fill.tables[k];
-  const uint32_t end_unit = tile.ends[tile.count - 1].units[k];
+  const bool vectors = moves_vectors(fill, table);
   const uint32_t first_unit = tile.carry.units[k];
-  for (uint32_t i = blockIdx.x; i < end_unit - first_unit; i += gridDim.x) {
+  const uint32_t units = tile.ends[tile.count - 1].units[k] - first_unit;
+#pragma unroll 1
+  for (uint32_t i = blockIdx.x; i < units; i += gridDim.x) {
     const int t = find_request(i, tile.count,
                                [&](int j) { return tile.ends[j].units[k] - first_unit; });
     const Offsets before = tile.before(t);
-    const uint32_t unit = first_unit + i - before.units[k];
-    const int64_t first_column = static_cast<int64_t>(unit) * unit_columns<kThreads>(table);
-    const int64_t source = tile.requests[t].pool_row;
-    const int64_t end = tile.requests[t].columns[k];
-    if (table.page_size == 1) {
-      copy_four(fill, table, source, first_column + 4 * threadIdx.x, end, before.row,
-                tile.ends[t].row);
-    } else {
-      copy_one(fill, table, source, first_column + threadIdx.x, end, before.row, tile.ends[t].row);
+    const Span span{tile.requests[t].pool_row, before.row, tile.ends[t].row};
+    const int64_t width = unit_columns<kThreads>(table);
+    int64_t begin = (first_unit + i - before.units[k]) * width;
+    const int64_t end = minimum(begin + width, tile.requests[t].columns[k]);
+    if (vectors) {
+      const int64_t vectors_end = begin + (end - begin) / 4 * 4;
+      copy_vectors(fill, table, span, begin, vectors_end);
+      begin = vectors_end;
     }
+    copy_scalars(fill, table, span, begin, end);
   }
 }
 
@@ -198,6 +201,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) fill_kerne
     const Tile tile{first, count, requests, ends, carry};
     fill_requests(fill, tile);
     fill_rows(fill, tile);
+#pragma unroll 1
     for (int k = 0; k < kPageTables; ++k) fill_pages(fill, tile, k);
     carry = ends[count - 1];
     __syncthreads();  // the next tile overwrites requests and ends

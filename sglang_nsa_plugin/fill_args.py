@@ -37,8 +37,8 @@ class FillArgs:
         extend_lens: a number, the same for every request, or [bs]. Negative counts as 0, more than
             2**31 - 1 as that.
         req_pool_indices: [bs], rows of ``req_to_token``.
-        req_to_token: [pool, columns], the KV slot of each token of each request. Both may be None
-            when no page table is asked for.
+        req_to_token: [pool, columns], the KV slot of each token of each request, low 32 bits. Both
+            may be None when no page table is asked for.
         index_topk: how many tokens sparse attention keeps, 1 or more.
         page_size: tokens in a page of ``real_page_table``, 1 or more.
         enabled: None, or int32 [1]: a fill that finds 0 there writes nothing. It is read on the

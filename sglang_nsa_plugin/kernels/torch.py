@@ -86,7 +86,7 @@ def _write_table(
     index = args.req_pool_indices.to(torch.int64)[request]
     slots = args.req_to_token[index.clamp(0, max(pool - 1, 0))[:, None], column] if pool else 0
     in_pool = (index >= 0) & (index < pool)
-    pages = torch.where(in_pool[:, None], slots, 0) // page_size
+    pages = torch.where(in_pool[:, None], slots, 0).to(torch.int32) // page_size
     live = in_use[:, None] & (column < length[request][:, None])
     out = table[:, : len(column)]
     write(out, torch.where(live, pages, out))

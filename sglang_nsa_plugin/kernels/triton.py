@@ -164,7 +164,7 @@ def _fill_table(
             slot = tl.load(
                 req_to_token + index * tokens_stride_0 + c * page * tokens_stride_1,
                 mask=keep & in_pool, other=0,
-            ).to(tl.int64)  # fmt: skip
+            ).to(tl.int32).to(tl.int64)  # fmt: skip
             value = tl.where(slot >= 0, slot // page, -((page - 1 - slot) // page)).to(tl.int32)
             for t_row in tl.range(first_row, end_row):
                 tl.store(table + t_row * row_stride + c * stride_1, value, mask=keep)
