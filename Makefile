@@ -24,8 +24,9 @@ help:
 	@echo "make bench       time of one fill, SGLang's own and ours, in one run"
 	@echo "make wheel       the wheel, into dist/"
 
+# PYTHONSAFEPATH: the installed package runs, not the source tree, which has no compiled library.
 demo: $(READY)
-	$(PYTHON) -m sglang_nsa_plugin demo
+	PYTHONSAFEPATH=1 $(PYTHON) -m sglang_nsa_plugin demo
 
 test: $(READY)
 	$(VENV)/bin/pytest
@@ -42,7 +43,7 @@ serve-test: $(READY)
 	$(PYTHON) -m pytest integration/test_serving.py -v -s
 
 bench: $(READY)
-	$(PYTHON) -m sglang_nsa_plugin bench
+	PYTHONSAFEPATH=1 $(PYTHON) -m sglang_nsa_plugin bench
 
 wheel: $(VENV)/.torch
 	$(PIP) build

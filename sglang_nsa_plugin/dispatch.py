@@ -122,14 +122,14 @@ def _self_test(
     device: torch.device,
     errors: tuple[type[Exception], ...],
 ) -> str | None:
-    """Compares one static and one ragged fill with the reference; the first difference in words.
+    """Compares fills of every kind with the reference; the first difference in words.
 
     ``errors`` are those of the implementation's own, beside RuntimeError, that say it cannot run.
     """
     cannot_run: tuple[type[Exception], ...] = (RuntimeError, *errors)
-    for ragged in (False, True):
-        expected = small_case(device, ragged)
-        actual = small_case(device, ragged)
+    for ragged, times in ((False, 1), (True, 1), (False, 75), (True, 75)):
+        expected = small_case(device, ragged, times)
+        actual = small_case(device, ragged, times)
         reference.fill(expected)
         try:
             bind(actual)()
@@ -143,13 +143,16 @@ def _self_test(
     return None
 
 
-def small_case(device: torch.device, ragged: bool) -> FillArgs:
+def small_case(device: torch.device, ragged: bool, times: int = 1) -> FillArgs:
     """Four requests with the edges that matter, outputs poisoned: L < q, L = 0, over the top-k, a
-    request outside the pool, a length over the table, rows behind the last request."""
-    rows, width, page = 12, 40, 8
+    request outside the pool, a length over the table, rows behind the last request.
+
+    ``times`` repeats them: 75 times are more requests than any implementation takes at once.
+    """
+    bs, rows, width, page = 4 * times, 12 * times, 40, 8
 
     def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+        return torch.tensor(values * times, dtype=dtype, device=device)
 
     def poisoned(*shape: int) -> torch.Tensor:
         return torch.full(shape, POISON, dtype=torch.int32, device=device)
@@ -161,8 +164,8 @@ def small_case(device: torch.device, ragged: bool) -> FillArgs:
         extend_lens=3,
         index_topk=36,
         page_size=page,
-        cache_seqlens=poisoned(4),
-        cu_seqlens_k=poisoned(5),
+        cache_seqlens=poisoned(bs),
+        cu_seqlens_k=poisoned(bs + 1),
         seqlens_expanded=poisoned(rows),
         nsa_cache_seqlens=poisoned(rows),
         nsa_cu_seqlens_k=poisoned(rows + 1),

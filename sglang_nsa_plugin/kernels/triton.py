@@ -156,7 +156,7 @@ def _fill_table(
             before = local < t
             block = unit - tl.sum(tl.where(before, units, 0), 0)
             first_row = row + tl.sum(tl.where(before, q, 0), 0)
-            end_row = tl.minimum(first_row + tl.sum(tl.where(here, q, 0), 0), rows)
+            own_rows = tl.minimum(tl.sum(tl.where(here, q, 0), 0), tl.maximum(rows - first_row, 0))
             c = block * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
             keep = c < tl.sum(tl.where(here, columns, 0), 0)
             index = tl.load(req_pool_indices + (start + t).to(tl.int64) * index_stride).to(tl.int64)
@@ -166,8 +166,10 @@ def _fill_table(
                 mask=keep & in_pool, other=0,
             ).to(tl.int32).to(tl.int64)  # fmt: skip
             value = tl.where(slot >= 0, slot // page, -((page - 1 - slot) // page)).to(tl.int32)
-            for t_row in tl.range(first_row, end_row):
-                tl.store(table + t_row * row_stride + c * stride_1, value, mask=keep)
+            # Counts from 0 and adds: Triton 3.6 drops `row`, which the loop over requests carries,
+            # where it only bounds an inner loop.
+            for j in tl.range(0, own_rows):
+                tl.store(table + (first_row + j) * row_stride + c * stride_1, value, mask=keep)
         row += tl.sum(q, 0)
 
 
