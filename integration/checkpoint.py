@@ -65,6 +65,7 @@ ROPE = 64
 V_DIM = 128
 INDEX_HEADS = 64
 INDEX_DIM = 128
+INDEX_TOPK = 2048
 EXPERTS = 64
 EXPERTS_PER_TOKEN = 8
 DENSE_FFN = 512
@@ -122,7 +123,7 @@ def model_config() -> dict[str, Any]:
         "v_head_dim": V_DIM,
         "index_n_heads": INDEX_HEADS,
         "index_head_dim": INDEX_DIM,
-        "index_topk": 2048,
+        "index_topk": INDEX_TOPK,
         "first_k_dense_replace": 1,
         "moe_layer_freq": 1,
         "n_routed_experts": EXPERTS,

@@ -23,7 +23,6 @@ import torch
 from torch.nn.functional import silu
 
 STEPS = 3
-INDEX_TOPK = 2048
 GROUPS = 4
 TOP_GROUPS = 2
 ROWS_AT_ONCE = 64  # bounds the attention matrix of a long prompt
@@ -70,7 +69,7 @@ class Layer:
         kv_b = self._get("self_attn.kv_b_proj").view(c.HEADS, c.NOPE + c.V_DIM, c.KV_RANK)
         self.key_up, self.value_up = kv_b[:, : c.NOPE], kv_b[:, c.NOPE :]
         self.is_dense = f"{self.prefix}.mlp.gate_proj.weight" in weights
-        self.cache = torch.zeros(INDEX_TOPK + STEPS + 1, c.KV_RANK + c.ROPE)
+        self.cache = torch.zeros(c.INDEX_TOPK + STEPS + 1, c.KV_RANK + c.ROPE)
 
     def _get(self, name: str) -> torch.Tensor:
         return self.weights[f"{self.prefix}.{name}.weight"]
@@ -161,9 +160,9 @@ def walk(models: Models, prompt: torch.Tensor, new_tokens: int) -> tuple[list[in
     Returns:
         steps by accepted drafts (4 counts), and prompt + new tokens [len(prompt) + new_tokens].
     """
-    if len(prompt) + new_tokens + STEPS + 1 > INDEX_TOPK:
+    if len(prompt) + new_tokens + STEPS + 1 > c.INDEX_TOPK:
         raise ValueError(
-            f"prompt and new tokens: must stay within {INDEX_TOPK - STEPS - 1} together, "
+            f"prompt and new tokens: must stay within {c.INDEX_TOPK - STEPS - 1} together, "
             f"got {len(prompt)} and {new_tokens}; the indexer is not modelled"
         )
     hidden, following = models.target(prompt, 0)

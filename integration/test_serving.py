@@ -33,10 +33,10 @@ LENGTHS = (
 )
 AT_ONCE = 16  # the greatest captured batch size
 AT_ONCE_LENGTHS = LENGTHS[:AT_ONCE]
-STEP_PAIRS = 12
-THROUGHPUT_PAIRS = 8
-REPEATS = 4
-MOST_UNSTABLE = 6
+STEP_PAIRS = 24
+THROUGHPUT_PAIRS = 16
+REPEATS = 8
+MOST_UNSTABLE = 2
 LEAST_REPLAYS = 1000
 FILL_LIMIT_US = 10.0
 PROBE_SETTLES_S = 2.0
@@ -66,12 +66,14 @@ def test_plugin_is_found_in_both_processes(arms: Arms, report: Report) -> None:
 
 
 def test_same_tokens_one_at_a_time(arms: Arms, report: Report) -> None:
-    """Token ids and accepted drafts are compared exactly, prompt by prompt.
+    """Token ids and accepted drafts are compared prompt by prompt.
 
-    A prompt that differs is sent to SGLang's own arm again: when that arm disagrees with itself,
-    the prompt says nothing about the plugin and is counted as unstable; else the plugin is wrong.
+    Within index_topk tokens both must be equal, with no exception. Beyond, SGLang's top-k writes what
+    it chose in an order that differs from run to run, and bfloat16 sums follow it: there token ids must
+    be equal unless SGLang's own arm, asked again, gives other ones itself; how many drafts were accepted
+    is reported.
     """
-    rows, wrong = [], []
+    rows: list[dict[str, Any]] = []
     accepted = dict.fromkeys(arms, NO_STEPS)
     for prompt in prompts(LENGTHS, seed=1):
         answers = {name: arm.server.generate(prompt, NEW_TOKENS) for name, arm in arms.items()}
@@ -79,24 +81,25 @@ def test_same_tokens_one_at_a_time(arms: Arms, report: Report) -> None:
             assert len(answer.output_ids) == NEW_TOKENS, f"{name}: {answer.meta}"
             accepted[name] = added(accepted[name], answer.histogram)
         row = comparison(answers["plugin"], answers["sglang"], len(prompt))
-        if row["differs"]:
-            row["unstable"] = disagrees_with_itself(arms["sglang"].server, prompt, answers["sglang"])
-            if not row["unstable"]:
-                wrong.append(row)
+        if not row["deterministic"] and not row["same_ids"]:
+            row["sglang_disagrees_with_itself"] = disagrees_with_itself(
+                arms["sglang"].server, prompt, answers["sglang"]
+            )
         rows.append(row)
-    unstable = [row["length"] for row in rows if row.get("unstable")]
     figures = {
         "new_tokens": NEW_TOKENS,
         "prompts": len(rows),
-        "identical": sum(not row["differs"] for row in rows),
-        "unstable_in_sglang": unstable,
+        "same_ids": sum(row["same_ids"] for row in rows),
+        "same_ids_and_accepted_drafts": sum(row["same_ids"] and row["same_drafts"] for row in rows),
+        "within_index_topk": sum(row["deterministic"] for row in rows),
         "accepted_drafts": accepted,
         "tokens_per_step": {name: mean_tokens(counts) for name, counts in accepted.items()},
         "each": rows,
     }
     report("tokens_one_at_a_time", figures)
+    wrong = [row for row in rows if is_wrong(row)]
     assert not wrong, f"the plugin arm differs where SGLang is stable: {wrong}"
-    assert len(unstable) <= MOST_UNSTABLE
+    assert sum(not row["same_ids"] for row in rows) <= MOST_UNSTABLE
     assert all(accepted["sglang"]), "the checkpoint should get 0, 1, 2 and 3 drafts accepted"
 
 
@@ -201,24 +204,27 @@ def prompts(lengths: Sequence[int], seed: int) -> list[list[int]]:
 
 def comparison(plugin: Answer, sglang: Answer, length: int) -> dict[str, Any]:
     pairs = zip(plugin.output_ids, sglang.output_ids, strict=True)
-    first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     return {
         "length": length,
-        "differs": outcome(plugin) != outcome(sglang),
-        "first_different_token": first,
+        "deterministic": length + NEW_TOKENS <= checkpoint.INDEX_TOPK,
+        "same_ids": plugin.output_ids == sglang.output_ids,
+        "same_drafts": plugin.histogram == sglang.histogram,
+        "first_different_token": next((i for i, (a, b) in enumerate(pairs) if a != b), None),
         "accepted_drafts": {"plugin": plugin.histogram, "sglang": sglang.histogram},
     }
 
 
-def outcome(answer: Answer) -> tuple[list[int], list[int]]:
-    return answer.output_ids, answer.histogram
+def is_wrong(row: dict[str, Any]) -> bool:
+    if row["deterministic"]:
+        return not (row["same_ids"] and row["same_drafts"])
+    return not row["same_ids"] and not row["sglang_disagrees_with_itself"]
 
 
 def disagrees_with_itself(target: Server, prompt: list[int], first: Answer) -> bool:
-    """Whether the same request, each time without a cached prefix, gets different answers."""
+    """Whether the same request, each time without a cached prefix, gets other token ids."""
     for _ in range(REPEATS):
         target.flush_cache()
-        if outcome(target.generate(prompt, NEW_TOKENS)) != outcome(first):
+        if target.generate(prompt, NEW_TOKENS).output_ids != first.output_ids:
             return True
     return False
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -43,20 +42,41 @@ _METADATA = "sglang.srt.layers.attention.dsa_backend.DSAMetadata"
 _RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
 
 
-@dataclass(frozen=True)
 class CapturedFill:
-    """The fill of one batch size: SGLang's tensors, the bound launch, the end of its read."""
+    """The fill of one batch size.
 
-    metadata: Any
-    args: FillArgs
-    run: Callable[[], None]
-    read_done: torch.cuda.Event | None
+    Attributes:
+        metadata: SGLang's object whose tensors are filled.
+        args: those tensors, and the inputs whose addresses a graph captures.
+        run: the bound launch.
+        read_done: recorded behind the launch; None on the CPU.
+    """
 
-    def reads(self, inputs: tuple[torch.Tensor, ...]) -> bool:
-        """Whether these are the tensors whose addresses were captured."""
-        args = self.args
-        captured = (args.seq_lens, args.req_pool_indices, args.req_to_token)
-        return all(map(_same, inputs, captured))
+    def __init__(self, metadata: Any, args: FillArgs, run: Callable[[], None]) -> None:
+        self.metadata = metadata
+        self.args = args
+        self.run = run
+        self.read_done = _read_done(args.device)
+        self._inputs = (args.seq_lens, args.req_pool_indices, args.req_to_token)
+        self._addresses = tuple(t.data_ptr() for t in self._inputs if t is not None)
+        self._known = self._inputs
+
+    def reads(
+        self, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor, req_to_token: torch.Tensor
+    ) -> bool:
+        """Whether these are the tensors whose addresses were captured.
+
+        Objects that were found to be them need no second look, only that nobody moved their memory.
+        """
+        known = self._known
+        if seq_lens is known[0] and req_pool_indices is known[1] and req_to_token is known[2]:
+            addresses = (seq_lens.data_ptr(), req_pool_indices.data_ptr(), req_to_token.data_ptr())
+            return addresses == self._addresses
+        given = (seq_lens, req_pool_indices, req_to_token)
+        if not all(map(_same, given, self._inputs)):
+            return False
+        self._known = given
+        return True
 
 
 def _same(given: torch.Tensor, captured: torch.Tensor | None) -> bool:
@@ -68,27 +88,6 @@ def _same(given: torch.Tensor, captured: torch.Tensor | None) -> bool:
         and given.stride() == captured.stride()
         and given.shape[0] >= captured.shape[0]
     )
-
-
-@dataclass(frozen=True)
-class CheckedInputs:
-    """Tensors that were found to be the captured ones: the same objects need no second look, only
-    that nobody moved their memory."""
-
-    tensors: tuple[torch.Tensor, ...]
-    addresses: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensors: tuple[torch.Tensor, ...]) -> CheckedInputs:
-        """Remembers tensors and where their memory lies now."""
-        return cls(tensors, tuple(tensor.data_ptr() for tensor in tensors))
-
-    def are(self, tensors: tuple[torch.Tensor, ...]) -> bool:
-        """Whether these are the remembered objects, in their old place."""
-        (a, b, c), (d, e, f) = self.tensors, tensors
-        if a is not d or b is not e or c is not f:
-            return False
-        return (d.data_ptr(), e.data_ptr(), f.data_ptr()) == self.addresses
 
 
 class DraftExtendFill:
@@ -103,14 +102,12 @@ class DraftExtendFill:
         self.backend = backend
         self.bind = choice.bind
         self.captured: dict[int, CapturedFill] = {}
-        self.checked: dict[int, CheckedInputs] = {}
         self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
         self.is_enabled = True
 
     def forget(self) -> None:
         """SGLang allocates its graph tensors anew: captured fills of the old ones are void."""
         self.captured.clear()
-        self.checked.clear()
 
     def record(self, batch: Any) -> None:
         """Runs the fill and the derived tables on the current stream, which may be capturing."""
@@ -127,13 +124,13 @@ class DraftExtendFill:
         captured = self.captured.get(batch.batch_size)
         if captured is None:
             return False
-        ours = self._reads_captured(captured, batch)
-        if ours is not self.is_enabled:
-            self._switch(ours)
-        if not ours:
+        backend = self.backend
+        if not captured.reads(batch.seq_lens, batch.req_pool_indices, backend.req_to_token):
+            self._switch(on=False)
             self._count_fallback(INPUTS_REPLACED)
             return False
-        backend = self.backend
+        if not self.is_enabled:
+            self._switch(on=True)
         # All that this call can do here; it takes longer than everything else in a replay.
         if backend.use_mha or backend.enable_auto_select_prefill_impl:
             backend.set_dsa_prefill_impl(forward_batch=None)
@@ -141,24 +138,13 @@ class DraftExtendFill:
         STATE.replays += 1
         return True
 
-    def _reads_captured(self, captured: CapturedFill, batch: Any) -> bool:
-        inputs = (batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token)
-        checked = self.checked.get(batch.batch_size)
-        if checked is not None and checked.are(inputs):
-            return True
-        if not captured.reads(inputs):
-            return False
-        self.checked[batch.batch_size] = CheckedInputs.of(inputs)
-        return True
-
     def _captured(self, batch: Any) -> CapturedFill:
         metadata = self.backend.decode_cuda_graph_metadata[batch.batch_size]
         captured = self.captured.get(batch.batch_size)
         if captured is None or captured.metadata is not metadata:
             args = self._args(batch, metadata)
-            captured = CapturedFill(metadata, args, self.bind(args), _read_done(args.device))
+            captured = CapturedFill(metadata, args, self.bind(args))
             self.captured[batch.batch_size] = captured
-            self.checked.pop(batch.batch_size, None)
         return captured
 
     def _args(self, batch: Any, metadata: Any) -> FillArgs:
