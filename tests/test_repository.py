@@ -1,0 +1,52 @@
+"""What the documents promise is there: figures from result files, versions that agree, commands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_readme_figures_are_those_of_the_result_files() -> None:
+    command = [sys.executable, "integration/readme.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_version_is_the_newest_of_the_changelog() -> None:
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    project = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert project is not None
+    assert newest[1] == project[1] == version("sglang-nsa-plugin")
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text()))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test", "gpu-test", "serve-test"} <= named
+    assert named <= targets
+
+
+@pytest.mark.parametrize("name", ["gpu-test.json", "serve-0.5.17.json"])
+def test_result_files_name_their_origin(name: str) -> None:
+    text = (ROOT / "integration" / "results" / name).read_text()
+    for key in ("date", "commit", "gpus", "versions", "command"):
+        assert f'"{key}"' in text
+
+
+def test_files_of_the_readme_exist() -> None:
+    paths = set(
+        re.findall(
+            r"`((?:sglang_nsa_plugin|integration|tests|csrc)/[\w./-]*)`",
+            (ROOT / "README.md").read_text(),
+        )
+    )
+    assert paths
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
