@@ -15,7 +15,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """One AROUND hook: ``replacement(original, *args, **kwargs)`` takes the place of ``target``."""
+    """One AROUND hook: ``replacement(original, *args, **kwargs)`` takes the place of ``target``.
+
+    The target must have these parameters and no others: SGLang may hand over any of them.
+    """
 
     target: str
     parameters: tuple[str, ...]
@@ -53,8 +56,9 @@ def _misfit(row: Hook | Call | Fields) -> str | None:
         missing = [name for name in row.names if name not in present]
         return f"{row.target} has no field {', '.join(missing)}" if missing else None
     names = tuple(inspect.signature(target).parameters)
-    if names[: len(row.parameters)] != row.parameters:
-        return f"{row.target} takes ({', '.join(names)}), expected ({', '.join(row.parameters)}, ...)"
+    compared = names if isinstance(row, Hook) else names[: len(row.parameters)]
+    if compared != row.parameters:
+        return f"{row.target} takes ({', '.join(names)}), expected ({', '.join(row.parameters)})"
     return None
 
 

@@ -18,6 +18,7 @@ import torch
 
 from sglang_nsa_plugin import plugin
 from sglang_nsa_plugin.adapters import in_graph
+from sglang_nsa_plugin.adapters.captured import CapturedFill, DraftExtendFill
 from sglang_nsa_plugin.cli.rig import BackendRig, sglang_fused_fill
 from sglang_nsa_plugin.state import STATE
 
@@ -134,14 +135,14 @@ class Twin:
         """What SGLang's code lacks outside a launched process, for calls that are timed."""
         return self.ours.stand_ins()
 
-    def _taken_over(self) -> in_graph.DraftExtendFill:
+    def _taken_over(self) -> DraftExtendFill:
         fill = getattr(self.ours.backend, in_graph.ATTRIBUTE, None)
         if fill is None:
             raise RuntimeError(f"the plugin did not take over SGLang's backend: {STATE.reason}")
-        taken: in_graph.DraftExtendFill = fill
+        taken: DraftExtendFill = fill
         return taken
 
-    def _captured(self, bs: int) -> in_graph.CapturedFill:
+    def _captured(self, bs: int) -> CapturedFill:
         return self._taken_over().captured[bs]
 
     def _capture(self, bs: int) -> Callable[[], None]:

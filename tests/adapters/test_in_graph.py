@@ -149,7 +149,7 @@ def test_metadata_object_and_addresses_never_change(twin):
 @pytest.mark.parametrize("name", ["seq_lens", "req_pool_indices"])
 def test_replaced_inputs_go_through_sglang(twin, state, caplog, name):
     """F19: a graph that would read the captured tensors must not write over SGLang's values."""
-    from sglang_nsa_plugin.adapters.in_graph import INPUTS_REPLACED
+    from sglang_nsa_plugin.adapters.captured import INPUTS_REPLACED
 
     generator = torch.Generator().manual_seed(6)
     bs = random_batch(twin, generator)

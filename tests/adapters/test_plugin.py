@@ -206,7 +206,13 @@ HookRegistry.register(target, lambda original, *a, **k: original(*a, **k), HookT
         ),
         (
             "dsa_backend.DeepseekSparseAttnBackend.set_dsa_prefill_impl = lambda self, batch: None",
-            "set_dsa_prefill_impl takes (self, batch), expected (self, forward_batch, ...)",
+            "set_dsa_prefill_impl takes (self, batch), expected (self, forward_batch)",
+        ),
+        (
+            "dsa_backend.DeepseekSparseAttnBackend.init_cuda_graph_state = "
+            "lambda self, max_bs, max_num_tokens, device=None: None",
+            "init_cuda_graph_state takes (self, max_bs, max_num_tokens, device), "
+            "expected (self, max_bs, max_num_tokens)",
         ),
         (
             "del dsa_backend.DSAMetadata.__dataclass_fields__['real_page_table']",

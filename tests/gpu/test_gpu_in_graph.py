@@ -76,7 +76,7 @@ def test_metadata_addresses_never_change():
 
 def test_replaced_inputs_go_through_sglang_and_are_not_overwritten():
     """The graph still holds a fill of the captured tensors: it must not run over SGLang's values."""
-    from sglang_nsa_plugin.adapters.in_graph import INPUTS_REPLACED
+    from sglang_nsa_plugin.adapters.captured import INPUTS_REPLACED
     from sglang_nsa_plugin.cli.replay import Comparison, compare
     from sglang_nsa_plugin.state import STATE
 

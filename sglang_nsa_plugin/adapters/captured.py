@@ -1,0 +1,183 @@
+"""The fills of a draft-extend backend as graphs hold them: recorded once, checked at each replay."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin.fill_args import FillArgs
+from sglang_nsa_plugin.state import STATE
+
+logger = logging.getLogger(__name__)
+
+INPUTS_REPLACED = "input tensors are not the captured ones"
+
+
+class CapturedFill:
+    """The fill of one batch size.
+
+    Attributes:
+        metadata: SGLang's object whose tensors are filled.
+        args: those tensors, and the inputs whose addresses a graph captures.
+        run: the bound launch.
+        read_done: recorded behind the launch; None on the CPU.
+    """
+
+    def __init__(self, metadata: Any, args: FillArgs, run: Callable[[], None]) -> None:
+        self.metadata = metadata
+        self.args = args
+        self.run = run
+        self.read_done = _read_done(args.device)
+        self._inputs = (args.seq_lens, args.req_pool_indices, args.req_to_token)
+        self._addresses = tuple(t.data_ptr() for t in self._inputs if t is not None)
+        self._known = self._inputs
+
+    def reads(
+        self, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor, req_to_token: torch.Tensor
+    ) -> bool:
+        """Whether these are the tensors whose addresses were captured.
+
+        Objects that were found to be them need no second look, only that nobody moved their memory.
+        """
+        known = self._known
+        if seq_lens is known[0] and req_pool_indices is known[1] and req_to_token is known[2]:
+            addresses = (seq_lens.data_ptr(), req_pool_indices.data_ptr(), req_to_token.data_ptr())
+            return addresses == self._addresses
+        given = (seq_lens, req_pool_indices, req_to_token)
+        if not all(map(_same, given, self._inputs)):
+            return False
+        self._known = given
+        return True
+
+
+def _same(given: torch.Tensor, captured: torch.Tensor | None) -> bool:
+    """Same memory, read the same way. The runner captures a slice and replays the whole buffer."""
+    return (
+        captured is not None
+        and given.data_ptr() == captured.data_ptr()
+        and given.dtype is captured.dtype
+        and given.stride() == captured.stride()
+        and given.shape[0] >= captured.shape[0]
+    )
+
+
+class DraftExtendFill:
+    """The fills of one draft-extend backend, one for each captured batch size.
+
+    Captured fills read ``enabled`` on the device. A replay that cannot be ours switches it off and lets
+    SGLang fill before the graph runs; else the graph would write over SGLang's values from the tensors
+    that it captured.
+    """
+
+    def __init__(self, backend: Any, choice: dispatch.Choice) -> None:
+        self.backend = backend
+        self.bind = choice.bind
+        self.captured: dict[int, CapturedFill] = {}
+        self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
+        self.is_enabled = True
+
+    def forget(self) -> None:
+        """SGLang allocates its graph tensors anew: captured fills of the old ones are void."""
+        self.captured.clear()
+
+    def record(self, batch: Any) -> None:
+        """Runs the fill and the derived tables on the current stream, which may be capturing."""
+        captured = self._captured(batch)
+        captured.run()
+        if captured.read_done is not None:
+            captured.read_done.record()
+        self.refresh_derived(captured.metadata)
+        if _is_capturing(captured.args.device):
+            STATE.captures.add(batch.batch_size)
+
+    def replay(self, batch: Any) -> bool:
+        """Points the backend at the captured tensors; False when SGLang has to fill instead."""
+        captured = self.captured.get(batch.batch_size)
+        if captured is None:
+            return False
+        backend = self.backend
+        if not captured.reads(batch.seq_lens, batch.req_pool_indices, backend.req_to_token):
+            self._switch(on=False)
+            self._count_fallback(INPUTS_REPLACED)
+            return False
+        if not self.is_enabled:
+            self._switch(on=True)
+        # All that this call can do here; it takes longer than everything else in a replay.
+        if backend.use_mha or backend.enable_auto_select_prefill_impl:
+            backend.set_dsa_prefill_impl(forward_batch=None)
+        backend.forward_metadata = captured.metadata
+        STATE.replays += 1
+        return True
+
+    def _captured(self, batch: Any) -> CapturedFill:
+        metadata = self.backend.decode_cuda_graph_metadata[batch.batch_size]
+        captured = self.captured.get(batch.batch_size)
+        if captured is None or captured.metadata is not metadata:
+            args = self._args(batch, metadata)
+            captured = CapturedFill(metadata, args, self.bind(args))
+            self.captured[batch.batch_size] = captured
+        return captured
+
+    def _args(self, batch: Any, metadata: Any) -> FillArgs:
+        backend = self.backend
+        expanded, ctx_lens = metadata.dsa_seqlens_expanded, metadata.paged_mqa_ctx_lens_2d
+        # SGLang builds the context lengths as a view of the expanded ones: one write serves both.
+        if ctx_lens is not None and ctx_lens.data_ptr() == expanded.data_ptr():
+            ctx_lens = None
+        return FillArgs(
+            seq_lens=batch.seq_lens,
+            req_pool_indices=batch.req_pool_indices,
+            req_to_token=backend.req_to_token,
+            extend_lens=backend.speculative_num_draft_tokens,
+            index_topk=backend.dsa_index_topk,
+            page_size=backend.real_page_size,
+            cache_seqlens=metadata.cache_seqlens_int32,
+            cu_seqlens_k=metadata.cu_seqlens_k,
+            seqlens_expanded=expanded,
+            nsa_cache_seqlens=metadata.dsa_cache_seqlens_int32,
+            nsa_cu_seqlens_k=metadata.dsa_cu_seqlens_k,
+            ctx_lens=ctx_lens,
+            page_table_1=metadata.page_table_1,
+            real_page_table=metadata.real_page_table if backend.real_page_size > 1 else None,
+            enabled=self.enabled,
+        )
+
+    def refresh_derived(self, metadata: Any) -> None:
+        """SGLang's own functions, in the order of its own fill, into the tensors that it captured."""
+        backend = self.backend
+        if metadata.paged_mqa_schedule_metadata is not None:
+            backend._refresh_paged_mqa_schedule_metadata(metadata, metadata.paged_mqa_ctx_lens_2d)
+        backend._refresh_topk_v2_plan(metadata)
+        if metadata.flashmla_metadata is not None:
+            metadata.flashmla_metadata.copy_(
+                backend._compute_flashmla_metadata(
+                    cache_seqlens=metadata.dsa_cache_seqlens_int32, seq_len_q=1
+                )
+            )
+
+    def _switch(self, on: bool) -> None:
+        self.enabled.fill_(int(on))
+        self.is_enabled = on
+
+    def _count_fallback(self, reason: str) -> None:
+        if not STATE.fallbacks[reason]:
+            logger.warning(
+                "sglang-nsa-plugin: a draft-extend replay goes through SGLang's own fill: %s; "
+                "further ones are counted, not logged",
+                reason,
+            )
+        STATE.fallbacks[reason] += 1
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """On the CPU there are no graphs: there each fill counts as one that a graph would hold."""
+    return device.type == "cpu" or torch.cuda.is_current_stream_capturing()
+
+
+def _read_done(device: torch.device) -> torch.cuda.Event | None:
+    """An event that a captured graph records again at every replay, right behind the fill."""
+    return torch.cuda.Event(external=True) if device.type == "cuda" else None
