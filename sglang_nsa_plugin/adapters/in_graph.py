@@ -47,7 +47,7 @@ def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
     if _asked_for is None:
         return product
     backend = product[1] if isinstance(product, tuple) else product
-    refusal = uncovered(backend, factory.draft_model_runner.server_args)
+    refusal = uncovered(backend, factory.draft_model_runner)
     if refusal is None:
         _take_over(backend, dispatch.choose(_asked_for, backend.req_to_token.device))
     elif _asked_for == "auto":
@@ -76,11 +76,14 @@ def _take_over(backend: Any, choice: dispatch.Choice) -> None:
         )
 
 
-def uncovered(backend: Any, server_args: Any) -> str | None:
+def uncovered(backend: Any, model_runner: Any) -> str | None:
     """Why this configuration stays with SGLang, or None when the adapter covers it."""
     missing = [name for name in BACKEND_ATTRIBUTES if not hasattr(backend, name)]
     if missing:
         return f"{type(backend).__name__} has no attribute {', '.join(missing)}"
+    if _fence_event(model_runner) is None:
+        return f"the model runner has none of {', '.join(FENCE_EVENTS)}, which the scheduler waits on"
+    server_args = model_runner.server_args
     if torch.version.hip is not None:
         return "HIP is not covered"
     if getattr(server_args, "enable_multi_layer_eagle", False):
@@ -130,18 +133,14 @@ def _execute(original: Callable[..., Any], runner: Any, forward_batch: Any) -> A
     fill = getattr(runner.draft_extend_attn_backend, ATTRIBUTE, None)
     captured = None if fill is None else fill.captured.get(runner.bs)
     if captured is not None and captured.read_done is not None:
-        setattr(runner.model_runner, _fence_event(runner.model_runner), captured.read_done)
+        name = _fence_event(runner.model_runner)
+        assert name is not None  # asked for when the backend was taken over
+        setattr(runner.model_runner, name, captured.read_done)
     return output
 
 
-def _fence_event(model_runner: Any) -> str:
-    for name in FENCE_EVENTS:
-        if hasattr(model_runner, name):
-            return name
-    raise RuntimeError(
-        f"sglang-nsa-plugin: the model runner has none of {', '.join(FENCE_EVENTS)}, which the "
-        "scheduler waits on; start with --nsa-metadata-backend off and report the SGLang version"
-    )
+def _fence_event(model_runner: Any) -> str | None:
+    return next((name for name in FENCE_EVENTS if hasattr(model_runner, name)), None)
 
 
 # Each hook goes when SGLang's DSA backend records its own draft-extend fill in the graph.

@@ -342,6 +342,7 @@ def _model_runner(
         kv_cache_dtype=dtype,
         max_running_requests=inputs.max_bs,
         draft_attention_backend=None,
+        war_fastpath_read_done_event=None,
         hisparse_coordinator=None,
         model_config=SimpleNamespace(
             hf_config=hf_config,

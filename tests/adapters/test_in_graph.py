@@ -259,21 +259,36 @@ def test_configurations_that_stay_with_sglang(twin, monkeypatch, backend, server
 
     for name, value in backend.items():
         monkeypatch.setattr(twin.ours.backend, name, value, raising=False)
-    assert in_graph.uncovered(twin.ours.backend, SimpleNamespace(**server_args)) == said
+    assert in_graph.uncovered(twin.ours.backend, model_runner(**server_args)) == said
+
+
+def model_runner(**server_args: object) -> SimpleNamespace:
+    return SimpleNamespace(server_args=SimpleNamespace(**server_args), war_fastpath_read_done_event=None)
+
+
+def test_a_runner_whose_fence_is_unknown_stays_with_sglang(twin):
+    """Nothing else could tell the scheduler when the read inside the replay has ended."""
+    from sglang_nsa_plugin.adapters import in_graph
+
+    said = in_graph.uncovered(twin.ours.backend, SimpleNamespace(server_args=SimpleNamespace()))
+    assert said == (
+        "the model runner has none of shared_read_done_event, war_fastpath_read_done_event, "
+        "which the scheduler waits on"
+    )
 
 
 def test_hip_stays_with_sglang(twin, monkeypatch):
     from sglang_nsa_plugin.adapters import in_graph
 
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert in_graph.uncovered(twin.ours.backend, SimpleNamespace()) == "HIP is not covered"
+    assert in_graph.uncovered(twin.ours.backend, model_runner()) == "HIP is not covered"
 
 
 def test_a_backend_without_what_the_fill_reads_stays_with_sglang(twin, monkeypatch):
     from sglang_nsa_plugin.adapters import in_graph
 
     monkeypatch.delattr(twin.ours.backend, "real_page_size")
-    said = in_graph.uncovered(twin.ours.backend, SimpleNamespace())
+    said = in_graph.uncovered(twin.ours.backend, model_runner())
     assert said == "DeepseekSparseAttnBackend has no attribute real_page_size"
 
 
