@@ -72,27 +72,20 @@ def activate(server_args: Any) -> None:
     Raises:
         BackendUnavailableError: a backend was asked for by name and no adapter fits this SGLang.
     """
-    from sglang_nsa_plugin import adapters, dispatch
+    from sglang_nsa_plugin import adapters
+    from sglang_nsa_plugin.adapters.decline import decline, step_aside
 
-    backend = options.backend_of(server_args)
-    aside = "switched off" if backend == "off" else adapters.nothing_to_fill(server_args)
-    if aside is None:
-        aside = adapters.install(backend)
-        if aside is not None and backend != options.DEFAULT:
-            raise dispatch.BackendUnavailableError(
-                f"{options.FLAG} {backend} was asked for by name and cannot be used: {aside}. "
-                f"Use 'auto' or 'off' to serve with SGLang's own fill"
-            )
     _export_to_sgl_kernel()
-    if aside is None:
-        STATE.adapter, STATE.reason = adapters.in_graph.NAME, "waiting for the draft-extend backend"
+    backend = options.backend_of(server_args)
+    nothing_to_do = "switched off" if backend == "off" else adapters.nothing_to_fill(server_args)
+    if nothing_to_do is not None:
+        step_aside(nothing_to_do)
+        return
+    why_not = adapters.install(backend)
+    if why_not is not None:
+        decline(backend, why_not)
     else:
-        STATE.reason = aside
-        logger.info(
-            "sglang-nsa-plugin %s: not used: %s; SGLang fills draft-extend metadata itself",
-            version("sglang-nsa-plugin"),
-            aside,
-        )
+        STATE.adapter, STATE.reason = adapters.in_graph.NAME, "waiting for the draft-extend backend"
 
 
 def _export_to_sgl_kernel() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from sglang_nsa_plugin import dispatch
 from sglang_nsa_plugin.adapters.captured import DraftExtendFill
+from sglang_nsa_plugin.adapters.decline import decline
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook
 from sglang_nsa_plugin.state import STATE
 
@@ -50,16 +51,8 @@ def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
     refusal = uncovered(backend, factory.draft_model_runner)
     if refusal is None:
         _take_over(backend, dispatch.choose(_asked_for, backend.req_to_token.device))
-    elif _asked_for == "auto":
-        STATE.adapter, STATE.reason = None, refusal
-        logger.info(
-            "sglang-nsa-plugin: not used: %s; SGLang fills draft-extend metadata itself", refusal
-        )
     else:
-        raise dispatch.BackendUnavailableError(
-            f"the metadata backend {_asked_for!r} was asked for by name and cannot be used: {refusal}. "
-            "Use 'auto' or 'off' to serve with SGLang's own fill"
-        )
+        decline(_asked_for, refusal)
     return product
 
 
@@ -108,11 +101,10 @@ def _init_cuda_graph_state(
 def _out_graph(
     original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool = False
 ) -> Any:
-    fill = getattr(backend, ATTRIBUTE, None)
-    is_replay = not in_capture and forward_batch.forward_mode.is_draft_extend_v2()
-    if fill is not None and is_replay and fill.replay(forward_batch):
-        return None
-    return original(backend, forward_batch, in_capture=in_capture)
+    fill = getattr(backend, ATTRIBUTE, None)  # first: every step of every other backend comes by
+    if fill is None or in_capture or not forward_batch.forward_mode.is_draft_extend_v2():
+        return original(backend, forward_batch, in_capture=in_capture)
+    return None if fill.replay(forward_batch) else original(backend, forward_batch)
 
 
 def _in_graph(original: Callable[..., Any], backend: Any, forward_batch: Any) -> Any:

@@ -20,9 +20,9 @@ from sglang_nsa_plugin import plugin
 from sglang_nsa_plugin.adapters import in_graph
 from sglang_nsa_plugin.adapters.captured import CapturedFill, DraftExtendFill
 from sglang_nsa_plugin.cli.rig import BackendRig, sglang_fused_fill
+from sglang_nsa_plugin.dispatch import POISON
 from sglang_nsa_plugin.state import STATE
 
-POISON = -987_654_321
 LENGTHS = {  # our name: SGLang's field
     "cache_seqlens": "cache_seqlens_int32",
     "cu_seqlens_k": "cu_seqlens_k",
