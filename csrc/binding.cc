@@ -1,6 +1,7 @@
-// TVM FFI binding: tensors in, a bound fill out. Arguments were checked, in words that name them, by
-// sglang_nsa_plugin/fill_args.py; here they are only packed. The bound fill holds pointers, no
-// tensors: whoever binds keeps the tensors alive.
+// TVM FFI binding: tensors in, a bound fill or comparison out. Arguments were checked, in words that
+// name them, by sglang_nsa_plugin/fill_args.py and shadow.py; here they are only packed. What is bound
+// holds pointers, no tensors: whoever binds keeps the tensors alive.
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
@@ -51,15 +52,23 @@ PageTable page_table(const MaybeTensor& tensor, int64_t page_size) {
 #ifdef NSA_WITH_CUDA
 constexpr bool kHasCuda = true;
 
+void check(int error, const char* what) {
+  if (error == 0) return;
+  TVM_FFI_THROW(RuntimeError) << what << ": the kernel launch failed: " << cuda_error_text(error);
+}
+
 ffi::Function bind_on_cuda(const Fill& fill, int device, int64_t max_blocks) {
   const Grid grid = grid_for(fill, device, max_blocks);
   return ffi::Function::FromTyped([fill, grid](int64_t stream) {
     const ffi::CUDADeviceGuard guard(grid.device);
-    const int error = fill_on_cuda(fill, grid, reinterpret_cast<void*>(stream));
-    if (error != 0) {
-      TVM_FFI_THROW(RuntimeError) << "draft-extend metadata fill: the kernel launch failed: "
-                                  << cuda_error_text(error);
-    }
+    check(fill_on_cuda(fill, grid, reinterpret_cast<void*>(stream)), "draft-extend metadata fill");
+  });
+}
+
+ffi::Function bind_comparison_on_cuda(const Comparison& all, int device) {
+  return ffi::Function::FromTyped([all, device](int64_t stream) {
+    const ffi::CUDADeviceGuard guard(device);
+    check(compare_on_cuda(all, reinterpret_cast<void*>(stream)), "shadow check");
   });
 }
 #else
@@ -69,10 +78,19 @@ ffi::Function bind_on_cuda(const Fill&, int, int64_t) {
   TVM_FFI_THROW(RuntimeError) << "draft-extend metadata fill: this library was built without CUDA";
   TVM_FFI_UNREACHABLE();
 }
+
+ffi::Function bind_comparison_on_cuda(const Comparison&, int) {
+  TVM_FFI_THROW(RuntimeError) << "shadow check: this library was built without CUDA";
+  TVM_FFI_UNREACHABLE();
+}
 #endif
 
 ffi::Function bind_on_cpu(const Fill& fill) {
   return ffi::Function::FromTyped([fill](int64_t) { fill_on_cpu(fill); });
+}
+
+ffi::Function bind_comparison_on_cpu(const Comparison& all) {
+  return ffi::Function::FromTyped([all](int64_t) { compare_on_cpu(all); });
 }
 
 // Returns a function of one argument, the address of the stream to launch on (CPU: not used).
@@ -109,10 +127,36 @@ ffi::Function bind(int64_t max_blocks, TensorView seq_lens, MaybeTensor req_pool
                                       : bind_on_cuda(fill, device.device_id, max_blocks);
 }
 
+Pair pair(const ffi::Tensor& ours, const ffi::Tensor& theirs, int64_t page_size) {
+  const auto data = [](const ffi::Tensor& t) { return data_of<const int32_t>(TensorView(t)); };
+  return Pair{data(ours),       data(theirs),    ours.size(0),     ours.size(1),    ours.stride(0),
+              ours.stride(1), theirs.stride(0), theirs.stride(1), page_size};
+}
+
+// Compares each of `ours` with the same of `theirs`, matrices of one shape. Returns a function of the
+// stream, like bind.
+ffi::Function bind_comparison(TensorView report, TensorView lengths, ffi::Array<ffi::Tensor> ours,
+                              ffi::Array<ffi::Tensor> theirs, ffi::Array<int64_t> page_sizes) {
+  Comparison all{};
+  all.pair_count = static_cast<int>(ours.size());
+  if (all.pair_count > kMostPairs) {
+    TVM_FFI_THROW(ValueError) << "comparison: at most " << kMostPairs << " pairs, got "
+                              << all.pair_count;
+  }
+  for (int p = 0; p < all.pair_count; ++p) all.pairs[p] = pair(ours[p], theirs[p], page_sizes[p]);
+  all.lengths = data_of<const int32_t>(lengths);
+  all.requests = lengths.size(0);
+  all.report = data_of<int64_t>(report);
+  const DLDevice device = report.device();
+  return device.device_type == kDLCPU ? bind_comparison_on_cpu(all)
+                                      : bind_comparison_on_cuda(all, device.device_id);
+}
+
 bool has_cuda() { return kHasCuda; }
 
 }  // namespace
 }  // namespace nsa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind, nsa::bind);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind_comparison, nsa::bind_comparison);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_cuda, nsa::has_cuda);

@@ -11,24 +11,37 @@ CHOICES = ("auto", "cuda", "triton", "torch", "off")
 DEFAULT = "auto"
 FLAG, ALIAS = "--nsa-metadata-backend", "--dsa-metadata-backend"
 VARIABLE = "SGLANG_NSA_METADATA_BACKEND"
-# SGLang copies only its own fields from the command line; an underscore attribute on its arguments
-# is carried to every process and is left alone by its resolution of arguments.
+CHECK_FLAG = "--nsa-metadata-check"
+CHECK_VARIABLE = "SGLANG_NSA_METADATA_CHECK"
+# SGLang copies only its own fields from the command line; underscore attributes on its arguments are
+# carried to every process and are left alone by its resolution of arguments.
 ATTRIBUTE = "_nsa_metadata_backend"
+CHECK_ATTRIBUTE = "_nsa_metadata_check"
 
 HELP = (
     "Who fills the draft-extend metadata of NSA/DSA sparse attention (sglang-nsa-plugin): auto takes "
     "the compiled CUDA kernel and steps aside where it cannot run; cuda, triton and torch insist on "
     f"one; off leaves the fill to SGLang. Environment: {VARIABLE}. Default: {DEFAULT}."
 )
+CHECK_HELP = (
+    "Compare every Nth draft-extend fill with SGLang's own, on the device and without waiting "
+    f"(sglang-nsa-plugin); 0 never does. Environment: {CHECK_VARIABLE}. Default: 0."
+)
 
 
-def from_environment() -> str | None:
-    """The variable's value, or None where it is unset or empty.
+def check_environment() -> None:
+    """Reads both variables, for their errors.
 
     Raises:
-        SystemExit: it is none of :data:`CHOICES`. SGLang logs and forgets a plugin's ordinary errors;
-            a mistyped setting must not be forgotten.
+        SystemExit: one has a value that it cannot have. SGLang logs and forgets a plugin's ordinary
+            errors; a mistyped setting must not be forgotten.
     """
+    _backend_from_environment()
+    _check_from_environment()
+
+
+def _backend_from_environment() -> str | None:
+    """The variable's value, or None where it is unset or empty."""
     value = os.environ.get(VARIABLE, "").strip()
     if value and value not in CHOICES:
         raise SystemExit(
@@ -37,20 +50,43 @@ def from_environment() -> str | None:
     return value or None
 
 
+def _check_from_environment() -> int | None:
+    value = os.environ.get(CHECK_VARIABLE, "").strip()
+    if value and not value.isdecimal():
+        raise SystemExit(
+            f"sglang-nsa-plugin: {CHECK_VARIABLE}: must be a whole number, 0 or more, got {value!r}"
+        )
+    return int(value) if value else None
+
+
 def backend_of(server_args: object) -> str:
     """The backend that was asked for: the flag wins over the environment, else the default."""
-    return getattr(server_args, ATTRIBUTE, None) or from_environment() or DEFAULT
+    return getattr(server_args, ATTRIBUTE, None) or _backend_from_environment() or DEFAULT
 
 
-def add_flag(original: Callable[..., Any], parser: argparse.ArgumentParser) -> Any:
-    """Around ``ServerArgs.add_cli_args``: adds the flag and its alias."""
+def check_of(server_args: object) -> int:
+    """Every how many fills a shadow check was asked for: flag before environment; 0 is never."""
+    flag = getattr(server_args, CHECK_ATTRIBUTE, None)
+    return flag if flag is not None else _check_from_environment() or 0
+
+
+def add_flags(original: Callable[..., Any], parser: argparse.ArgumentParser) -> Any:
+    """Around ``ServerArgs.add_cli_args``: adds the flags."""
     result = original(parser)
     parser.add_argument(FLAG, ALIAS, choices=CHOICES, default=None, help=HELP)
+    parser.add_argument(CHECK_FLAG, type=_whole_number, metavar="N", default=None, help=CHECK_HELP)
     return result
 
 
-def keep_flag(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
-    """Around ``ServerArgs.from_cli_args``: keeps the flag's value with SGLang's arguments."""
+def keep_flags(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    """Around ``ServerArgs.from_cli_args``: keeps the flags' values with SGLang's arguments."""
     server_args = original(cls, args)
     setattr(server_args, ATTRIBUTE, getattr(args, "nsa_metadata_backend", None))
+    setattr(server_args, CHECK_ATTRIBUTE, getattr(args, "nsa_metadata_check", None))
     return server_args
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
+    return int(text)

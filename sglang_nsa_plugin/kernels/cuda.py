@@ -29,7 +29,7 @@ def bind(args: FillArgs, max_blocks: int = 0) -> Callable[[], None]:
     launch = library.bind(args, max_blocks)
     device = args.device
 
-    def run() -> None:
+    def run(args: FillArgs = args) -> None:  # holds the tensors, of which the launch has only addresses
         launch(torch.cuda.current_stream(device).cuda_stream)
 
     return run

@@ -119,7 +119,7 @@ def _fill_lengths(
     if HAS_ROW_COUNT:
         tl.store(row_count, in_use.to(tl.int32))
     for start in tl.range(in_use, rows.to(tl.int64), TILE):
-        t = start + tl.arange(0, TILE)
+        t = (start + tl.arange(0, TILE)).to(tl.int64)
         mask = t < rows
         zero = tl.zeros((TILE,), tl.int32)
         tl.store(seqlens_expanded + t * expanded_stride, zero, mask=mask)

@@ -1,0 +1,63 @@
+// The comparison on a GPU: one launch over all cells, and one of a single thread that concludes it.
+#include "launch.h"
+
+namespace nsa {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kRowBlocks = 64;
+
+using Counter = unsigned long long;
+
+__device__ Counter* counter(const Comparison& all, ReportField field) {
+  return reinterpret_cast<Counter*>(all.report + field);
+}
+
+__device__ int64_t compare_row(const Comparison& all, int p, int64_t row, int64_t columns) {
+  const Pair& pair = all.pairs[p];
+  int64_t different = 0;
+  for (int64_t column = threadIdx.x; column < columns; column += kThreads) {
+    if (our_cell(pair, row, column) == their_cell(pair, row, column)) continue;
+    ++different;
+    // a place is never negative, so it compares alike without its sign
+    atomicMin(counter(all, kFirst), static_cast<Counter>(place_of(p, row, column)));
+  }
+  return different;
+}
+
+// Block y takes pair y, block x of it every gridDim.x-th row.
+__global__ void __launch_bounds__(kThreads) compare_kernel(const __grid_constant__ Comparison all) {
+  if (has_difference(all)) return;
+  const int p = blockIdx.y;
+  int64_t values = 0;
+  int64_t different = 0;
+  for (int64_t row = blockIdx.x; row < all.pairs[p].rows; row += gridDim.x) {
+    const int64_t columns = live_columns(all, all.pairs[p], row);
+    values += columns;
+    different += compare_row(all, p, row, columns);
+  }
+  if (threadIdx.x == 0) atomicAdd(counter(all, kValues), static_cast<Counter>(values));
+  if (different != 0) atomicAdd(counter(all, kFound), static_cast<Counter>(different));
+}
+
+__global__ void conclude_kernel(const __grid_constant__ Comparison all) {
+  if (!has_difference(all)) conclude(all);
+}
+
+int64_t most_rows(const Comparison& all) {
+  int64_t rows = 1;
+  for (int p = 0; p < all.pair_count; ++p) rows = maximum(rows, all.pairs[p].rows);
+  return rows;
+}
+
+}  // namespace
+
+int compare_on_cuda(const Comparison& all, void* stream) {
+  const dim3 grid(static_cast<unsigned>(minimum(most_rows(all), kRowBlocks)),
+                  static_cast<unsigned>(all.pair_count));
+  compare_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(all);
+  conclude_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(all);
+  return cudaGetLastError();
+}
+
+}  // namespace nsa
