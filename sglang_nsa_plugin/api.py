@@ -64,8 +64,8 @@ def fill_draft_extend_metadata_cuda(
         use_adaptive: take as many blocks as the rows need; otherwise always one block. One block is
             enough for 256 rows, so up to 64 requests of 4 rows the two are the same. Beyond, more
             blocks won at every size measured, 1.2 times at 128 requests and 1.8 at 1024 on an H200
-            (``bench.expand`` in ``integration/results/gpu-test.json``): there is no threshold above
-            which one block would be better again.
+            (``bench.expand`` in ``integration/results/gpu-test-0.5.17.json``): there is no threshold
+            above which one block would be better again.
 
     Returns:
         int32 scalar tensor on the device, the number of rows in use: ``min(sum of q, rows)``. Nothing

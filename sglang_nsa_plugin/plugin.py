@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from sglang_nsa_plugin import options
-from sglang_nsa_plugin.state import STATE, record
+from sglang_nsa_plugin.state import record
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +28,27 @@ def register() -> None:
     """Called by SGLang's ``load_plugins()`` through the entry point ``sglang.srt.plugins``."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    options.from_environment()
-    HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", options.add_flag, HookType.AROUND)
+    options.check_environment()
+    HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", options.add_flags, HookType.AROUND)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _from_cli_args, HookType.AROUND)
     # A spawned scheduler process has the module loaded when it loads plugins; elsewhere it may stay
     # unloaded.
     if _SCHEDULER_MODULE in sys.modules:
         HookRegistry.register(f"{_SCHEDULER}.__init__", _before_scheduler, HookType.BEFORE)
+        HookRegistry.register(f"{_SCHEDULER}.__init__", _after_scheduler, HookType.AFTER)
         HookRegistry.register(f"{_SCHEDULER}.get_internal_state", _add_record, HookType.AFTER)
     _export_to_sgl_kernel()
 
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
-    server_args = options.keep_flag(original, cls, args)
+    from sglang_nsa_plugin.kernels import cpu, cuda
+
+    server_args = options.keep_flags(original, cls, args)
     backend = options.backend_of(server_args)
     if backend == "cuda":
-        _end_unless_compiled()
+        _end_if(f"{options.FLAG} cuda", cuda.unavailable())
+    if options.check_of(server_args):
+        _end_if(options.CHECK_FLAG, cpu.unavailable())
     _export_to_sgl_kernel()
     logger.info(
         "sglang-nsa-plugin %s: metadata backend %s, set up in each scheduler process",
@@ -53,17 +58,23 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     return server_args
 
 
-def _end_unless_compiled() -> None:
+def _end_if(asked_for: str, why_not: str | None) -> None:
     """The launcher knows without a GPU that a library is missing; ranks need not start for that."""
-    from sglang_nsa_plugin.kernels import cuda
-
-    why_not = cuda.unavailable()
     if why_not is not None:
-        raise SystemExit(f"sglang-nsa-plugin: {options.FLAG} cuda cannot run: {why_not}")
+        raise SystemExit(f"sglang-nsa-plugin: {asked_for} cannot run: {why_not}")
 
 
 def _before_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
     activate(server_args)
+
+
+def _after_scheduler(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """With ``--enable-metrics`` a scheduler has a collector, whose labels name its rank."""
+    collector = getattr(scheduler, "metrics_collector", None)
+    if collector is not None:
+        from sglang_nsa_plugin import metrics
+
+        metrics.export(collector.labels)
 
 
 def activate(server_args: Any) -> None:
@@ -73,7 +84,7 @@ def activate(server_args: Any) -> None:
         BackendUnavailableError: a backend was asked for by name and no adapter fits this SGLang.
     """
     from sglang_nsa_plugin import adapters
-    from sglang_nsa_plugin.adapters.decline import decline, step_aside
+    from sglang_nsa_plugin.adapters.decision import decline, step_aside
 
     _export_to_sgl_kernel()
     backend = options.backend_of(server_args)
@@ -81,11 +92,9 @@ def activate(server_args: Any) -> None:
     if nothing_to_do is not None:
         step_aside(nothing_to_do)
         return
-    why_not = adapters.install(backend)
+    why_not = adapters.install(backend, options.check_of(server_args))
     if why_not is not None:
         decline(backend, why_not)
-    else:
-        STATE.adapter, STATE.reason = adapters.in_graph.NAME, "waiting for the draft-extend backend"
 
 
 def _export_to_sgl_kernel() -> None:

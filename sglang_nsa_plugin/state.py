@@ -19,7 +19,11 @@ class State:
         reason: why this adapter and implementation, or why none.
         captures: batch sizes whose fill was recorded in a CUDA graph.
         replays: draft-extend replays whose fill was in the graph.
-        fallbacks: replays that SGLang filled although the graph had a fill of ours, by reason.
+        launches: draft-extend steps whose fill was one launch from Python.
+        fallbacks: draft-extend steps that SGLang filled although the adapter was there, by reason.
+        checks: steps that the shadow check compared with SGLang's own fill.
+        mismatches: values that differed in the check that found some; it is the last one.
+        first_mismatch: the first of them, in words.
     """
 
     adapter: str | None = None
@@ -27,7 +31,11 @@ class State:
     reason: str = "not asked yet"
     captures: set[int] = field(default_factory=set)
     replays: int = 0
+    launches: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+    checks: int = 0
+    mismatches: int = 0
+    first_mismatch: str | None = None
 
 
 STATE = State()
@@ -43,6 +51,10 @@ def record() -> dict[str, Any]:
         "in_graph": bool(STATE.captures),
         "captures": sorted(STATE.captures),
         "replays": STATE.replays,
+        "launches": STATE.launches,
         "fallbacks": dict(STATE.fallbacks),
+        "checks": STATE.checks,
+        "mismatches": STATE.mismatches,
+        "first_mismatch": STATE.first_mismatch,
         "pid": os.getpid(),
     }

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin.adapters.checked import DIFFERENT, CheckedReplays
+from sglang_nsa_plugin.adapters.decision import count_fallback
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.state import STATE
-
-logger = logging.getLogger(__name__)
 
 INPUTS_REPLACED = "input tensors are not the captured ones"
 
@@ -70,19 +69,23 @@ class DraftExtendFill:
 
     Captured fills read ``enabled`` on the device. A replay that cannot be ours switches it off and lets
     SGLang fill before the graph runs; else the graph would write over SGLang's values from the tensors
-    that it captured.
+    that it captured. It is allocated with the backend, outside the regions that SGLang's memory saver
+    releases and hands back zeroed.
     """
 
-    def __init__(self, backend: Any, choice: dispatch.Choice) -> None:
+    def __init__(self, backend: Any, choice: dispatch.Choice, check_every: int = 0) -> None:
         self.backend = backend
         self.bind = choice.bind
         self.captured: dict[int, CapturedFill] = {}
         self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
         self.is_enabled = True
+        self.checked = CheckedReplays(backend, check_every) if check_every else None
 
     def forget(self) -> None:
         """SGLang allocates its graph tensors anew: captured fills of the old ones are void."""
         self.captured.clear()
+        if self.checked is not None:
+            self.checked.forget()
 
     def record(self, batch: Any) -> None:
         """Runs the fill and the derived tables on the current stream, which may be capturing."""
@@ -94,15 +97,20 @@ class DraftExtendFill:
         if _is_capturing(captured.args.device):
             STATE.captures.add(batch.batch_size)
 
-    def replay(self, batch: Any) -> bool:
-        """Points the backend at the captured tensors; False when SGLang has to fill instead."""
+    def replay(self, batch: Any, sglang_fill: Callable[[], object]) -> bool:
+        """Points the backend at the captured tensors; False when SGLang has to fill instead.
+
+        ``sglang_fill`` is what SGLang would do; a shadow check does it later, into other tensors.
+        """
         captured = self.captured.get(batch.batch_size)
         if captured is None:
             return False
         backend = self.backend
-        if not captured.reads(batch.seq_lens, batch.req_pool_indices, backend.req_to_token):
-            self._switch(on=False)
-            self._count_fallback(INPUTS_REPLACED)
+        why_not = self._unfit(captured, batch)
+        if why_not is not None:
+            if self.is_enabled:
+                self._switch(on=False)
+            count_fallback(why_not)
             return False
         if not self.is_enabled:
             self._switch(on=True)
@@ -111,7 +119,27 @@ class DraftExtendFill:
             backend.set_dsa_prefill_impl(forward_batch=None)
         backend.forward_metadata = captured.metadata
         STATE.replays += 1
+        if self.checked is not None:
+            self.checked.plan(batch.batch_size, sglang_fill)
         return True
+
+    def read_done(self, bs: int) -> torch.cuda.Event | None:
+        """Behind a replay of this batch size: the event after which nothing of it reads req_to_token.
+
+        None where the fill is not ours, or on the CPU.
+        """
+        captured = self.captured.get(bs)
+        if captured is None:
+            return None
+        checked = None if self.checked is None else self.checked.run()
+        return checked or captured.read_done
+
+    def _unfit(self, captured: CapturedFill, batch: Any) -> str | None:
+        if self.checked is not None and self.checked.check.failed():
+            return DIFFERENT
+        if captured.reads(batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token):
+            return None
+        return INPUTS_REPLACED
 
     def _captured(self, batch: Any) -> CapturedFill:
         metadata = self.backend.decode_cuda_graph_metadata[batch.batch_size]
@@ -120,6 +148,8 @@ class DraftExtendFill:
             args = self._args(batch, metadata)
             captured = CapturedFill(metadata, args, self.bind(args))
             self.captured[batch.batch_size] = captured
+            if self.checked is not None:
+                self.checked.prepare(batch.batch_size, metadata)
         return captured
 
     def _args(self, batch: Any, metadata: Any) -> FillArgs:
@@ -134,7 +164,7 @@ class DraftExtendFill:
             req_to_token=backend.req_to_token,
             extend_lens=backend.speculative_num_draft_tokens,
             index_topk=backend.dsa_index_topk,
-            page_size=backend.real_page_size,
+            page_size=metadata.page_size,
             cache_seqlens=metadata.cache_seqlens_int32,
             cu_seqlens_k=metadata.cu_seqlens_k,
             seqlens_expanded=expanded,
@@ -142,7 +172,7 @@ class DraftExtendFill:
             nsa_cu_seqlens_k=metadata.dsa_cu_seqlens_k,
             ctx_lens=ctx_lens,
             page_table_1=metadata.page_table_1,
-            real_page_table=metadata.real_page_table if backend.real_page_size > 1 else None,
+            real_page_table=metadata.real_page_table if metadata.page_size > 1 else None,
             enabled=self.enabled,
         )
 
@@ -162,15 +192,11 @@ class DraftExtendFill:
     def _switch(self, on: bool) -> None:
         self.enabled.fill_(int(on))
         self.is_enabled = on
-
-    def _count_fallback(self, reason: str) -> None:
-        if not STATE.fallbacks[reason]:
-            logger.warning(
-                "sglang-nsa-plugin: a draft-extend replay goes through SGLang's own fill: %s; "
-                "further ones are counted, not logged",
-                reason,
-            )
-        STATE.fallbacks[reason] += 1
+        if not on:
+            # SGLang writes the running sums behind this 0, not the 0.
+            for captured in self.captured.values():
+                captured.args.cu_seqlens_k[:1].zero_()
+                captured.args.nsa_cu_seqlens_k[:1].zero_()
 
 
 def _is_capturing(device: torch.device) -> bool:

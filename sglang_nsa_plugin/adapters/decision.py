@@ -1,4 +1,4 @@
-"""Leaving the fill to SGLang: in one log line, or by ending the start of whoever insisted."""
+"""Who fills draft-extend metadata, as it was decided: noted in the state and said in the log, once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,27 @@ import logging
 from importlib.metadata import version
 
 from sglang_nsa_plugin import options
-from sglang_nsa_plugin.dispatch import BackendUnavailableError
+from sglang_nsa_plugin.dispatch import BackendUnavailableError, Choice
 from sglang_nsa_plugin.state import STATE
 
 logger = logging.getLogger(__name__)
+
+
+def take_over(choice: Choice) -> None:
+    """Notes and logs the implementation that fills a backend's metadata.
+
+    A server may have several such backends, of adaptive speculation for example: they say it once.
+    """
+    if STATE.backend is not None:
+        return
+    STATE.backend, STATE.reason = choice.name, choice.reason
+    logger.info(
+        "sglang-nsa-plugin %s: adapter %s, implementation %s: %s",
+        version("sglang-nsa-plugin"),
+        STATE.adapter,
+        choice.name,
+        choice.reason,
+    )
 
 
 def step_aside(reason: str) -> None:
@@ -34,3 +51,14 @@ def decline(asked_for: str, reason: str) -> None:
             f"Use 'auto' or 'off' to serve with SGLang's own fill"
         )
     step_aside(reason)
+
+
+def count_fallback(reason: str) -> None:
+    """Counts a draft-extend step that SGLang fills although the adapter is there; logs the first."""
+    if not STATE.fallbacks[reason]:
+        logger.warning(
+            "sglang-nsa-plugin: a draft-extend step goes through SGLang's own fill: %s; further ones "
+            "are counted, not logged",
+            reason,
+        )
+    STATE.fallbacks[reason] += 1

@@ -17,12 +17,14 @@ from typing import Any
 class Hook:
     """One AROUND hook: ``replacement(original, *args, **kwargs)`` takes the place of ``target``.
 
-    The target must have these parameters and no others: SGLang may hand over any of them.
+    The target must have these parameters and no others: SGLang may hand over any of them. ``also`` are
+    the parameters that the target has in other releases, where the replacement serves those too.
     """
 
     target: str
     parameters: tuple[str, ...]
     replacement: Callable[..., Any]
+    also: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +58,13 @@ def _misfit(row: Hook | Call | Fields) -> str | None:
         missing = [name for name in row.names if name not in present]
         return f"{row.target} has no field {', '.join(missing)}" if missing else None
     names = tuple(inspect.signature(target).parameters)
-    compared = names if isinstance(row, Hook) else names[: len(row.parameters)]
-    if compared != row.parameters:
-        return f"{row.target} takes ({', '.join(names)}), expected ({', '.join(row.parameters)})"
+    if isinstance(row, Hook):
+        accepted, compared = (row.parameters, *row.also), names
+    else:
+        accepted, compared = (row.parameters,), names[: len(row.parameters)]
+    if compared not in accepted:
+        expected = " or ".join(f"({', '.join(parameters)})" for parameters in accepted)
+        return f"{row.target} takes ({', '.join(names)}), expected {expected}"
     return None
 
 
@@ -82,3 +88,8 @@ def install(hooks: Iterable[Hook]) -> list[str]:
     after = {target: pkgutil.resolve_name(target) for target in before}
     _installed.update({t: now for t, now in after.items() if now is not before[t]})
     return [target for target, now in after.items() if now is before[target]]
+
+
+def installed() -> list[str]:
+    """The targets at which a hook of ours stands."""
+    return sorted(_installed)

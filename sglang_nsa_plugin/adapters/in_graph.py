@@ -1,4 +1,4 @@
-"""SGLang 0.5.15 to 0.5.18: the fill is recorded inside the captured draft-extend graph.
+"""SGLang 0.5.15 to 0.5.23: the fill is recorded inside the captured draft-extend graph.
 
 At capture the runner calls ``init_forward_metadata_in_graph`` on its backend, which DSA leaves empty:
 there the fill and the tables that SGLang derives from it are recorded. At replay only
@@ -7,29 +7,26 @@ there the fill and the tables that SGLang derives from it are recorded. At repla
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.captured import DraftExtendFill
-from sglang_nsa_plugin.adapters.decline import decline
+from sglang_nsa_plugin.adapters.configuration import resolved
+from sglang_nsa_plugin.adapters.decision import decline, take_over
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook
-from sglang_nsa_plugin.state import STATE
-
-logger = logging.getLogger(__name__)
 
 NAME = "in-graph"
 ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend whose draft-extend fill is ours
-# The name of the event that frees req_to_token for the scheduler, 0.5.18 and before.
+# The name of the event that frees req_to_token for the scheduler, from 0.5.18 on and before.
 FENCE_EVENTS = ("shared_read_done_event", "war_fastpath_read_done_event")
 # Set by the backend's constructor, so no class can be asked for them.
 BACKEND_ATTRIBUTES = (
     "req_to_token",
-    "real_page_size",
     "dsa_index_topk",
     "speculative_num_draft_tokens",
     "use_mha",
@@ -57,16 +54,8 @@ def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
 
 
 def _take_over(backend: Any, choice: dispatch.Choice) -> None:
-    setattr(backend, ATTRIBUTE, DraftExtendFill(backend, choice))
-    if STATE.backend is None:  # adaptive speculation makes several backends; they say it once
-        STATE.backend, STATE.reason = choice.name, choice.reason
-        logger.info(
-            "sglang-nsa-plugin %s: adapter %s, implementation %s: %s",
-            version("sglang-nsa-plugin"),
-            NAME,
-            choice.name,
-            choice.reason,
-        )
+    setattr(backend, ATTRIBUTE, DraftExtendFill(backend, choice, _check_every))
+    take_over(choice)
 
 
 def uncovered(backend: Any, model_runner: Any) -> str | None:
@@ -76,7 +65,7 @@ def uncovered(backend: Any, model_runner: Any) -> str | None:
         return f"{type(backend).__name__} has no attribute {', '.join(missing)}"
     if _fence_event(model_runner) is None:
         return f"the model runner has none of {', '.join(FENCE_EVENTS)}, which the scheduler waits on"
-    server_args = model_runner.server_args
+    server_args = resolved(model_runner.server_args)
     if torch.version.hip is not None:
         return "HIP is not covered"
     if getattr(server_args, "enable_multi_layer_eagle", False):
@@ -104,7 +93,8 @@ def _out_graph(
     fill = getattr(backend, ATTRIBUTE, None)  # first: every step of every other backend comes by
     if fill is None or in_capture or not forward_batch.forward_mode.is_draft_extend_v2():
         return original(backend, forward_batch, in_capture=in_capture)
-    return None if fill.replay(forward_batch) else original(backend, forward_batch)
+    sglang_fill = functools.partial(original, backend, forward_batch)
+    return None if fill.replay(forward_batch, sglang_fill) else sglang_fill()
 
 
 def _in_graph(original: Callable[..., Any], backend: Any, forward_batch: Any) -> Any:
@@ -115,19 +105,24 @@ def _in_graph(original: Callable[..., Any], backend: Any, forward_batch: Any) ->
     return None
 
 
-def _execute(original: Callable[..., Any], runner: Any, forward_batch: Any) -> Any:
-    """Publishes the end of the read inside the replay in place of an event recorded before it.
+def _execute(original: Callable[..., Any], runner: Any, *batch: Any, **more: Any) -> Any:
+    """Publishes the end of the read inside the replay, behind which the scheduler may overwrite.
 
-    The scheduler may overwrite req_to_token behind that event. SGLang records it when its own fill,
-    launched before the graph, has been enqueued; ours reads while the graph runs.
+    Up to 0.5.21 SGLang publishes an event recorded before the replay, where its own fill has been
+    enqueued: too early for a fill in the graph. Later releases publish none for DSA, and the scheduler
+    waits for the whole forward. Behind the fill, the draft model reads only the tables that it filled,
+    as in target-verify, where SGLang itself publishes an event from inside the graph.
     """
-    output = original(runner, forward_batch)
+    output = original(runner, *batch, **more)
     fill = getattr(runner.draft_extend_attn_backend, ATTRIBUTE, None)
-    captured = None if fill is None else fill.captured.get(runner.bs)
-    if captured is not None and captured.read_done is not None:
-        name = _fence_event(runner.model_runner)
+    read_done = None if fill is None else fill.read_done(runner.bs)
+    if read_done is not None:
+        model_runner = runner.model_runner
+        name = _fence_event(model_runner)
         assert name is not None  # asked for when the backend was taken over
-        setattr(runner.model_runner, name, captured.read_done)
+        # SGLang's KV canary, a debugging aid, reads req_to_token in the graph behind the fill.
+        has_canary = getattr(model_runner, "canary_manager", None) is not None
+        setattr(model_runner, name, None if has_canary else read_done)
     return output
 
 
@@ -149,7 +144,12 @@ HOOKS = (
         _out_graph,
     ),
     Hook(f"{_BACKEND}.init_forward_metadata_in_graph", ("self", "forward_batch"), _in_graph),
-    Hook(f"{_RUNNER}.execute", ("self", "forward_batch"), _execute),
+    Hook(
+        f"{_RUNNER}.execute",
+        ("self", "forward_batch", "select_index"),
+        _execute,
+        also=(("self", "forward_batch"),),  # up to 0.5.19
+    ),
 )
 NEEDS = (
     Call(f"{_BACKEND}.set_dsa_prefill_impl", ("self", "forward_batch")),
@@ -159,6 +159,7 @@ NEEDS = (
     Fields(
         _METADATA,
         (
+            "page_size",
             "cache_seqlens_int32",
             "cu_seqlens_k",
             "dsa_seqlens_expanded",
@@ -175,9 +176,19 @@ NEEDS = (
 )
 
 _asked_for: str | None = None
+_check_every = 0
 
 
-def arm(backend: str) -> None:
+def is_generation() -> bool:
+    """Whether this SGLang captures DSA's draft-extend in CUDA graphs, 0.5.15 and later.
+
+    The top-k plan came with the graphs. Where it is missing for another reason, the eager adapter
+    does not fit either, and says what is missing.
+    """
+    return not hooks.misfits([Fields(_METADATA, ("topk_v2_plan",))])
+
+
+def arm(backend: str, check_every: int) -> None:
     """From now on draft-extend backends are taken over, with this implementation or "auto"."""
-    global _asked_for
-    _asked_for = backend
+    global _asked_for, _check_every
+    _asked_for, _check_every = backend, check_every

@@ -53,12 +53,13 @@ def random_step(
     bs: int,
     draft_tokens: int,
     max_len: int,
+    new_slots: bool = True,
 ) -> None:
     """Write a random batch of raw_bs requests, padded to bs, the way the runner's execute() does.
 
-    rng is a CPU generator. A third of the lengths lies in 1..draft_tokens, a third just below
-    max_len, the rest anywhere; request indices may repeat. Every row of req_to_token but row 0 gets
-    new slots, in whole pages: slot = page * page_size + offset.
+    The numbers are drawn on rng's device. A third of the lengths lies in 1..draft_tokens, a third just
+    below max_len, the rest anywhere; request indices may repeat. With new_slots, every row of
+    req_to_token but row 0 gets new slots, in whole pages: slot = page * page_size + offset.
     """
     if not 0 <= raw_bs <= bs <= inputs.max_bs:
         raise ValueError(
@@ -69,27 +70,31 @@ def random_step(
     if not 1 <= max_len <= width:
         raise ValueError(f"max_len: must lie in 1..{width}, req_to_token's width, got {max_len}")
 
-    inputs.req_to_token[1:].copy_(_random_slots(rng, rows - 1, width, inputs.page_size))
+    if new_slots:
+        inputs.req_to_token[1:].copy_(_random_slots(rng, rows - 1, width, inputs.page_size))
     if raw_bs != bs:
         inputs.seq_lens.fill_(PADDED_SEQ_LEN)
         inputs.req_pool_indices.zero_()
     inputs.seq_lens[:raw_bs].copy_(_random_lengths(rng, raw_bs, draft_tokens, max_len))
-    inputs.req_pool_indices[:raw_bs].copy_(torch.randint(1, rows, (raw_bs,), generator=rng))
+    inputs.req_pool_indices[:raw_bs].copy_(_draw(rng, 1, rows, raw_bs))
+
+
+def _draw(rng: torch.Generator, low: int, high: int, *shape: int) -> torch.Tensor:
+    """int64 numbers in low..high-1, on the generator's device."""
+    return torch.randint(low, high, shape, generator=rng, device=rng.device)
 
 
 def _random_slots(rng: torch.Generator, rows: int, width: int, page_size: int) -> torch.Tensor:
     """int32 [rows, width]: token slots of random pages."""
-    pages = torch.randint(
-        0, 2**31 // page_size, (rows, -(-width // page_size), 1), generator=rng, dtype=torch.int32
-    )
-    slots = pages * page_size + torch.arange(page_size, dtype=torch.int32)
+    pages = _draw(rng, 0, 2**31 // page_size, rows, -(-width // page_size), 1).int()
+    slots = pages * page_size + torch.arange(page_size, dtype=torch.int32, device=rng.device)
     return slots.view(rows, -1)[:, :width]
 
 
 def _random_lengths(rng: torch.Generator, count: int, draft_tokens: int, max_len: int) -> torch.Tensor:
     """int64 [count] in 1..max_len, see random_step."""
-    short = torch.randint(1, min(draft_tokens, max_len) + 1, (count,), generator=rng)
+    short = _draw(rng, 1, min(draft_tokens, max_len) + 1, count)
     long = max_len + 1 - short
-    anywhere = torch.randint(1, max_len + 1, (count,), generator=rng)
-    kind = torch.randint(0, 3, (count,), generator=rng)
+    anywhere = _draw(rng, 1, max_len + 1, count)
+    kind = _draw(rng, 0, 3, count)
     return torch.where(kind == 0, short, torch.where(kind == 1, long, anywhere))

@@ -1,8 +1,10 @@
 """``sglang-nsa-plugin bench``: SGLang's own draft-extend fill and ours, same tensors, same run.
 
-Host time is what a step pays before the graph replay: the call of ``init_forward_metadata_out_graph``
-on an idle GPU, median of ``CALLS``. GPU time is that of the launches alone: they are captured once and
-21 times in CUDA graphs, and the slope between the two replays leaves the launch of the graph out.
+Host time is what a step pays before the forward: SGLang's call that plans the draft-extend step, on an
+idle GPU, median of the calls; beside it, how much that call gives the GPU to do. GPU time is that of the
+launches alone: they are captured once and 21 times in CUDA graphs, and the slope between the two
+replays leaves the launch of the graph out. A release that plans draft-extend eagerly cannot be captured:
+there the GPU time is left out.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,88 +22,122 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-CALLS = 300
 REPEATS = 21
 DRAFT_TOKENS = 4
 CONTEXT = 163_840
-BATCH_SIZES = (1, 8, 32, 64)
 EXPAND_BATCH_SIZES = (1, 8, 32, 64, 128, 256, 512, 1024)
-LENGTHS = (2_048, 32_768, 131_072)
-DECODE_IMPLS = ("flashmla_sparse", "flashmla_kv")
+# What the CUDA driver and runtime call work for the GPU, as the profiler names it.
+GPU_WORK = ("LaunchKernel", "Memcpy", "Memset", "GraphLaunch")
 
 
-def run(json_path: str | None) -> int:
+@dataclass(frozen=True)
+class Grid:
+    """The cases of one run, and how often each is called."""
+
+    decode_impls: tuple[str, ...] = ("flashmla_sparse", "flashmla_kv")
+    batch_sizes: tuple[int, ...] = (1, 8, 32, 64)
+    lengths: tuple[int, ...] = (2_048, 32_768, 131_072)
+    calls: int = 300
+
+    def cases(self) -> list[tuple[int, int]]:
+        """Requests and length of each case."""
+        return [(bs, length) for bs in self.batch_sizes for length in self.lengths]
+
+
+QUICK = Grid(("flashmla_sparse",), (1, 64), (2_048, 131_072), 100)
+
+
+def run(json_path: str | None, quick: bool = False) -> int:
     """Times every case, prints a table and returns 0."""
     import torch
 
     console = Console()
     if not torch.cuda.is_available():
         raise SystemExit("sglang-nsa-plugin bench: needs an NVIDIA GPU, torch sees none")
-    result = measure(console)
+    result = measure(QUICK if quick else Grid(), console)
+    if not quick:
+        device = torch.device("cuda", torch.cuda.current_device())
+        result["expand"] = [_expand_case(device, bs) for bs in EXPAND_BATCH_SIZES]
     _print(console, result)
     if json_path:
         Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 
-def measure(console: Console) -> dict[str, Any]:
-    """The cases of both decode implementations, with what the machine was."""
+def measure(grid: Grid, console: Console) -> dict[str, Any]:
+    """Every case of the grid, with what was measured."""
     import torch
 
-    from sglang_nsa_plugin.cli.replay import Twin
+    from sglang_nsa_plugin.cli.stand_ins import missing_for
+    from sglang_nsa_plugin.cli.twins import make_twin
     from sglang_nsa_plugin.state import STATE
 
     device = torch.device("cuda", torch.cuda.current_device())
     rows = []
-    for impl in DECODE_IMPLS:
-        twin = Twin(
+    for impl in grid.decode_impls:
+        missing = missing_for(impl)
+        if missing is not None:
+            console.print(f"{impl} is left out: {missing}")
+            continue
+        twin = make_twin(
             device,
-            BATCH_SIZES,
+            grid.batch_sizes,
             draft_tokens=DRAFT_TOKENS,
             context_len=CONTEXT,
-            pool_size=BATCH_SIZES[-1] + 1,
+            pool_size=grid.batch_sizes[-1] + 1,
             decode_impl=impl,
         )
-        cases = [(bs, length) for bs in BATCH_SIZES for length in LENGTHS]
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            for bs, length in progress.track(cases, description=impl):
-                rows.append({"decode_impl": impl, **_case(twin, bs, length)})
+            for bs, length in progress.track(grid.cases(), description=impl):
+                rows.append({"decode_impl": impl, **_case(twin, bs, length, grid.calls)})
     return {
+        "sglang": version("sglang"),
+        "gpu": torch.cuda.get_device_name(device),
         "draft_tokens": DRAFT_TOKENS,
         "req_to_token_width": CONTEXT + 64,
+        "adapter": STATE.adapter,
         "implementation": STATE.backend,
         "cases": rows,
-        "expand": [_expand_case(device, bs) for bs in EXPAND_BATCH_SIZES],
     }
 
 
-def _case(twin: Any, bs: int, length: int) -> dict[str, Any]:
+def _case(twin: Any, bs: int, length: int, calls: int) -> dict[str, Any]:
     """Times of one batch: requests of equal length, each with its own row of the pool."""
     import torch
 
+    from sglang_nsa_plugin.cli.replay import Comparison, Twin
+
     twin.inputs.seq_lens[:bs].fill_(length)
     twin.inputs.req_pool_indices[:bs].copy_(torch.arange(1, bs + 1))
+    compared = Comparison()
+    twin.step(bs, compared)
+    if compared.first is not None:
+        raise RuntimeError(f"not timed, because values differ: {compared.first}")
+    with twin.stand_ins():
+        planned = {"sglang": twin.sglang_before_replay(bs), "ours": twin.before_replay(bs)}
+        return {
+            "requests": bs,
+            "length": length,
+            "values_compared": sum(compared.compared.values()),
+            "host_us": {name: _host_us(call, calls) for name, call in planned.items()},
+            "launches": {name: _launches(call) for name, call in planned.items()},
+            **({"gpu_us": _gpu_case(twin, bs)} if isinstance(twin, Twin) else {}),
+        }
+
+
+def _gpu_case(twin: Any, bs: int) -> dict[str, float]:
     fill, derived = twin.fill(bs), twin.derived(bs)
 
     def ours() -> None:
         fill()
         derived()
 
-    with twin.stand_ins():
-        return {
-            "requests": bs,
-            "length": length,
-            "host_us": {
-                "sglang": _host_us(twin.sglang_before_replay(bs)),
-                "ours": _host_us(twin.before_replay(bs)),
-            },
-            "gpu_us": {
-                "sglang": _gpu_us(twin.sglang_before_replay(bs)),
-                "ours": _gpu_us(ours),
-                "sglang_kernel": _gpu_us(twin.sglang_kernel(bs)),
-                "our_kernel": _gpu_us(fill),
-            },
-        }
+    return {
+        "sglang": _gpu_us(twin.sglang_before_replay(bs)),
+        "ours": _gpu_us(ours),
+        "sglang_kernel": _gpu_us(twin.sglang_kernel(bs)),
+        "our_kernel": _gpu_us(fill),
+    }
 
 
 def _expand_case(device: Any, bs: int) -> dict[str, Any]:
@@ -124,17 +162,34 @@ def _expand_case(device: Any, bs: int) -> dict[str, Any]:
     return {"requests": bs, "gpu_us": {"one_block": gpu_us(False), "adaptive": gpu_us(True)}}
 
 
-def _host_us(call: Callable[[], object]) -> float:
+def _host_us(call: Callable[[], object], calls: int) -> float:
     """Median host microseconds of a call on an idle GPU, dispatch only."""
     import torch
 
     samples = []
-    for _ in range(CALLS):
+    for _ in range(calls):
         torch.cuda.synchronize()
         begin = time.perf_counter_ns()
         call()
         samples.append((time.perf_counter_ns() - begin) / 1000)
     return round(statistics.median(samples), 1)
+
+
+def _launches(call: Callable[[], object]) -> int:
+    """Kernels, copies and graphs that one call gives the GPU."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    return sum(any(work in event.name for work in GPU_WORK) for event in _runtime_calls(found))
+
+
+def _runtime_calls(found: Any) -> list[Any]:
+    """Calls of the CUDA runtime and driver; what they start on the GPU has names of its own."""
+    return [event for event in found.events() if event.name.startswith("cu")]
 
 
 def _gpu_us(call: Callable[[], object]) -> float:
@@ -153,7 +208,7 @@ def _replay_us(call: Callable[[], object], count: int) -> float:
         for _ in range(count):
             call()
     samples: list[float] = []
-    for _ in range(CALLS // 3):
+    for _ in range(100):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
@@ -164,17 +219,26 @@ def _replay_us(call: Callable[[], object], count: int) -> float:
 
 
 def _print(console: Console, result: dict[str, Any]) -> None:
-    table = Table(title=f"one draft-extend fill, {DRAFT_TOKENS} draft tokens, microseconds")
-    for column in ("decode", "requests", "length", "host: SGLang", "ours"):
+    console.print(
+        f"SGLang {result['sglang']} on {result['gpu']}, adapter {result['adapter']}, implementation "
+        f"{result['implementation']}, {DRAFT_TOKENS} draft tokens"
+    )
+    for impl in dict.fromkeys(row["decode_impl"] for row in result["cases"]):
+        console.print(_table(impl, [row for row in result["cases"] if row["decode_impl"] == impl]))
+
+
+def _table(impl: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"planning one draft-extend step, {impl}: SGLang / ours")
+    for column in ("requests", "length", "host µs", "launches", "GPU µs", "kernel alone µs"):
         table.add_column(column, justify="right")
-    for column in ("GPU: SGLang", "ours", "kernel alone: SGLang", "ours"):
-        table.add_column(column, justify="right")
-    for row in result["cases"]:
-        times = (*row["host_us"].values(), *row["gpu_us"].values())
+    for row in rows:
+        gpu = row.get("gpu_us")
         table.add_row(
-            row["decode_impl"],
             f"{row['requests']}",
             f"{row['length']:,}",
-            *(f"{microseconds:.1f}" for microseconds in times),
+            f"{row['host_us']['sglang']:.0f} / {row['host_us']['ours']:.1f}",
+            f"{row['launches']['sglang']} / {row['launches']['ours']}",
+            f"{gpu['sglang']:.1f} / {gpu['ours']:.1f}" if gpu else "-",
+            f"{gpu['sglang_kernel']:.1f} / {gpu['our_kernel']:.1f}" if gpu else "-",
         )
-    console.print(table)
+    return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def _discover_and_compare(device: Any, steps: int, seed: int, console: Console) 
     from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry
 
+    from sglang_nsa_plugin.adapters import hooks
     from sglang_nsa_plugin.state import record
 
     load_plugins()
@@ -52,16 +54,22 @@ def _discover_and_compare(device: Any, steps: int, seed: int, console: Console) 
             "sglang-nsa-plugin demo: SGLang did not load the plugin; SGLANG_PLUGINS must be unset or "
             f"contain nsa, got {os.environ.get('SGLANG_PLUGINS')!r}"
         )
-    from sglang_nsa_plugin.cli.replay import Comparison, Twin
+    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.cli.twins import make_twin
 
-    twin = Twin(device, BATCH_SIZES, draft_tokens=DRAFT_TOKENS)
+    twin = make_twin(device, BATCH_SIZES, draft_tokens=DRAFT_TOKENS)
     comparison = Comparison()
     _replay_random_batches(twin, comparison, steps, seed, console)
     state = record()
-    passed = comparison.first is None and state["replays"] == steps and not state["fallbacks"]
+    ours = state["replays"] + state["launches"]
+    passed = comparison.first is None and ours == steps and not state["fallbacks"]
     return {
+        "sglang": version("sglang"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
         "device": _device_name(device),
-        "cuda_graphs": device.type == "cuda",
+        "cuda_graphs": device.type == "cuda" and bool(state["captures"]),
+        "hook_targets": hooks.installed(),
         "state": state,
         "steps": steps,
         "seed": seed,
@@ -94,10 +102,8 @@ def _device_name(device: Any) -> str:
 
 
 def _print(console: Console, result: dict[str, Any]) -> None:
-    import sglang
-    import torch
-
     state = result["state"]
+    ours = state["replays"] + state["launches"]
     table = Table(title="SGLang's draft-extend metadata, SGLang's own fill against the plugin's")
     table.add_column("tensor")
     table.add_column("values compared", justify="right")
@@ -105,12 +111,12 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     for name, count in result["compared"].items():
         table.add_row(name, f"{count:,}", f"{result['different'][name]:,}")
     console.print(
-        f"SGLang {sglang.__version__}, torch {torch.__version__}, {result['device']}, "
+        f"SGLang {result['sglang']}, torch {result['torch']}, {result['device']}, "
         f"plugin {state['version']} found by SGLang's load_plugins()"
     )
     console.print(
         f"adapter {state['adapter']}, implementation {state['backend']} ({state['reason']}), "
-        f"batch sizes {state['captures']}, {'CUDA graphs' if result['cuda_graphs'] else 'no GPU'}"
+        f"{'CUDA graphs' if result['cuda_graphs'] else 'no CUDA graphs'}"
     )
     console.print(table)
     total = sum(result["compared"].values())
@@ -119,6 +125,6 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     else:
         console.print(
             f"DIFFERENT: {sum(result['different'].values()):,} of {total:,} values; first: "
-            f"{result['first_difference']}; replays {state['replays']} of {result['steps']}, "
+            f"{result['first_difference']}; ours {ours} of {result['steps']}, "
             f"fallbacks {state['fallbacks']}"
         )

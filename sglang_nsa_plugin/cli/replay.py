@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin import plugin
+from sglang_nsa_plugin import options, plugin
 from sglang_nsa_plugin.adapters import in_graph
 from sglang_nsa_plugin.adapters.captured import CapturedFill, DraftExtendFill
 from sglang_nsa_plugin.cli.rig import BackendRig, sglang_fused_fill
@@ -60,16 +60,23 @@ class Twin:
         device: where the tensors lie.
         batch_sizes: captured batch sizes.
         backend: implementation to fill with, as ``--nsa-metadata-backend``.
+        check_every: as ``--nsa-metadata-check``.
         rig: further arguments of :class:`BackendRig`.
     """
 
     def __init__(
-        self, device: torch.device, batch_sizes: Iterable[int], backend: str = "auto", **rig: Any
+        self,
+        device: torch.device,
+        batch_sizes: Iterable[int],
+        backend: str = "auto",
+        check_every: int = 0,
+        **rig: Any,
     ) -> None:
         self.batch_sizes = sorted(batch_sizes)
         max_bs = self.batch_sizes[-1]
         server_args = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa")
-        setattr(server_args, "_nsa_metadata_backend", backend)  # noqa: B010
+        setattr(server_args, options.ATTRIBUTE, backend)
+        setattr(server_args, options.CHECK_ATTRIBUTE, check_every)
         plugin.activate(server_args)
         self.ours = BackendRig(device, max_bs=max_bs, **rig)
         self.inputs = self.ours.inputs
@@ -99,9 +106,11 @@ class Twin:
         compare(ours, theirs, result)
 
     def replay(self, bs: int) -> None:
-        """What the runner does before and in a replay."""
+        """What the runner does before, in and behind a replay."""
         self.ours.replay(bs)
         self._replays[bs]()
+        with self.stand_ins():
+            self._taken_over().read_done(bs)
 
     def fill(self, bs: int) -> Callable[[], None]:
         """The bound launch that the graph of this batch size holds."""
@@ -130,6 +139,14 @@ class Twin:
         return lambda: sglang_fused_fill(
             metadata, self.inputs, bs, rig.draft_tokens, rig.index_topk, rig.page_size
         )
+
+    def shadow_report(self) -> list[int]:
+        """What the shadow checks have found so far, in the order of ``shadow.Field``; waits for them."""
+        checked = self._taken_over().checked
+        if checked is None:
+            raise RuntimeError("check_every: was 0, so nothing was checked")
+        values: list[int] = checked.check.report.on_device.tolist()
+        return values
 
     def stand_ins(self) -> contextlib.AbstractContextManager[None]:
         """What SGLang's code lacks outside a launched process, for calls that are timed."""
@@ -186,13 +203,22 @@ def _derived(ours: Any, theirs: Any) -> Iterable[tuple[str, torch.Tensor, torch.
     if ours.paged_mqa_schedule_metadata is not None:
         name = "paged_mqa_schedule_metadata"
         yield name, ours.paged_mqa_schedule_metadata, theirs.paged_mqa_schedule_metadata
-    if ours.topk_v2_plan is not None:
+    if ours.topk_v2_plan is not None and _plan_is_written(theirs.dsa_seqlens_expanded):
         yield "topk_v2_plan", _plan(ours.topk_v2_plan), _plan(theirs.topk_v2_plan)
     if ours.flashmla_metadata is not None:
         mine, other = ours.flashmla_metadata, theirs.flashmla_metadata
         # the last of a part's eight numbers is padding, which FlashMLA leaves as it was
         yield "flashmla_metadata", mine.flashmla_metadata[:, :7], other.flashmla_metadata[:, :7]
         yield "flashmla num_splits", mine.num_splits, other.num_splits
+
+
+def _plan_is_written(lengths: torch.Tensor) -> bool:
+    """From 0.5.21 on SGLang leaves plans that nobody reads as they were: those of few rows."""
+    try:
+        from sglang.kernels.ops.attention.dsv4.topk import topk_v2_plan_is_written
+    except ImportError:
+        return True
+    return bool(topk_v2_plan_is_written(lengths))
 
 
 def _plan(plan: torch.Tensor) -> torch.Tensor:

@@ -9,17 +9,15 @@ FlashMLA metadata stay None.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import inspect
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 
+from sglang_nsa_plugin.cli import stand_ins
 from sglang_nsa_plugin.cli.batches import PADDED_SEQ_LEN, Inputs, make_inputs, table_width
 
 # Values of decode_impl with which making the backend or its metadata takes a CUDA library.
@@ -39,6 +37,7 @@ class BackendRig:
     backend is made by SGLang's DraftBackendFactory, so hooks on the factory and on the backend
     class fire. inputs may be another rig's, to compare two backends on one batch. Making a rig
     publishes its settings as this process's SGLang configuration, in place of what was there.
+    index_kpool is the model's pooling of indexer keys, which releases from 0.5.20 on know.
     """
 
     def __init__(
@@ -52,16 +51,17 @@ class BackendRig:
         page_size: int = 64,
         index_topk: int = 2048,
         decode_impl: str = "flashmla_sparse",
+        index_kpool: int = 1,
         inputs: Inputs | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.draft_tokens = draft_tokens
         self.index_topk = index_topk
         self.page_size = page_size
-        _check_device(self.device)
+        stand_ins.check_device(self.device)
         _fused_fill()  # older releases have other backends: better told here than by a missing name
         if self.device.type == "cpu":
-            _check_interpreter()
+            stand_ins.check_interpreter()
             if decode_impl in NEEDS_CUDA:
                 raise ValueError(
                     f"decode_impl: {', '.join(NEEDS_CUDA)} call CUDA libraries, got {decode_impl} "
@@ -74,16 +74,32 @@ class BackendRig:
             inputs = make_inputs(self.device, max_bs, pool_size, width, page_size)
         self.inputs = inputs
         self.max_bs = inputs.max_bs
-        server_args = _publish_server_args(draft_tokens, page_size, decode_impl)
-        runner = _model_runner(
-            self.device, server_args, inputs, context_len, page_size, index_topk, decode_impl
+        self.server_args = stand_ins.publish_server_args(
+            attention_backend="dsa",
+            page_size=page_size,
+            speculative_algorithm="EAGLE",
+            speculative_num_steps=draft_tokens - 1,
+            speculative_eagle_topk=1,
+            speculative_num_draft_tokens=draft_tokens,
+            dsa_prefill_backend=decode_impl,
+            dsa_decode_backend=decode_impl,
+        )
+        self.model_runner = stand_ins.model_runner(
+            self.device,
+            self.server_args,
+            inputs,
+            context_len,
+            page_size,
+            index_topk,
+            decode_impl,
+            index_kpool,
         )
         with self.stand_ins():
-            self.backend = _make_backend(server_args, runner, draft_tokens)
+            self.backend = _make_backend(self.server_args, self.model_runner, draft_tokens)
 
     def stand_ins(self) -> contextlib.AbstractContextManager[None]:
         """To be entered around calls of SGLang's code; changes nothing on CUDA but the topology."""
-        return _stand_ins(self.device)
+        return stand_ins.stand_ins(self.device)
 
     def init_state(self) -> None:
         """Allocate the graph buffers, as the runner does once before it captures."""
@@ -176,12 +192,12 @@ def sglang_fused_fill(
     device = inputs.seq_lens.device
     launch = fill
     if device.type == "cpu":
-        _check_interpreter()
-        launch = _on_cpu(fill)
+        stand_ins.check_interpreter()
+        launch = stand_ins.on_cpu(fill)
     rows = bs * draft_tokens
     wide = metadata.page_table_1
     # Renamed in 0.5.22.
-    page = "real_page_size" if "real_page_size" in _parameters(fill) else "physical_page_size"
+    page = "real_page_size" if "real_page_size" in stand_ins.parameters(fill) else "physical_page_size"
     launch(
         seq_lens=inputs.seq_lens[:bs],
         extend_seq_lens=torch.full((bs,), draft_tokens, dtype=torch.int32, device=device),
@@ -222,143 +238,10 @@ def _fused_fill() -> Callable[..., None]:
     )
 
 
-def _parameters(function: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(function).parameters)
-
-
 def _draft_extend_mode() -> Any:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     return ForwardMode.DRAFT_EXTEND_V2
-
-
-def _check_device(device: torch.device) -> None:
-    """SGLang chooses its path by what the process sees, not by the tensors: the two must agree."""
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: must be cpu or cuda, got {device}")
-    if (device.type == "cuda") != torch.cuda.is_available():
-        raise ValueError(
-            f"device: got {device}, but torch.cuda.is_available() is {torch.cuda.is_available()}; "
-            "SGLang fills where the process sees a GPU: use cuda there, else hide the GPU with an "
-            "empty CUDA_VISIBLE_DEVICES and use cpu"
-        )
-
-
-def _check_interpreter() -> None:
-    """Triton decides while it is imported whether kernels, its own functions too, are compiled."""
-    from triton.language import cumsum
-    from triton.runtime.jit import JITFunction
-
-    given = os.environ.get("TRITON_INTERPRET")
-    if given != "1" or isinstance(cumsum, JITFunction):
-        raise RuntimeError(
-            "TRITON_INTERPRET: must be 1 before the process first imports Triton, to run SGLang's "
-            f"kernels on the CPU; got {given!r}{', set too late' if given == '1' else ''}"
-        )
-
-
-@contextlib.contextmanager
-def _stand_ins(device: torch.device) -> Iterator[None]:
-    """What a launched process or a GPU would supply to SGLang's backend.
-
-    Everywhere: attention TP of size 1, which is otherwise read from torch.distributed. On the CPU
-    also: the compute capability 9.0, which the constructor asks for; no top-k plan, which a CUDA
-    kernel makes; the launcher of the one Triton kernel, which asserts CUDA tensors.
-    """
-    from sglang.srt.environ import envs
-    from sglang.srt.layers.attention import dsa_backend
-    from sglang.srt.runtime_context import get_parallel
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(get_parallel().override(attn_tp_size=1))
-        if device.type == "cpu":
-            stack.enter_context(envs.SGLANG_OPT_USE_TOPK_V2.override(False))
-            stack.enter_context(
-                mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0))
-            )
-            launcher = _on_cpu(dsa_backend.seqlens_expand_triton)
-            stack.enter_context(mock.patch.object(dsa_backend, "seqlens_expand_triton", launcher))
-        yield
-
-
-def _on_cpu(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """The launcher of an interpreted kernel, to which alone CPU tensors look like CUDA tensors."""
-
-    @functools.wraps(launcher)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with mock.patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)):
-            return launcher(*args, **kwargs)
-
-    return call
-
-
-def _publish_server_args(draft_tokens: int, page_size: int, decode_impl: str) -> Any:
-    """A ServerArgs with what the backend reads, made this process's configuration."""
-    from sglang.srt import server_args as module
-    from sglang.srt.runtime_context import get_context
-
-    fields = {
-        "page_size": page_size,
-        "speculative_algorithm": "EAGLE",
-        "speculative_num_steps": draft_tokens - 1,
-        "speculative_eagle_topk": 1,
-        "speculative_num_draft_tokens": draft_tokens,
-        "dsa_prefill_backend": decode_impl,
-        "dsa_decode_backend": decode_impl,
-    }
-    context = get_context()
-    if hasattr(context, "override_server_args"):
-        return context.override_server_args(**fields).install()
-    server_args = module.ServerArgs(model_path="dummy")
-    for name, value in fields.items():
-        setattr(server_args, name, value)
-    module.set_global_server_args_for_scheduler(server_args)
-    return server_args
-
-
-def _model_runner(
-    device: torch.device,
-    server_args: Any,
-    inputs: Inputs,
-    context_len: int,
-    page_size: int,
-    index_topk: int,
-    decode_impl: str,
-) -> SimpleNamespace:
-    """A draft runner of DeepSeek-V3.2's geometry: the attributes that the constructor reads."""
-    fp8 = decode_impl == "flashmla_kv"
-    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
-    hf_config = SimpleNamespace(
-        architectures=["DeepseekV32ForCausalLM"],
-        index_topk=index_topk,
-        index_n_heads=64,
-        index_head_dim=128,
-    )
-    return SimpleNamespace(
-        device=str(device),
-        is_draft_worker=True,
-        server_args=server_args,
-        page_size=page_size,
-        kv_cache_dtype=dtype,
-        max_running_requests=inputs.max_bs,
-        draft_attention_backend=None,
-        war_fastpath_read_done_event=None,
-        hisparse_coordinator=None,
-        model_config=SimpleNamespace(
-            hf_config=hf_config,
-            context_len=context_len,
-            num_attention_heads=64,
-            qk_nope_head_dim=128,
-            qk_rope_head_dim=64,
-            kv_lora_rank=512,
-        ),
-        token_to_kv_pool=SimpleNamespace(
-            dtype=dtype, dsa_kv_cache_store_fp8=fp8, kv_cache_dim=656 if fp8 else 576
-        ),
-        req_to_token_pool=SimpleNamespace(
-            size=inputs.req_to_token.shape[0] - 1, req_to_token=inputs.req_to_token
-        ),
-    )
 
 
 def _make_backend(server_args: Any, runner: SimpleNamespace, draft_tokens: int) -> Any:
@@ -366,7 +249,7 @@ def _make_backend(server_args: Any, runner: SimpleNamespace, draft_tokens: int) 
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
     arguments = {"draft_model_runner": runner, "topk": 1, "speculative_num_steps": draft_tokens - 1}
-    if "server_args" in _parameters(DraftBackendFactory):
+    if "server_args" in stand_ins.parameters(DraftBackendFactory):
         arguments["server_args"] = server_args
     made = DraftBackendFactory(**arguments)._create_dsa_prefill_backend()
     return made[1] if isinstance(made, tuple) else made

@@ -10,26 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from graph_twin import BATCH_SIZES, DRAFT_TOKENS, make_twin, on_the_cpu
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="on a GPU, tests/gpu/test_in_graph.py covers the adapter"
-)
-
-CPU = torch.device("cpu")
-BATCH_SIZES = (1, 2, 4, 8)
-DRAFT_TOKENS = 4
+pytestmark = on_the_cpu
 
 
 @pytest.fixture
 def twin():
     return make_twin()
-
-
-def make_twin(backend: str = "auto", **rig: object):
-    from sglang_nsa_plugin.cli.replay import Twin
-
-    settings = {"draft_tokens": DRAFT_TOKENS, "context_len": 512, "pool_size": 12, **rig}
-    return Twin(CPU, BATCH_SIZES, backend, **settings)
 
 
 @pytest.fixture
@@ -240,58 +228,6 @@ def test_backends_not_made_by_the_draft_extend_factory_are_left_alone(twin):
     assert in_graph.ATTRIBUTE not in vars(twin.theirs.backend)
 
 
-@pytest.mark.parametrize(
-    ("backend", "server_args", "said"),
-    [
-        ({"dsa_index_kpool": 4}, {}, "index k-pooling (4) is not covered"),
-        ({}, {"enable_multi_layer_eagle": True}, "the multi-layer EAGLE runner is not covered"),
-        (
-            {},
-            {"cuda_graph_config": SimpleNamespace(decode=SimpleNamespace(backend="breakable"))},
-            "breakable CUDA graphs are not covered, only full ones",
-        ),
-        ({"dsa_index_kpool": 1}, {"enable_multi_layer_eagle": False}, None),
-    ],
-)
-def test_configurations_that_stay_with_sglang(twin, monkeypatch, backend, server_args, said):
-    """F10 and others: declined with the reason."""
-    from sglang_nsa_plugin.adapters import in_graph
-
-    for name, value in backend.items():
-        monkeypatch.setattr(twin.ours.backend, name, value, raising=False)
-    assert in_graph.uncovered(twin.ours.backend, model_runner(**server_args)) == said
-
-
-def model_runner(**server_args: object) -> SimpleNamespace:
-    return SimpleNamespace(server_args=SimpleNamespace(**server_args), war_fastpath_read_done_event=None)
-
-
-def test_a_runner_whose_fence_is_unknown_stays_with_sglang(twin):
-    """Nothing else could tell the scheduler when the read inside the replay has ended."""
-    from sglang_nsa_plugin.adapters import in_graph
-
-    said = in_graph.uncovered(twin.ours.backend, SimpleNamespace(server_args=SimpleNamespace()))
-    assert said == (
-        "the model runner has none of shared_read_done_event, war_fastpath_read_done_event, "
-        "which the scheduler waits on"
-    )
-
-
-def test_hip_stays_with_sglang(twin, monkeypatch):
-    from sglang_nsa_plugin.adapters import in_graph
-
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert in_graph.uncovered(twin.ours.backend, model_runner()) == "HIP is not covered"
-
-
-def test_a_backend_without_what_the_fill_reads_stays_with_sglang(twin, monkeypatch):
-    from sglang_nsa_plugin.adapters import in_graph
-
-    monkeypatch.delattr(twin.ours.backend, "real_page_size")
-    said = in_graph.uncovered(twin.ours.backend, model_runner())
-    assert said == "DeepseekSparseAttnBackend has no attribute real_page_size"
-
-
 def test_server_info_carries_the_record(state):
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
@@ -302,3 +238,20 @@ def test_server_info_carries_the_record(state):
     assert output.internal_state["a"] == 1
     assert record["replays"] == 0
     assert record["fallbacks"] == {}
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_plans_that_sglang_left_unwritten_are_not_compared(twin, monkeypatch, is_written):
+    """There is no plan on the CPU; from 0.5.21 on a GPU's may hold whatever the memory held."""
+    from sglang_nsa_plugin.cli.replay import Comparison, compare
+
+    topk = pytest.importorskip("sglang.kernels.ops.attention.dsv4.topk")
+    monkeypatch.setattr(topk, "topk_v2_plan_is_written", lambda lengths: is_written, raising=False)
+    metadata = [rig.backend.decode_cuda_graph_metadata[1] for rig in (twin.ours, twin.theirs)]
+    with_plans = [
+        SimpleNamespace(**{**vars(one), "topk_v2_plan": torch.full((5, 2), count, dtype=torch.int32)})
+        for count, one in enumerate(metadata)
+    ]
+    result = Comparison()
+    compare(*with_plans, result)
+    assert bool(result.different["topk_v2_plan"]) == is_written

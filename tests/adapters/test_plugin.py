@@ -6,6 +6,7 @@ import json
 import subprocess
 
 import pytest
+from graph_twin import skip_unless_captured
 from isolated import run, run_fresh
 
 LOAD = """
@@ -45,6 +46,7 @@ loaded = [m for m in sys.modules if m.startswith("sglang.") and (
     "attention" in m or "model_runner" in m or "scheduler" in m or "speculative" in m)]
 print(json.dumps({"hooked": sorted(HookRegistry._patched), "loaded": loaded,
                   "kernels": "sglang_nsa_plugin.kernels" in sys.modules,
+                  "sgl_kernel": "sgl_kernel" in sys.modules,
                   "cuda": torch.cuda.is_initialized()}))
 """
     )
@@ -56,7 +58,7 @@ print(json.dumps({"hooked": sorted(HookRegistry._patched), "loaded": loaded,
         "sglang.srt.server_args.ServerArgs.from_cli_args",
     ]
     assert found["loaded"] == without["loaded"]
-    assert not found["kernels"]
+    assert found["kernels"] == found["sgl_kernel"]  # which gets the two plain functions
     assert not found["cuda"]
 
 
@@ -181,6 +183,7 @@ def test_sglang_fills_itself_and_one_line_says_why(server_args, reason):
 
 def test_another_plugin_on_the_same_target_is_named():
     """The registry applies hooks once a target: ours come after and would silently be left out."""
+    skip_unless_captured()
     first = """
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 target = ("sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend."
@@ -218,11 +221,44 @@ HookRegistry.register(target, lambda original, *a, **k: original(*a, **k), HookT
             "del dsa_backend.DSAMetadata.__dataclass_fields__['real_page_table']",
             "DSAMetadata has no field real_page_table",
         ),
+        (
+            "runner.EAGLEDraftExtendCudaGraphRunner.execute = lambda self, forward_batch, rows: None",
+            "execute takes (self, forward_batch, rows), "
+            "expected (self, forward_batch, select_index) or (self, forward_batch)",
+        ),
+        (
+            "del draft_utils.DraftBackendFactory._create_dsa_prefill_backend",
+            "_create_dsa_prefill_backend is missing",
+        ),
     ],
 )
 def test_a_release_that_does_not_fit_is_declined_by_what_changed(change, said):
-    program = f"from sglang.srt.layers.attention import dsa_backend\n{change}\n{ACTIVATE}"
+    skip_unless_captured()
+    program = f"""
+from sglang.srt.layers.attention import dsa_backend
+from sglang.srt.speculative import draft_utils, eagle_draft_extend_cuda_graph_runner as runner
+{change}
+{ACTIVATE}"""
     outcome = json.loads(last_line(run(program, json.dumps(SPARSE))))
     assert outcome["hooked"] == 0
     assert outcome["record"]["adapter"] is None
     assert said in outcome["record"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("0.5.23", None),
+        ("0.5.23+cu130", None),
+        ("0.5.24", "is newer than any tested release (0.5.23)"),
+        ("0.6.0rc1", "is newer than any tested release (0.5.23)"),
+        ("0.5.12", "is not a tested release"),
+    ],
+)
+def test_an_untested_release_that_fits_is_served_with_one_warning(version, said):
+    done = run(f"import sglang\nsglang.__version__ = {version!r}\n{ACTIVATE}", json.dumps(SPARSE))
+    assert json.loads(last_line(done))["record"]["adapter"] in ("in-graph", "eager")
+    warnings = [line for line in done.stdout.splitlines() if "tested release" in line]
+    advice = "everything the plugin uses fits; compare its fill with SGLang's own by"
+    expected = f"sglang-nsa-plugin: SGLang {version} {said}: {advice} --nsa-metadata-check 1"
+    assert warnings == ([] if said is None else [expected])

@@ -1,6 +1,6 @@
 """The implementations on a GPU: graphs, streams, synchronisation, memory, compiles, size.
 
-What they write is tested by ``test_values.py`` and ``test_properties.py``, on a GPU too.
+What they write is tested by ``test_values.py`` and ``test_fuzz.py``, on a GPU too.
 """
 
 from __future__ import annotations

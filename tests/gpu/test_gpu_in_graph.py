@@ -13,8 +13,16 @@ DRAFT_TOKENS = 4
 
 def make_twin(decode_impl: str, backend: str = "auto", **rig: object):
     pytest.importorskip("sglang", reason="needs SGLang with its GPU packages")
+    from sglang_nsa_plugin.adapters import in_graph
     from sglang_nsa_plugin.cli.replay import Twin
+    from sglang_nsa_plugin.cli.stand_ins import missing_for
 
+    if not in_graph.is_generation():
+        pytest.skip("this SGLang runs draft-extend eagerly: tests/gpu/test_gpu_eager.py")
+
+    missing = missing_for(decode_impl)
+    if missing is not None:
+        pytest.skip(f"needs SGLang's GPU packages: {missing}")
     device = torch.device("cuda", 0)
     return Twin(device, BATCH_SIZES, backend, draft_tokens=DRAFT_TOKENS, decode_impl=decode_impl, **rig)
 

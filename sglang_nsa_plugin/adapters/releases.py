@@ -1,0 +1,45 @@
+"""Which SGLang releases the adapters were compared with, value by value.
+
+Nothing is decided by this list: an adapter fits a release by what that release has.
+"""
+
+from __future__ import annotations
+
+TESTED = (
+    "0.5.11",
+    "0.5.12.post1",
+    "0.5.13.post1",
+    "0.5.14",
+    "0.5.15.post1",
+    "0.5.16",
+    "0.5.17",
+    "0.5.18",
+    "0.5.19",
+    "0.5.20",
+    "0.5.21",
+    "0.5.22",
+    "0.5.23",
+)
+
+
+def untested(version: str) -> str | None:
+    """What to tell whoever serves with this SGLang, or None when it is a tested release."""
+    if version.partition("+")[0] in TESTED:  # behind a plus: who built it
+        return None
+    newer = _key(version) > _key(TESTED[-1])
+    what = f"newer than any tested release ({TESTED[-1]})" if newer else "not a tested release"
+    return (
+        f"SGLang {version} is {what}: everything the plugin uses fits; compare its fill with SGLang's "
+        "own by --nsa-metadata-check 1"
+    )
+
+
+def _key(version: str) -> tuple[int, ...]:
+    """The leading numbers: '0.5.15.post1' -> (0, 5, 15), '0.6.0rc1' -> (0, 6, 0)."""
+    numbers = []
+    for part in version.split("."):
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        if not digits:
+            break
+        numbers.append(int(digits))
+    return tuple(numbers)

@@ -1,0 +1,228 @@
+"""SGLang's own NSA/DSA backend of 0.5.11 to 0.5.14 around a minimal model runner: no server, no model.
+
+There draft-extend steps are planned eagerly, or replayed ragged in 0.5.11 and 0.5.12. On CPU tensors
+Triton's interpreter runs the one kernel that SGLang needs, and the tables that CUDA libraries make stay
+None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sglang_nsa_plugin.adapters.eager_names import Names, names_of_generation
+from sglang_nsa_plugin.cli.batches import Inputs, make_inputs, table_width
+from sglang_nsa_plugin.cli.rig import NEEDS_CUDA
+from sglang_nsa_plugin.cli.stand_ins import check_device, check_interpreter, model_runner, on_cpu
+
+DP_SIZE = 2  # of the data-parallel ranks that a batch with global_num_tokens belongs to
+
+
+class EagerRig:
+    """A draft worker's backend, made by its constructor, so that hooks on it fire.
+
+    inputs may be another rig's, to compare two backends on one batch. Making a rig publishes its
+    settings as this process's SGLang configuration, in place of what was there.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        max_bs: int = 8,
+        draft_tokens: int = 4,
+        context_len: int = 4096,
+        pool_size: int = 32,
+        page_size: int = 64,
+        index_topk: int = 2048,
+        decode_impl: str = "flashmla_sparse",
+        inputs: Inputs | None = None,
+        **server_args: Any,
+    ) -> None:
+        self.device = torch.device(device)
+        self.draft_tokens = draft_tokens
+        check_device(self.device)
+        if self.device.type == "cpu":
+            check_interpreter()
+            if decode_impl in NEEDS_CUDA:
+                raise ValueError(
+                    f"decode_impl: {', '.join(NEEDS_CUDA)} call CUDA libraries, got {decode_impl} "
+                    "for the CPU; use flashmla_sparse there"
+                )
+        if inputs is None:
+            width = table_width(context_len, draft_tokens, page_size)
+            inputs = make_inputs(self.device, max_bs, pool_size, width, page_size)
+        self.inputs = inputs
+        self.max_bs = inputs.max_bs
+        self.names = names_of_generation()
+        settings = {
+            "page_size": page_size,
+            "speculative_algorithm": "EAGLE",
+            "speculative_num_steps": draft_tokens - 1,
+            "speculative_eagle_topk": 1,
+            "speculative_num_draft_tokens": draft_tokens,
+            f"{self.names.prefix}_prefill_backend": decode_impl,
+            f"{self.names.prefix}_decode_backend": decode_impl,
+            **server_args,
+        }
+        self.runner = model_runner(
+            self.device,
+            _publish_server_args(settings),
+            inputs,
+            context_len,
+            page_size,
+            index_topk,
+            decode_impl,
+        )
+        # NSA's spelling, where it is NSA
+        self.runner.token_to_kv_pool.nsa_kv_cache_store_fp8 = decode_impl == "flashmla_kv"
+        module, _, name = self.names.backend.rpartition(".")
+        with self.stand_ins():
+            self.backend = getattr(importlib.import_module(module), name)(self.runner)
+
+    def stand_ins(self) -> contextlib.AbstractContextManager[None]:
+        """To be entered around calls of SGLang's code; changes nothing on CUDA but the topology."""
+        return _stand_ins(self.device, self.names)
+
+    def batch(self, bs: int, global_num_tokens: list[int] | None = None) -> Any:
+        """A draft-extend batch of the first bs requests, in tensors of its own, as SGLang makes it."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+        n = self.draft_tokens
+        seq_lens = self.inputs.seq_lens[:bs].clone()
+        seq_lens_cpu = seq_lens.to("cpu", copy=True)
+        batch = ForwardBatch(
+            forward_mode=ForwardMode.DRAFT_EXTEND_V2,
+            batch_size=bs,
+            input_ids=self._zeros(bs * n),
+            req_pool_indices=self.inputs.req_pool_indices[:bs].clone(),
+            seq_lens=seq_lens,
+            seq_lens_cpu=seq_lens_cpu,
+            seq_lens_sum=int(seq_lens_cpu.sum()),
+            out_cache_loc=self._zeros(bs * n),
+            positions=self._zeros(bs * n),
+            extend_num_tokens=bs * n,
+            extend_seq_lens=torch.full((bs,), n, dtype=torch.int32, device=self.device),
+            extend_seq_lens_cpu=[n] * bs,
+            extend_prefix_lens_cpu=[max(length - n, 0) for length in seq_lens_cpu.tolist()],
+            global_num_tokens_cpu=global_num_tokens,
+        )
+        batch.req_to_token_pool = self.runner.req_to_token_pool  # where 0.5.12 and before look
+        return batch
+
+    def plan(self, batch: Any) -> None:
+        """Plans a step as SGLang's worker does, hooks and all."""
+        with self.stand_ins():
+            self.backend.init_forward_metadata(batch)
+
+    def sglang_plan(self, batch: Any) -> None:
+        """SGLang's own code for the same, past any hooks on the class."""
+        original = inspect.unwrap(type(self.backend).init_forward_metadata)
+        with self.stand_ins():
+            original(self.backend, batch)
+
+    def capture_setup(self, bs: int) -> None:
+        """Makes the metadata of a ragged graph of batch size bs, as the runner does before a capture."""
+        if not hasattr(self.backend, "decode_cuda_graph_metadata"):
+            with self.stand_ins():
+                self.backend.init_cuda_graph_state(self.max_bs, self.max_bs * self.draft_tokens)
+        with self.stand_ins():
+            self.backend.init_forward_metadata_capture_cuda_graph(
+                bs=bs,
+                num_tokens=bs * self.draft_tokens,
+                req_pool_indices=self.inputs.req_pool_indices[:bs],
+                seq_lens=self.inputs.seq_lens[:bs],
+                encoder_lens=None,
+                forward_mode=_ragged_mode(),
+                spec_info=None,
+            )
+
+    def replay(self, bs: int, accepted: torch.Tensor) -> None:
+        """Calls the backend as the runner does before it replays a ragged graph, hooks and all."""
+        with self.stand_ins():
+            self.backend.init_forward_metadata_replay_cuda_graph(**self._replay_arguments(bs, accepted))
+
+    def sglang_replay(self, bs: int, accepted: torch.Tensor) -> None:
+        """SGLang's own code for the same, past any hooks on the class."""
+        original = inspect.unwrap(type(self.backend).init_forward_metadata_replay_cuda_graph)
+        with self.stand_ins():
+            original(self.backend, **self._replay_arguments(bs, accepted))
+
+    def _replay_arguments(self, bs: int, accepted: torch.Tensor) -> dict[str, Any]:
+        return {
+            "bs": bs,
+            "req_pool_indices": self.inputs.req_pool_indices,
+            "seq_lens": self.inputs.seq_lens,
+            "seq_lens_sum": int(self.inputs.seq_lens[:bs].sum()),
+            "encoder_lens": None,
+            "forward_mode": _ragged_mode(),
+            "spec_info": SimpleNamespace(num_accept_tokens=accepted, num_accepted_tokens=accepted),
+            "seq_lens_cpu": self.inputs.seq_lens.cpu(),
+        }
+
+    def _zeros(self, tokens: int) -> torch.Tensor:
+        """One for each token: what planning does not read."""
+        return torch.zeros(tokens, dtype=torch.int64, device=self.device)
+
+
+def _ragged_mode() -> Any:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    return ForwardMode.DRAFT_EXTEND
+
+
+def _publish_server_args(settings: dict[str, Any]) -> Any:
+    """A ServerArgs with what the backend reads, made this process's configuration."""
+    from sglang.srt import server_args as module
+
+    server_args = module.ServerArgs(model_path="dummy")
+    for name, value in settings.items():
+        setattr(server_args, name, value)
+    module.set_global_server_args_for_scheduler(server_args)
+    return server_args
+
+
+@contextlib.contextmanager
+def _stand_ins(device: torch.device, names: Names) -> Iterator[None]:
+    """What a launched process or a GPU would supply to SGLang's backend.
+
+    Everywhere: attention TP and CP of size 1, rank 0 of DP. On the CPU also: the compute capability
+    9.0, which the constructor asks for, and the launcher of the one Triton kernel, which asserts CUDA
+    tensors.
+    """
+    module = importlib.import_module(names.module)
+    with contextlib.ExitStack() as stack:
+        for owner, name, size in _topology(module, importlib.import_module(f"{names.package}.utils")):
+            if hasattr(owner, name):  # only where the release reads it
+                stack.enter_context(mock.patch.object(owner, name, return_value=size))
+        with contextlib.suppress(ModuleNotFoundError):  # since 0.5.14
+            from sglang.srt.runtime_context import get_parallel
+
+            parallel = get_parallel().override(attn_tp_size=1, attn_cp_size=1, attn_dp_rank=0)
+            stack.enter_context(parallel)
+        if device.type == "cpu":
+            stack.enter_context(
+                mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0))
+            )
+            launcher = on_cpu(module.seqlens_expand_triton)
+            stack.enter_context(mock.patch.object(module, "seqlens_expand_triton", launcher))
+        yield
+
+
+def _topology(backend: ModuleType, utils: ModuleType) -> Iterator[tuple[ModuleType, str, int]]:
+    """Functions that read torch.distributed, where each is looked up, and what they return here."""
+    from sglang.srt.layers import dp_attention
+    from sglang.srt.layers.utils import cp_utils
+
+    yield backend, "get_attention_tp_size", 1
+    yield utils, "get_attention_cp_size", 1
+    yield utils, "get_attention_dp_rank", 0
+    yield cp_utils, "get_attention_cp_size", 1
+    yield dp_attention, "get_attention_dp_size", DP_SIZE

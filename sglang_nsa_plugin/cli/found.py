@@ -1,0 +1,130 @@
+"""What ``verify`` finds on a machine, as plain values: versions, the GPU, whether SGLang loads us."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+from sglang_nsa_plugin import options
+
+GROUP, NAME = "sglang.srt.plugins", "nsa"
+VARIABLE = "SGLANG_PLUGINS"
+
+
+def machine() -> dict[str, Any]:
+    """Versions and the GPU; ``no_gpu`` says why torch has none, None where it has one."""
+    import torch
+
+    driver, name = _nvidia_smi()
+    no_gpu = _no_gpu(driver)
+    return {
+        "plugin": version("sglang-nsa-plugin"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": driver,
+        "gpu": name if no_gpu else torch.cuda.get_device_name(),
+        "no_gpu": no_gpu,
+        "tvm_ffi": distribution("apache-tvm-ffi"),
+    }
+
+
+def distribution(name: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _nvidia_smi() -> tuple[str | None, str | None]:
+    """Driver and first GPU as the driver's own tool tells them."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None, None
+    query = [tool, "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    driver, _, name = done.stdout.partition("\n")[0].partition(", ")
+    return driver or None, name or None
+
+
+def _no_gpu(driver: str | None) -> str | None:
+    import torch
+
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is a ROCm build; the CUDA kernel needs an NVIDIA GPU"
+    if torch.cuda.is_available():
+        return None
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built without CUDA"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if driver is not None and hidden is not None:
+        return f"CUDA_VISIBLE_DEVICES is {hidden!r} and hides the GPU"
+    return f"torch {torch.__version__} sees no NVIDIA GPU"
+
+
+def sglang() -> dict[str, Any]:
+    """The release that is installed and whether it is a tested one."""
+    from sglang_nsa_plugin.adapters import releases
+
+    found = distribution("sglang")
+    tested = found is not None and releases.untested(found) is None
+    return {"version": found, "tested": tested, "newest_tested": releases.TESTED[-1]}
+
+
+def discovery() -> dict[str, Any]:
+    """Whether SGLang's ``load_plugins()`` takes us: by the entry point and by SGLANG_PLUGINS.
+
+    ``problem`` is what keeps it from that, and ``remedy`` what to do; both None when it takes us.
+    """
+    installed = {point.name: point.value for point in entry_points(group=GROUP)}
+    given = os.environ.get(VARIABLE)
+    problem = remedy = None
+    if not installed.get(NAME, "").startswith("sglang_nsa_plugin."):
+        problem = f"the entry point {NAME} of group {GROUP} is not installed"
+        remedy = "install the plugin with pip into this Python"
+    elif given and NAME not in _names(given):
+        problem = f"{VARIABLE} is {given!r}, which {_without_us(_names(given), set(installed))}"
+        remedy = f"set {VARIABLE}={','.join([*_known(given, installed), NAME])} or unset it"
+    return {
+        "plugins": sorted(installed),
+        "variable": given,
+        "loads": problem is None,
+        "problem": problem,
+        "remedy": remedy,
+    }
+
+
+def _names(given: str) -> list[str]:
+    """As SGLang reads the variable: an empty one is no list, one of blanks is an empty list."""
+    return [name.strip() for name in given.split(",") if name.strip()]
+
+
+def _known(given: str, installed: dict[str, str]) -> list[str]:
+    return [name for name in _names(given) if name in installed]
+
+
+def _without_us(names: list[str], installed: set[str]) -> str:
+    unknown = [name for name in names if name not in installed]
+    if difflib.get_close_matches(NAME, [name.lower() for name in unknown]):
+        return f"misspells {NAME}"
+    if unknown:
+        return f"names {', '.join(unknown)}, which is not installed, and not {NAME}"
+    return f"does not name {NAME}"
+
+
+def setting() -> dict[str, str | None]:
+    """The backend that the environment asks for; ``problem`` when a variable cannot be read."""
+    try:
+        options.check_environment()
+    except SystemExit as error:
+        return {"backend": None, "problem": str(error).removeprefix("sglang-nsa-plugin: ")}
+    return {"backend": options.backend_of(object()), "problem": None}

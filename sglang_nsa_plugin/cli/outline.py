@@ -1,0 +1,152 @@
+"""A package imported as an outline: classes, fields and parameters, read from its source.
+
+Importing SGLang's attention backend takes seconds, prints, and starts a CUDA context on a GPU host.
+Whether an adapter fits is a question about names and parameters, and the source answers it at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import spec_from_file_location
+from types import ModuleType
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@contextlib.contextmanager
+def outline(package: str) -> Iterator[None]:
+    """Inside, importing ``package`` or a module of it gives its outline; nothing of it runs."""
+    hidden = _take(package)
+    finder = _Finder(package)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        _take(package)
+        sys.modules.update(hidden)
+
+
+def _take(package: str) -> dict[str, ModuleType]:
+    """Removes the package's modules from those that are loaded, and returns them."""
+    names = [name for name in sys.modules if _belongs(name, package)]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _belongs(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not _belongs(fullname, self._package):
+            return None
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is None or not isinstance(spec.loader, SourceFileLoader):
+            return spec
+        loader = _Loader(fullname, spec.loader.path, self._package)
+        return spec_from_file_location(
+            fullname,
+            spec.loader.path,
+            loader=loader,
+            submodule_search_locations=spec.submodule_search_locations,
+        )
+
+
+class _Loader(SourceFileLoader):
+    def __init__(self, fullname: str, path: str, package: str) -> None:
+        super().__init__(fullname, path)
+        self._package = package
+
+    def exec_module(self, module: ModuleType) -> None:
+        whole = ast.parse(self.get_data(self.path), self.path)
+        imports = [
+            node
+            for node in whole.body
+            if isinstance(node, ast.ImportFrom) and _belongs(node.module or "", self._package)
+        ]
+        module.__dict__["__getattr__"] = _Names(module.__name__, imports)
+        kept = [*ast.parse("import dataclasses").body, *_statements(whole.body, imports)]
+        outlined = ast.fix_missing_locations(ast.Module(kept, type_ignores=[]))
+        exec(compile(outlined, self.path, "exec"), module.__dict__)
+
+
+class _Names:
+    """Names that a module has from another one of the package, imported when asked for."""
+
+    def __init__(self, module: str, imports: list[ast.ImportFrom]) -> None:
+        self._module = module
+        self._origins = {
+            alias.asname or alias.name: (str(node.module), alias.name)
+            for node in imports
+            for alias in node.names
+        }
+
+    def __call__(self, name: str) -> object:
+        if name not in self._origins:
+            raise AttributeError(f"module {self._module!r} has no attribute {name!r}")
+        origin, there = self._origins[name]
+        return getattr(import_module(origin), there)
+
+
+def _statements(body: list[ast.stmt], imports: list[ast.ImportFrom]) -> Iterator[ast.stmt]:
+    """Functions and classes, and the imports of what classes inherit from."""
+    classes = [node for node in body if isinstance(node, ast.ClassDef)]
+    bases = {base.id for node in classes for base in node.bases if isinstance(base, ast.Name)}
+    known = {node.name for node in classes}
+    for node in imports:
+        names = [alias for alias in node.names if (alias.asname or alias.name) in bases]
+        known.update(alias.asname or alias.name for alias in names)
+        if names:
+            yield ast.ImportFrom(node.module, names, 0)
+    for statement in body:
+        if isinstance(statement, FUNCTIONS):
+            yield _function(statement)
+        elif isinstance(statement, ast.ClassDef):
+            yield _class(statement, known)
+
+
+def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.stmt:
+    arguments = node.args
+    arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
+    arguments.kw_defaults = [default and ast.Constant(None) for default in arguments.kw_defaults]
+    for argument in ast.walk(arguments):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    node.returns = None
+    node.decorator_list = [
+        decorator
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Name)
+        and decorator.id in ("staticmethod", "classmethod", "property")
+    ]
+    node.body = [ast.Pass()]
+    return node
+
+
+def _class(node: ast.ClassDef, known: set[str]) -> ast.stmt:
+    """Dataclass fields get a default, so that they may stand in any order."""
+    is_dataclass = any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+    node.decorator_list = [ast.parse("dataclasses.dataclass", mode="eval").body] if is_dataclass else []
+    node.bases = [base for base in node.bases if isinstance(base, ast.Name) and base.id in known]
+    node.keywords = []
+    body: list[ast.stmt] = [ast.Pass()]
+    for member in node.body:
+        if isinstance(member, FUNCTIONS):
+            body.append(_function(member))
+        elif isinstance(member, ast.AnnAssign) and "ClassVar" not in ast.unparse(member.annotation):
+            member.annotation, member.value = ast.Constant(None), ast.Constant(None)
+            body.append(member)
+    node.body = body
+    return node

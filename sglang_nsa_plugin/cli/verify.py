@@ -1,0 +1,195 @@
+"""``sglang-nsa-plugin verify``: what is here, a fill by each implementation, and what follows."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from sglang_nsa_plugin import options
+from sglang_nsa_plugin.cli import found
+
+STDOUT = "-"
+KERNELS = {"cuda": "CUDA", "triton": "Triton", "torch": "PyTorch"}
+WAYS = {
+    "in-graph": "in the draft-extend graph of",
+    "eager": "in one launch before each draft-extend step of",
+}
+
+
+def run(json_path: str | None) -> int:
+    """Checks everything, prints it and a verdict; returns 0 when nothing stands in the way."""
+    console = Console(markup=False, highlight=False)
+    result = _find(console)
+    if json_path == STDOUT:
+        print(json.dumps(result, indent=2))
+    else:
+        _print(console, result)
+        if json_path:
+            Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if result["works"] else 1
+
+
+def _find(console: Console) -> dict[str, Any]:
+    begin = time.monotonic()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("looking around", total=None)
+        from sglang_nsa_plugin.cli import fills, fit  # torch comes with them and takes seconds
+
+        machine, sglang = found.machine(), found.sglang()
+        adapter = fit.ask() if sglang["version"] is not None else None
+        progress.update(task, description="filling", total=len(fills.NAMES))
+        implementations = {}
+        for name in fills.NAMES:
+            implementations[name] = fills.check(name, machine["no_gpu"])
+            progress.advance(task)
+    result = {
+        **machine,
+        "sglang": sglang,
+        "discovery": found.discovery(),
+        "setting": found.setting(),
+        "adapter": adapter,
+        "implementations": implementations,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    problem = obstacle(result)
+    return {**result, "works": problem is None, "verdict": problem or success(result)}
+
+
+def obstacle(result: dict[str, Any]) -> str | None:
+    """What keeps the best kernel of this machine from being active, and the one thing to do."""
+    sglang, discovery, adapter = result["sglang"], result["discovery"], result["adapter"]
+    if sglang["version"] is None:
+        newest = sglang["newest_tested"]
+        return f"Not active: SGLang is not installed here: pip install sglang=={newest}"
+    if not discovery["loads"]:
+        return f"Not active: {discovery['problem']}: {discovery['remedy']}"
+    if result["setting"]["problem"] is not None:
+        return f"Not active: {result['setting']['problem']}"
+    if result["setting"]["backend"] == "off":
+        return f"Not active: {options.VARIABLE} is off: unset it"
+    if adapter["misfits"]:
+        return (
+            f"Not active: SGLang {sglang['version']} does not fit the {adapter['name']} adapter "
+            f"({'; '.join(adapter['misfits'])}): use a tested release, such as "
+            f"{sglang['newest_tested']}, or a newer sglang-nsa-plugin"
+        )
+    return _kernel_obstacle(result)
+
+
+def _kernel_obstacle(result: dict[str, Any]) -> str | None:
+    best = "cuda" if has_gpu(result) else "cpu"
+    reasons = {name: outcome["reason"] for name, outcome in result["implementations"].items()}
+    if reasons[best] is None:
+        asked = result["setting"]["backend"]
+        why_not = reasons.get(asked)
+        return f"Not active: {options.VARIABLE} asks for {asked}: {why_not}" if why_not else None
+    runs = [name for name in KERNELS if reasons[name] is None]
+    if result["no_gpu"] is not None or not runs:
+        return f"Not active: {reasons[best]}"
+    return f"Active kernel: {KERNELS[runs[0]]}, not CUDA: {reasons[best]}"
+
+
+def has_gpu(result: dict[str, Any]) -> bool:
+    """Whether the machine has an NVIDIA GPU, be it one that torch does not see."""
+    return result["no_gpu"] is None or result["driver"] is not None
+
+
+def success(result: dict[str, Any]) -> str:
+    """The verdict where nothing stands in the way."""
+    release = f"SGLang {result['sglang']['version']}"
+    adapter, asked = result["adapter"]["name"], result["setting"]["backend"]
+    if not has_gpu(result):
+        return (
+            f"No GPU, nothing to serve with: {result['no_gpu']}. The CPU twin works, and the {adapter} "
+            f"adapter fits {release}"
+        )
+    kernel = "cuda" if asked == options.DEFAULT else asked
+    why = "" if asked == options.DEFAULT else f" (asked for by {options.VARIABLE})"
+    check = "" if result["sglang"]["tested"] else f", not a tested release: add {options.CHECK_FLAG} 1"
+    return f"Active kernel: {KERNELS[kernel]}{why}, {WAYS[adapter]} {release}{check}"
+
+
+def _print(console: Console, result: dict[str, Any]) -> None:
+    console.print(_facts(result))
+    console.print()
+    console.print(_fills(result))
+    console.print()
+    console.print(result["verdict"], style="bold green" if result["works"] else "bold red")
+
+
+def _facts(result: dict[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in (
+        ("sglang-nsa-plugin", result["plugin"]),
+        ("Python", result["python"]),
+        ("torch", f"{result['torch']}, {_or_none('CUDA', result['cuda'])}"),
+        ("GPU", _gpu(result)),
+        ("TVM FFI", result["tvm_ffi"] or "not installed"),
+        ("SGLang", _release(result["sglang"])),
+        ("plugin loaded", _loads(result["discovery"])),
+        ("backend", _backend(result["setting"])),
+        ("adapter", _adapter(result["adapter"])),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def _or_none(name: str, value: str | None) -> str:
+    return f"{name} {value}" if value else f"no {name}"
+
+
+def _gpu(result: dict[str, Any]) -> str:
+    named = f"{result['gpu']}, {_or_none('driver', result['driver'])}" if result["gpu"] else "none"
+    return f"{named}: {result['no_gpu']}" if result["no_gpu"] else named
+
+
+def _release(sglang: dict[str, Any]) -> str:
+    if sglang["version"] is None:
+        return "not installed"
+    return f"{sglang['version']}, {'a' if sglang['tested'] else 'not a'} tested release"
+
+
+def _loads(discovery: dict[str, Any]) -> str:
+    given = discovery["variable"]
+    if discovery["loads"]:
+        return f"yes, SGLANG_PLUGINS {f'is {given}' if given else 'is not set'}"
+    return f"no, {discovery['problem']}"
+
+
+def _backend(setting: dict[str, str | None]) -> str:
+    if setting["problem"] is not None:
+        return setting["problem"]
+    flag = f"a server's {options.FLAG} overrides it"
+    return f"{setting['backend']}; {flag}"
+
+
+def _adapter(adapter: dict[str, Any] | None) -> str:
+    if adapter is None:
+        return "not asked: SGLang is not installed"
+    misfits = "; ".join(adapter["misfits"])
+    return f"{adapter['name']}, does not fit: {misfits}" if misfits else f"{adapter['name']}, fits"
+
+
+def _fills(result: dict[str, Any]) -> Table:
+    from sglang_nsa_plugin.cli import fills
+
+    table = Table(
+        title=f"one fill: {fills.REQUESTS} requests of up to {fills.CONTEXT:,} tokens",
+        title_justify="left",
+    )
+    for column in ("kernel", "on", "against the torch reference"):
+        table.add_column(column)
+    table.add_column("µs", justify="right")
+    for outcome in result["implementations"].values():
+        us = "-" if outcome["us"] is None else f"{outcome['us']:,.1f}"
+        said = "equal" if outcome["reason"] is None else f"cannot run: {outcome['reason']}"
+        table.add_row(outcome["name"], outcome["on"], said, us)
+    return table

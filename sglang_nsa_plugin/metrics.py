@@ -1,0 +1,96 @@
+"""What ``/server_info`` shows of this rank, as metrics on SGLang's own ``/metrics``.
+
+A thread copies the counters once a second, and a fill pays for its plain counters alone. SGLang's own
+statistics functions run every few dozen decode steps and rest with the server; the thread brings the
+last steps before a pause a second after they ran. SGLang's HTTP process adds up what its schedulers
+write: prometheus_client in multiprocess mode.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from sglang_nsa_plugin.state import STATE
+
+PREFIX = "sglang_nsa_plugin:"
+PERIOD_S = 1.0
+# Fields of the state; exposed with the suffix _total.
+COUNTERS = {
+    "replays": "Draft-extend replays whose metadata was filled in the CUDA graph.",
+    "launches": "Draft-extend steps whose metadata was filled by one launch from Python.",
+    "checks": "Steps that the shadow check compared with SGLang's own fill.",
+    "mismatches": "Values that differed in the check that found some; SGLang fills from then on.",
+}
+
+
+def export(labels: Mapping[str, Any]) -> None:
+    """Shows this rank's state under SGLang's labels for it; counters only where there is an adapter.
+
+    To be called when the state is decided, once a process.
+    """
+    _show_what_runs(labels)
+    if STATE.adapter is None:
+        return
+    copier = Copier(labels)
+    copier.copy()
+    threading.Thread(target=_copy_forever, args=[copier], name="nsa-metrics", daemon=True).start()
+
+
+def _show_what_runs(labels: Mapping[str, Any]) -> None:
+    from prometheus_client import Gauge  # reads PROMETHEUS_MULTIPROC_DIR, which SGLang sets
+
+    facts = {
+        "version": version("sglang-nsa-plugin"),
+        "adapter": STATE.adapter or "none",
+        "implementation": STATE.backend or "none",
+    }
+    every = {**labels, **facts}
+    info = Gauge(
+        f"{PREFIX}info",
+        "1; the labels say what fills draft-extend metadata.",
+        list(every),
+        multiprocess_mode="mostrecent",
+    )
+    info.labels(**every).set(1)
+
+
+class Copier:
+    """Raises the metrics to what the state has counted."""
+
+    def __init__(self, labels: Mapping[str, Any]) -> None:
+        from prometheus_client import Counter as Metric
+
+        self._labels = labels
+        self._plain = {
+            name: Metric(PREFIX + name, meaning, list(labels)).labels(**labels)
+            for name, meaning in COUNTERS.items()
+        }
+        self._fallbacks = Metric(
+            f"{PREFIX}fallbacks",
+            "Draft-extend steps that SGLang filled although the adapter was there.",
+            list({**labels, "reason": ""}),
+        )
+        self._copied: Counter[str] = Counter()
+
+    def copy(self) -> None:
+        """Adds what was counted since the last copy."""
+        for name, metric in self._plain.items():
+            self._raise(name, metric, getattr(STATE, name))
+        for reason, count in dict(STATE.fallbacks).items():
+            labelled = self._fallbacks.labels(**{**self._labels, "reason": reason})
+            self._raise(f"fallbacks: {reason}", labelled, count)
+
+    def _raise(self, name: str, metric: Any, count: int) -> None:
+        metric.inc(count - self._copied[name])
+        self._copied[name] = count
+
+
+def _copy_forever(copier: Copier) -> None:
+    while True:
+        time.sleep(PERIOD_S)
+        copier.copy()

@@ -1,0 +1,602 @@
+"""The eager adapter on SGLang's real backend object, on CPU tensors.
+
+SGLang's own code plans the same batches on a second backend, and every field is compared.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import isolated
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("sglang")
+
+from sglang_nsa_plugin.adapters import eager_names, in_graph
+
+pytestmark = [
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="on a GPU, tests/gpu/test_gpu_eager.py covers the adapter"
+    ),
+    pytest.mark.skipif(
+        in_graph.is_generation(), reason="this SGLang captures draft-extend in graphs: not eager"
+    ),
+]
+NAMES = eager_names.names_of_generation()
+replays_ragged = pytest.mark.skipif(
+    NAMES is eager_names.DSA, reason="this SGLang has no ragged replay any more: 0.5.12 was the last"
+)
+
+CPU = torch.device("cpu")
+MAX_BS = 8
+DRAFT_TOKENS = 4
+VIEWS = {"aten::as_strided", "aten::slice.Tensor"}
+
+
+@pytest.fixture
+def twin():
+    return make_twin()
+
+
+def make_twin(backend: str = "auto", **rig: object):
+    from sglang_nsa_plugin.cli.eager_twin import EagerTwin
+
+    settings = {"draft_tokens": DRAFT_TOKENS, "context_len": 512, "pool_size": 12, **rig}
+    return EagerTwin(CPU, (1, 2, 4, MAX_BS), backend, **settings)
+
+
+@pytest.fixture
+def state():
+    """The state of this process, emptied: earlier tests counted into it."""
+    from sglang_nsa_plugin.state import STATE
+
+    STATE.__init__()
+    return STATE
+
+
+def random_batch(twin, generator, raw_bs=None, bs=None):
+    from sglang_nsa_plugin.cli.batches import random_step
+
+    raw_bs = raw_bs or int(torch.randint(1, MAX_BS + 1, (), generator=generator))
+    bs = bs or raw_bs
+    longest = twin.ours.backend.max_context_len  # no further reaches SGLang's ragged page table
+    random_step(twin.inputs, generator, raw_bs, bs, twin.ours.draft_tokens, longest)
+    return bs
+
+
+def step_and_expect_equal(twin, bs, global_num_tokens=None):
+    """Lengths below the number of draft tokens are raised to it, as a server has them."""
+    from sglang_nsa_plugin.cli.replay import Comparison
+
+    result = Comparison()
+    twin.step(bs, result, global_num_tokens)
+    assert result.first is None, result.first
+    return twin.ours.backend.forward_metadata
+
+
+def lengths_of(metadata):
+    """seqlens_expanded, cache_seqlens and their running sums, as lists."""
+    fields = (NAMES.seqlens_expanded, NAMES.cache_seqlens, NAMES.cu_seqlens_k)
+    return [getattr(metadata, field).tolist() for field in fields]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    "rig",
+    [
+        {},
+        {"page_size": 1},
+        {"draft_tokens": 1},
+        {"draft_tokens": 6, "index_topk": 100},
+        {"page_size": 16, "context_len": 1_001},
+    ],
+    ids=str,
+)
+def test_every_field_equals_sglangs(backend, rig, state):
+    twin = make_twin(backend, **rig)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        step_and_expect_equal(twin, random_batch(twin, generator))
+    assert state.adapter == "eager"
+    assert state.backend == {"auto": "cpu", "torch": "torch"}[backend]
+    assert state.launches == 20
+    assert not state.fallbacks
+
+
+@pytest.mark.parametrize("draft_tokens", range(1, 7))
+def test_requests_shorter_than_their_rows(draft_tokens):
+    """F1: rows before the first token get length 0, not a negative one."""
+    from sglang_nsa_plugin.cli.replay import Comparison
+
+    twin = make_twin(draft_tokens=draft_tokens, index_topk=5)
+    twin.inputs.seq_lens.copy_(torch.tensor([0, 1, 2, 3, 4, 5, 6, 100]))
+    result = Comparison()
+    twin.plan_both(twin.ours.batch(8), result)
+    assert result.first is None, result.first
+    expanded, clamped, sums = lengths_of(twin.ours.backend.forward_metadata)
+    assert min(expanded) == 0
+    assert expanded[:draft_tokens] == [0] * draft_tokens
+    assert max(clamped) == 5
+    assert sums == [0, *torch.tensor(clamped).cumsum(0).tolist()]
+
+
+@pytest.mark.parametrize(
+    ("global_num_tokens", "rows"),
+    [([8, 16], 16), ([8, 8], 8), ([8, 100], 100), ([8, 0], 8)],
+    ids=["the other rank has more", "as many", "many more", "the other rank is idle"],
+)
+def test_rows_of_dp_padding_get_length_zero(twin, global_num_tokens, rows):
+    """Only the clamped lengths are padded; tables and expanded lengths keep the rows of the batch."""
+    generator = torch.Generator().manual_seed(2)
+    for own_rows in (None, global_num_tokens):  # padding writes over what the step before left
+        random_batch(twin, generator, raw_bs=2)
+        metadata = step_and_expect_equal(twin, 2, own_rows)
+    expanded, clamped, sums = lengths_of(metadata)
+    assert len(expanded) == metadata.page_table_1.shape[0] == 8
+    assert len(clamped) == rows
+    assert clamped[8:] == [0] * (rows - 8)
+    assert sums[8:] == [sums[8]] * (rows + 1 - 8)
+
+
+def test_tensors_stay_and_each_step_has_an_object_of_its_own(twin):
+    """SGLang's object is frozen, and the step before may still be read where it is kept."""
+    generator = torch.Generator().manual_seed(3)
+    random_batch(twin, generator, raw_bs=8)
+    step_and_expect_equal(twin, 8)  # the largest: no table grows from here on
+    seen = []
+    for bs in (4, 2, 4, 2):
+        random_batch(twin, generator, raw_bs=bs)
+        seen.append(step_and_expect_equal(twin, bs))
+    assert len({id(metadata) for metadata in seen}) == 4
+    for first, second in ((seen[0], seen[2]), (seen[1], seen[3])):
+        for field in (NAMES.seqlens_expanded, NAMES.cache_seqlens, NAMES.cu_seqlens_k, "cu_seqlens_k"):
+            assert getattr(first, field).data_ptr() == getattr(second, field).data_ptr()
+    assert len({metadata.page_table_1.data_ptr() for metadata in seen}) == 1
+    assert len({metadata.real_page_table.data_ptr() for metadata in seen}) == 1
+
+
+def test_page_tables_grow_with_the_largest_batch_and_not_with_each_step(twin):
+    memory = set()
+    for longest in range(100, 300):
+        twin.inputs.seq_lens.fill_(longest)
+        twin.ours.plan(twin.ours.batch(4))
+        memory.add(twin.ours.backend.forward_metadata.page_table_1.untyped_storage().data_ptr())
+    assert len(memory) < 12
+    cells = twin.ours.backend.forward_metadata.page_table_1.untyped_storage().nbytes() // 4
+    assert cells <= 4 * DRAFT_TOKENS * 300 * 9 // 8
+
+
+def test_cells_that_no_step_wrote_hold_the_padding_slot(twin):
+    """Kernels that look ahead of a length find slots that exist."""
+    twin.inputs.seq_lens[:2].copy_(torch.tensor([5, 300]))
+    twin.inputs.req_pool_indices[:2].copy_(torch.tensor([1, 2]))
+    twin.inputs.req_to_token[1:3].fill_(7 * 64)
+    metadata = step_and_expect_equal(twin, 2)
+    assert metadata.page_table_1[:DRAFT_TOKENS, 5:].unique().tolist() == [0]
+    assert metadata.real_page_table[:DRAFT_TOKENS, 1:].unique().tolist() == [0]
+    assert metadata.real_page_table[DRAFT_TOKENS:].unique().tolist() == [7]
+
+
+class Operations(TorchDispatchMode):
+    """The torch operations of a call, by name, and the tensors that a maximum was asked of."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.maxima = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        if func.name() == "aten::max":
+            self.maxima.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_one_launch_and_asks_the_device_for_nothing(twin):
+    """Beside the launch there are views, and the maximum of the lengths on the host."""
+    random_batch(twin, torch.Generator().manual_seed(4), raw_bs=4)
+    twin.ours.plan(twin.ours.batch(4))  # allocates
+    batch = twin.ours.batch(4)
+    with twin.stand_ins(), Operations() as ours:
+        twin.ours.backend.init_forward_metadata(batch)
+    with twin.stand_ins(), Operations() as theirs:
+        twin.theirs.backend.init_forward_metadata(batch)
+    rest = [name for name in ours.names if name not in VIEWS]
+    assert rest == ["aten::max", "aten::_local_scalar_dense"]
+    assert ours.maxima[0] is batch.seq_lens_cpu
+    assert len(theirs.names) > 15
+
+
+def test_inference_mode_as_in_a_server(twin):
+    generator = torch.Generator().manual_seed(5)
+    with torch.inference_mode():
+        for bs in (2, 8, 2):
+            random_batch(twin, generator, raw_bs=bs)
+            step_and_expect_equal(twin, bs)
+
+
+def fallback_batch(twin, reason):
+    from sglang_nsa_plugin.adapters import eager_fill
+
+    batch = twin.ours.batch(4)
+    if reason == eager_fill.OTHER_WIDTH:
+        # as in the metadata of a backend that was made for another number of draft tokens
+        twin.ours.backend.speculative_num_draft_tokens = DRAFT_TOKENS + 1
+    elif reason == eager_fill.OTHER_SIZES:
+        batch.extend_seq_lens = batch.extend_seq_lens[:3]
+    elif reason == eager_fill.NO_HOST_LENGTHS:
+        batch.seq_lens_cpu = None
+    else:
+        batch.batch_size = 0
+    return batch
+
+
+@pytest.mark.parametrize("reason", ["NO_REQUESTS", "NO_HOST_LENGTHS", "OTHER_SIZES", "OTHER_WIDTH"])
+def test_other_batches_go_to_sglang_and_are_counted(twin, state, caplog, monkeypatch, reason):
+    from sglang_nsa_plugin.adapters import eager_fill
+
+    reason = getattr(eager_fill, reason)
+    planned = []
+    monkeypatch.setattr(
+        type(twin.ours.backend), "set_" + NAMES.prefix + "_prefill_impl", lambda *_: planned.append(1)
+    )
+    random_batch(twin, torch.Generator().manual_seed(6), raw_bs=4)
+    for count in (1, 2):
+        batch = fallback_batch(twin, reason)
+        try:
+            twin.ours.plan(batch)
+        except AssertionError:  # SGLang's own answer to a batch without lengths on the host
+            assert reason == eager_fill.NO_HOST_LENGTHS
+        assert state.fallbacks == {reason: count}
+    assert len(planned) == (0 if reason == eager_fill.NO_HOST_LENGTHS else 2)  # by SGLang
+    assert state.launches == 0
+    said = [r for r in caplog.records if reason in r.getMessage()]
+    assert len(said) == 1
+    assert said[0].levelname == "WARNING"
+
+
+def test_other_modes_go_to_sglang(twin, state):
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from sglang_nsa_plugin.cli.replay import Comparison
+
+    random_batch(twin, torch.Generator().manual_seed(7), raw_bs=4)
+    batch = twin.ours.batch(4)
+    batch.forward_mode = ForwardMode.DECODE
+    result = Comparison()
+    twin.plan_both(batch, result)
+    assert result.first is None, result.first
+    assert state.launches == 0
+    assert not state.fallbacks
+
+
+def test_a_prefill_in_between_does_not_leave_its_choice(twin):
+    """A short prompt is prefilled by dense attention; the next draft-extend step is not."""
+    random_batch(twin, torch.Generator().manual_seed(8), raw_bs=4)
+    for rig in (twin.ours, twin.theirs):
+        rig.backend.use_mha = True
+    step_and_expect_equal(twin, 4)
+    assert twin.ours.backend.use_mha is twin.theirs.backend.use_mha is False
+
+
+@pytest.mark.parametrize(
+    "runner_or_steps", [{"is_draft_worker": False}, {"speculative_num_steps": 3}], ids=str
+)
+def test_backends_that_plan_no_draft_extend_are_left_alone(twin, runner_or_steps):
+    """The target's, and those of single draft steps."""
+    from sglang_nsa_plugin.adapters import eager
+
+    arguments = dict(runner_or_steps)
+    runner = SimpleNamespace(**vars(twin.ours.runner))
+    runner.is_draft_worker = arguments.pop("is_draft_worker", True)
+    with twin.stand_ins():
+        backend = type(twin.ours.backend)(runner, **arguments)
+    assert not hasattr(backend, eager.ATTRIBUTE)
+    assert hasattr(twin.ours.backend, eager.ATTRIBUTE)
+
+
+UNCOVERED = [
+    ({"enable_multi_layer_eagle": True}, "the multi-layer EAGLE runner is not covered"),
+    ({"enable_hisparse": True}, "HiSparse is not covered"),
+    ({}, "planning on a stream of its own is not covered"),
+]
+
+
+@pytest.mark.parametrize(("server_args", "reason"), UNCOVERED)
+def test_what_is_not_covered_is_declined_at_start_up(state, caplog, monkeypatch, server_args, reason):
+    from sglang_nsa_plugin import plugin
+    from sglang_nsa_plugin.adapters import eager
+    from sglang_nsa_plugin.cli.eager_rig import EagerRig
+    from sglang_nsa_plugin.dispatch import BackendUnavailableError
+
+    caplog.set_level("INFO")
+    if not server_args:
+        monkeypatch.setenv("SGLANG_ENABLE_OVERLAP_PLAN_STREAM", "1")
+    arguments = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="nsa")
+    plugin.activate(arguments)
+    rigs = [EagerRig(CPU, **server_args) for _ in range(2)]  # a draft worker makes two
+    assert not any(hasattr(rig.backend, eager.ATTRIBUTE) for rig in rigs)
+    assert (state.adapter, state.reason) == (None, reason)
+    said = [r.getMessage() for r in caplog.records if reason in r.getMessage()]
+    assert len(said) == 1
+
+    arguments._nsa_metadata_backend = "torch"
+    plugin.activate(arguments)
+    with pytest.raises(BackendUnavailableError, match=f"torch was asked for by name .* {reason}"):
+        EagerRig(CPU, **server_args)
+
+
+def test_a_backend_without_an_attribute_is_declined(twin):
+    from sglang_nsa_plugin.adapters import eager
+
+    del twin.theirs.backend.real_page_size
+    refusal = eager.uncovered(twin.theirs.backend, twin.theirs.runner, NAMES)
+    assert refusal == f"{type(twin.theirs.backend).__name__} has no attribute real_page_size"
+
+
+def test_the_take_over_is_logged_once(state, caplog):
+    caplog.set_level("INFO")
+    make_twin()
+    said = [r.getMessage() for r in caplog.records if "adapter eager" in r.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("sglang-nsa-plugin ")
+    assert said[0].endswith("adapter eager, implementation cpu: first choice, cpu self-test passed")
+
+
+# --- the shadow check ---
+
+
+def test_every_nth_step_is_compared_with_sglangs_own_plan(state):
+    twin = make_twin(check_every=3)
+    generator = torch.Generator().manual_seed(15)
+    for _ in range(10):
+        step_and_expect_equal(twin, random_batch(twin, generator))
+    assert (state.launches, state.checks, state.mismatches) == (10, 3, 0)
+
+
+def test_a_checked_step_serves_our_tensors():
+    twin = make_twin(check_every=1)
+    addresses = set()
+    for _ in range(2):  # SGLang's of two steps are there at once, so they differ
+        random_batch(twin, torch.Generator().manual_seed(17), raw_bs=4)
+        addresses.add(step_and_expect_equal(twin, 4).cu_seqlens_k.data_ptr())
+    assert len(addresses) == 1
+
+
+def test_a_difference_is_told_and_sglang_plans_from_then_on(state, caplog):
+    from sglang_nsa_plugin.adapters.checked import DIFFERENT
+
+    twin = make_twin(check_every=2)
+    fill = twin.ours.backend._nsa_draft_extend_fill
+    bind = fill.bind
+
+    def bind_wrongly(args):
+        run = bind(args)
+        return lambda: (run(), args.seqlens_expanded[5:6].add_(1))
+
+    fill.bind = bind_wrongly
+    generator = torch.Generator().manual_seed(16)
+    for _ in range(5):
+        random_batch(twin, generator, raw_bs=4)
+        twin.inputs.seq_lens.clamp_(min=DRAFT_TOKENS)
+        twin.ours.plan(twin.ours.batch(4))
+    assert state.launches == 2
+    assert state.mismatches == 1
+    assert state.first_mismatch.startswith(f"{NAMES.seqlens_expanded}[0, 5]")
+    assert state.fallbacks == {DIFFERENT: 3}
+    assert len([r for r in caplog.records if "the shadow check found a diff" in r.getMessage()]) == 2
+    step_and_expect_equal(twin, 4)
+
+
+# --- ragged replay, 0.5.11 and 0.5.12 ---
+
+
+def accepted_of(twin, generator, raw_bs, bs):
+    """1 to all tokens of each request; the runner fills padded ones with all."""
+    n = twin.ours.draft_tokens
+    accepted = torch.full((bs,), n, dtype=torch.int32)
+    accepted[:raw_bs] = torch.randint(1, n + 1, (raw_bs,), generator=generator, dtype=torch.int32)
+    return accepted
+
+
+@replays_ragged
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    "rig",
+    [{}, {"page_size": 1}, {"draft_tokens": 1}, {"draft_tokens": 6, "index_topk": 100}],
+    ids=str,
+)
+def test_ragged_replays_equal_sglangs(backend, rig, state):
+    from sglang_nsa_plugin.cli.replay import Comparison
+
+    twin = make_twin(backend, **rig)
+    generator = torch.Generator().manual_seed(9)
+    for bs in (2, 4, 8):
+        twin.capture_setup(bs)
+    result = Comparison()
+    for i in range(24):
+        bs = (2, 4, 8)[i % 3]
+        raw_bs = int(torch.randint(1, bs + 1, (), generator=generator))
+        random_batch(twin, generator, raw_bs, bs)
+        twin.ragged_step(bs, accepted_of(twin, generator, raw_bs, bs), result)
+        assert result.first is None, result.first
+    assert state.launches == 24
+    assert not state.fallbacks
+
+
+@replays_ragged
+def test_ragged_rows_behind_the_accepted_tokens_get_length_zero(twin):
+    """The kernels of the graph run on all captured rows, also on those that SGLang does not fill."""
+    twin.capture_setup(4)
+    random_batch(twin, torch.Generator().manual_seed(10), raw_bs=4)
+    for accepted in ([4, 4, 4, 4], [1, 2, 1, 3]):
+        twin.ours.replay(4, torch.tensor(accepted, dtype=torch.int32))
+    expanded, clamped, sums = lengths_of(twin.ours.backend.decode_cuda_graph_metadata[4])
+    assert expanded[7:] == clamped[7:] == [0] * 9
+    assert min(expanded[:7]) > 0 or min(twin.inputs.seq_lens.tolist()) < 4
+    assert sums[7:] == [sums[7]] * 10
+
+
+@replays_ragged
+def test_a_ragged_replay_is_one_launch_and_asks_the_device_for_nothing(twin, monkeypatch):
+    twin.capture_setup(4)
+    random_batch(twin, torch.Generator().manual_seed(11), raw_bs=4)
+    accepted = torch.tensor([1, 4, 2, 3], dtype=torch.int32)
+    twin.ours.replay(4, accepted)  # checks the tensors
+    arguments = twin.ours._replay_arguments(4, accepted)
+
+    def asked(tensor, *_):
+        raise AssertionError("the device was asked for a value")
+
+    with twin.stand_ins(), Operations() as ours:
+        for name in ("tolist", "item", "cpu", "__int__"):
+            monkeypatch.setattr(torch.Tensor, name, asked)
+        twin.ours.backend.init_forward_metadata_replay_cuda_graph(**arguments)
+        with pytest.raises(AssertionError, match="the device was asked"):
+            twin.theirs.backend.init_forward_metadata_replay_cuda_graph(**arguments)
+        monkeypatch.undo()
+    # up to where theirs ended
+    assert set(ours.names[: ours.names.index("aten::max")]) <= VIEWS
+
+
+@replays_ragged
+def test_ragged_metadata_and_addresses_never_change(twin):
+    """F17: the captured forward reads by address."""
+    generator = torch.Generator().manual_seed(12)
+    twin.capture_setup(2)
+    metadata = twin.ours.backend.decode_cuda_graph_metadata[2]
+    tensors = {n: t for n, t in vars(metadata).items() if isinstance(t, torch.Tensor)}
+    for _ in range(3):
+        random_batch(twin, generator, raw_bs=2)
+        twin.ours.replay(2, accepted_of(twin, generator, 2, 2))
+        assert twin.ours.backend.forward_metadata is metadata
+        assert all(getattr(metadata, name) is tensor for name, tensor in tensors.items())
+
+
+@replays_ragged
+def test_a_graph_with_too_few_table_rows_goes_to_sglang(twin, state):
+    """SGLang's page table has steps + 1 rows a request; a tree of drafts has more tokens than that."""
+    from sglang_nsa_plugin.adapters.ragged_fill import OTHER_ROWS
+
+    twin.capture_setup(4)
+    random_batch(twin, torch.Generator().manual_seed(13), raw_bs=4)
+    metadata = twin.ours.backend.decode_cuda_graph_metadata[4]
+    object.__setattr__(metadata, "page_table_1", metadata.page_table_1[:12])
+    twin.ours.replay(4, torch.tensor([1, 2, 1, 3], dtype=torch.int32))
+    assert state.fallbacks == {OTHER_ROWS: 1}
+    assert twin.ours.backend.forward_metadata is metadata  # by SGLang
+
+
+@replays_ragged
+def test_a_ragged_batch_without_a_length_for_each_request_goes_to_sglang(twin, state):
+    from sglang_nsa_plugin.adapters.eager_fill import OTHER_SIZES
+
+    twin.capture_setup(4)
+    random_batch(twin, torch.Generator().manual_seed(14), raw_bs=4)
+    with pytest.raises(RuntimeError, match="repeat"):  # SGLang's own answer
+        twin.ours.replay(4, torch.tensor([1, 2, 1], dtype=torch.int32))
+    assert state.fallbacks == {OTHER_SIZES: 1}
+    assert state.launches == 0
+
+
+# --- releases that do not fit ---
+
+ACTIVATE = """
+import json, sys
+from types import SimpleNamespace
+from sglang.srt.layers.attention import NAME_backend as module
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+Backend, Metadata = module.BACKEND, module.METADATA
+CHANGE
+load_plugins()
+from sglang_nsa_plugin import plugin
+from sglang_nsa_plugin.state import record
+backend = sys.argv[1]
+plugin.activate(SimpleNamespace(
+    speculative_algorithm="EAGLE", attention_backend="nsa", _nsa_metadata_backend=backend))
+hooked = [target for target in HookRegistry._patched if "_backend." in target]
+print(json.dumps({"record": record(), "hooked": hooked}))
+"""
+
+
+def activate(change: str, backend: str = "auto"):
+    program = (
+        ACTIVATE.replace("CHANGE", change)
+        .replace("NAME", NAMES.prefix)
+        .replace("BACKEND", NAMES.backend.rpartition(".")[2])
+        .replace("METADATA", NAMES.metadata)
+    )
+    return isolated.run(program, backend)
+
+
+def outcome_of(change: str):
+    done = activate(change)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_this_release_fits():
+    outcome = outcome_of("")
+    assert outcome["record"]["adapter"] == "eager"
+    assert outcome["record"]["reason"] == "waiting for the draft-extend backend"
+    assert len(outcome["hooked"]) == (3 if NAMES is eager_names.NSA else 2)
+
+
+CHANGES = [
+    (
+        "Backend.__init__ = lambda self, model_runner: None",
+        "__init__ takes (self, model_runner), expected (self, model_runner, skip_prefill,",
+    ),
+    (
+        "Backend.init_forward_metadata = lambda self, forward_batch, new=None: None",
+        "init_forward_metadata takes (self, forward_batch, new), expected (self, forward_batch)",
+    ),
+    ("del Backend._compute_flashmla_metadata", "_compute_flashmla_metadata is missing"),
+    (
+        "del Metadata.__dataclass_fields__['real_page_table']",
+        f"{NAMES.metadata} has no field real_page_table",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGES)
+def test_a_release_that_does_not_fit_is_declined_by_what_changed(change, said):
+    outcome = outcome_of(change)
+    assert outcome["hooked"] == []
+    assert outcome["record"]["adapter"] is None
+    assert outcome["record"]["reason"].startswith("this SGLang does not fit the eager adapter: ")
+    assert said in outcome["record"]["reason"]
+
+
+def test_a_new_field_of_the_metadata_is_declined(twin, monkeypatch):
+    """It would be left empty in silence."""
+    from sglang_nsa_plugin.adapters import eager
+
+    fields = type(make_metadata(twin)).__dataclass_fields__
+    monkeypatch.setitem(fields, "new_plan", fields["seq_lens_sum"])
+    monkeypatch.setattr(fields["seq_lens_sum"], "name", "new_plan")
+    refusal = eager.uncovered(twin.ours.backend, twin.ours.runner, NAMES)
+    assert refusal == f"{NAMES.metadata} has further fields: new_plan"
+
+
+def make_metadata(twin):
+    twin.ours.plan(twin.ours.batch(1))
+    return twin.ours.backend.forward_metadata
+
+
+def test_another_plugin_on_the_same_target_is_named():
+    """The registry applies hooks once a target: ours come after and would silently be left out."""
+    target = f"{NAMES.backend}.init_forward_metadata"
+    change = (
+        f"HookRegistry.register({target!r}, lambda original, *a, **k: original(*a, **k), "
+        "HookType.AROUND)"
+    )
+    reason = outcome_of(change)["record"]["reason"]
+    assert reason == f"another plugin patched {target} before"
+
+    by_name = activate(change, "torch")
+    assert by_name.returncode != 0
+    assert "torch was asked for by name and cannot be used: another plugin" in by_name.stderr

@@ -1,0 +1,79 @@
+"""``verify`` tells from SGLang's source what an adapter finds when SGLang is imported."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from isolated import run, run_fresh
+
+from sglang_nsa_plugin.adapters import in_graph
+from sglang_nsa_plugin.cli import fit, outline
+
+IMPORTED = """
+import json
+from sglang_nsa_plugin.adapters import eager, hooks, in_graph
+adapter = in_graph if in_graph.is_generation() else eager.of_generation()
+misfits = hooks.misfits((*adapter.HOOKS, *adapter.NEEDS))
+print(json.dumps({"name": adapter.NAME, "misfits": misfits}))
+"""
+OUTLINED = """
+import json, sys
+from sglang_nsa_plugin.cli import fit
+answer = fit.ask()
+print(json.dumps([answer, [name for name in sys.modules if name.startswith("sglang.")]]))
+"""
+
+
+def test_the_source_says_what_the_import_says():
+    imported = json.loads(run(IMPORTED).stdout.splitlines()[-1])
+    outlined, left = json.loads(run_fresh(OUTLINED).stdout)
+    assert outlined == imported
+    assert outlined["misfits"] == []
+    assert left == []
+
+
+def test_modules_that_are_loaded_stay():
+    import sglang
+
+    before = {name: module for name, module in sys.modules.items() if name.startswith("sglang.")}
+    fit.ask()
+    after = {name: module for name, module in sys.modules.items() if name.startswith("sglang.")}
+    assert sys.modules["sglang"] is sglang
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("there", "instead", "misfit"),
+    [
+        (
+            "def _compute_flashmla_metadata(",
+            "def _compute_flashmla_metadata_renamed(",
+            "._compute_flashmla_metadata is missing",
+        ),
+        (
+            "def _compute_flashmla_metadata(self, cache_seqlens",
+            "def _compute_flashmla_metadata(self, lengths",
+            "._compute_flashmla_metadata takes (self, lengths, seq_len_q), expected "
+            "(self, cache_seqlens, seq_len_q)",
+        ),
+        ("    cu_seqlens_k: torch.Tensor", "    cu_k: torch.Tensor", " has no field cu_seqlens_k"),
+    ],
+)
+def test_what_changed_is_named(there, instead, misfit, monkeypatch):
+    read = outline._Loader.get_data
+
+    def changed(loader: outline._Loader, path: str) -> bytes:
+        return read(loader, path).replace(there.encode(), instead.encode())
+
+    monkeypatch.setattr(outline._Loader, "get_data", changed)
+    misfits = fit.ask()["misfits"]
+    assert any(misfit in said for said in misfits), misfits
+
+
+def test_the_hooks_of_the_plugin_itself_are_left_alone():
+    """Asking installs nothing."""
+    armed = in_graph._asked_for
+    fit.ask()
+    assert in_graph._asked_for is armed

@@ -1,0 +1,177 @@
+"""SGLang's own draft-extend runner and scheduler barrier around a taken-over backend, on CPU tensors.
+
+The runner's ``execute`` is the installed release's; what it replays is run again, as in test_in_graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from graph_twin import BATCH_SIZES, DRAFT_TOKENS, make_twin, on_the_cpu
+
+pytestmark = on_the_cpu
+
+
+class Batch(SimpleNamespace):
+    """What a release reads from a batch and this one does not have is None there, too."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@pytest.fixture
+def twin():
+    twin = make_twin()
+    for captured in twin._taken_over().captured.values():
+        captured.read_done = mock.Mock()  # an event, on a GPU
+    return twin
+
+
+@pytest.fixture
+def runner(twin):
+    return make_runner(twin)
+
+
+def make_runner(twin):
+    """SGLang's runner as its constructor leaves it, with the twin's backend, buffers and replays."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang.srt.speculative import eagle_draft_extend_cuda_graph_runner as module
+
+    model_runner = twin.ours.model_runner
+    model_runner.device_timer = None
+    model_runner.model_config.model_is_mrope = False
+    rename_fence(model_runner, module.EAGLEDraftExtendCudaGraphRunner)
+    runner = object.__new__(module.EAGLEDraftExtendCudaGraphRunner)
+    vars(runner).update(
+        deepep_adapter=mock.Mock(),
+        device_module=mock.Mock(),
+        require_gathered_buffer=False,
+        require_mlp_tp_gather=False,
+        capture_bs=list(BATCH_SIZES),
+        captured_req_width=DRAFT_TOKENS,
+        num_tokens_per_bs=DRAFT_TOKENS,  # the same in 0.5.15
+        seq_len_fill_value=1,
+        extend_seq_lens_cpu=[DRAFT_TOKENS] * BATCH_SIZES[-1],
+        forward_mode=ForwardMode.DRAFT_EXTEND_V2,
+        draft_extend_attn_backend=twin.ours.backend,
+        model_runner=model_runner,
+        buffers=buffers(twin.inputs),
+        _replay_graph=lambda key, batch: replay(twin, runner.bs),
+    )
+    return runner
+
+
+def rename_fence(model_runner, runner_class):
+    """Leaves the one attribute that this release's runner publishes its event in."""
+    from sglang_nsa_plugin.adapters.in_graph import FENCE_EVENTS
+
+    (name,) = set(FENCE_EVENTS).intersection(inspect.unwrap(runner_class.execute).__code__.co_names)
+    for other in FENCE_EVENTS:
+        vars(model_runner).pop(other, None)
+    setattr(model_runner, name, None)
+
+
+def buffers(inputs) -> Batch:
+    tokens = inputs.max_bs * DRAFT_TOKENS
+    long = {name: torch.zeros(tokens, dtype=torch.int64) for name in ("input_ids", "positions")}
+    per_request = ("extend_seq_lens", "num_correct_drafts", "num_accept_tokens")
+    return Batch(
+        seq_lens=inputs.seq_lens,
+        req_pool_indices=inputs.req_pool_indices,
+        seq_lens_cpu=torch.ones(inputs.max_bs, dtype=torch.int64),
+        out_cache_loc=torch.zeros(tokens, dtype=torch.int64),
+        select_index=torch.zeros(inputs.max_bs, dtype=torch.int64),
+        **long,
+        **{name: torch.zeros(inputs.max_bs, dtype=torch.int32) for name in per_request},
+    )
+
+
+def replay(twin, bs):
+    twin._replays[bs]()
+    rows = torch.zeros(bs * DRAFT_TOKENS, 2)
+    return SimpleNamespace(next_token_logits=rows, hidden_states=rows)
+
+
+def execute(twin, runner, generator, raw_bs):
+    """One draft-extend step of raw_bs random requests, with the arguments that this release passes."""
+    from sglang_nsa_plugin.cli.batches import random_step
+
+    width = twin.inputs.req_to_token.shape[1]
+    random_step(twin.inputs, generator, raw_bs, raw_bs, DRAFT_TOKENS, width)
+    tokens = torch.zeros(raw_bs * DRAFT_TOKENS, dtype=torch.int64)
+    batch = Batch(
+        batch_size=raw_bs,
+        input_ids=tokens,
+        positions=tokens,
+        out_cache_loc=tokens,
+        seq_lens=twin.inputs.seq_lens[:raw_bs].clone(),
+        req_pool_indices=twin.inputs.req_pool_indices[:raw_bs].clone(),
+        spec_info=Batch(),
+    )
+    arguments = [batch]
+    if "select_index" in inspect.signature(type(runner).execute).parameters:
+        arguments.append(torch.arange(raw_bs) * DRAFT_TOKENS)
+    with twin.stand_ins():
+        return runner.execute(*arguments)
+
+
+def wait_of_the_scheduler(model_runner):
+    """What SGLang's scheduler waits on before it writes req_to_token again."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    stream = mock.Mock()
+    worker = SimpleNamespace(last_shared_read_runner=model_runner, war_fastpath_runner=model_runner)
+    Scheduler._apply_war_barrier(
+        SimpleNamespace(
+            _war_barrier_enabled=True,
+            model_worker=worker,
+            schedule_stream=stream,
+            forward_stream="the whole forward",
+        )
+    )
+    ((_, (waited_on,), _),) = stream.method_calls
+    return waited_on
+
+
+def test_every_value_equals_sglangs_fill_behind_the_runner(twin, runner):
+    from sglang_nsa_plugin.cli.replay import Comparison, compare
+    from sglang_nsa_plugin.state import STATE
+
+    generator = torch.Generator().manual_seed(1)
+    result, replays = Comparison(), STATE.replays
+    for raw_bs in (1, 2, 3, 4, 5, 8, 3):
+        output = execute(twin, runner, generator, raw_bs)
+        twin.theirs.sglang_fill(runner.bs)
+        ours, theirs = (
+            r.backend.decode_cuda_graph_metadata[runner.bs] for r in (twin.ours, twin.theirs)
+        )
+        compare(ours, theirs, result)
+        assert output.next_token_logits.shape[0] in (raw_bs, raw_bs * DRAFT_TOKENS)
+    assert result.first is None, result.first
+    assert STATE.replays - replays == 7
+
+
+def test_the_scheduler_waits_for_the_read_inside_the_replay(twin, runner):
+    """Behind the fill and not before the replay; and once: the next wait has no event."""
+    execute(twin, runner, torch.Generator().manual_seed(2), raw_bs=3)
+    assert wait_of_the_scheduler(runner.model_runner) is twin._captured(4).read_done
+    assert wait_of_the_scheduler(runner.model_runner) == "the whole forward"
+
+
+def test_the_scheduler_waits_for_the_whole_forward_when_the_canary_reads(twin, runner):
+    runner.model_runner.canary_manager = mock.MagicMock()
+    execute(twin, runner, torch.Generator().manual_seed(3), raw_bs=3)
+    assert wait_of_the_scheduler(runner.model_runner) == "the whole forward"
+
+
+def test_a_backend_that_was_not_taken_over_keeps_sglangs_fence(twin, runner):
+    from sglang_nsa_plugin.adapters import in_graph
+
+    del vars(twin.ours.backend)[in_graph.ATTRIBUTE]
+    sglangs = runner.device_module.Event.return_value
+    execute(twin, runner, torch.Generator().manual_seed(4), raw_bs=2)
+    assert wait_of_the_scheduler(runner.model_runner) in (sglangs, "the whole forward")
