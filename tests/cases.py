@@ -24,8 +24,8 @@ class Layout:
     """Where the cells of a tensor lie in its memory, counted in elements."""
 
     offset: int = 0  # 1 to 3: no cell begins a 16-byte vector of the allocation
-    step: int = 1  # from one cell of a row to the next
-    gap: int = 8  # guard cells between two rows
+    step: int = 1  # from one cell of a row to the next; 0, of an input: all are one
+    gap: int = 8  # guard cells between two rows; negative, of an input: they share cells
     transposed: bool = False  # two cells of a column are neighbours, not two of a row
 
 
@@ -51,6 +51,7 @@ class Case:
     enabled: int | None = None
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)  # an input that is another input's tensor
 
     @property
     def bs(self) -> int:
@@ -66,6 +67,7 @@ class Case:
         slots = np.random.default_rng(7).integers(0, 2**31, (self.pool, self.tokens))
         slots.flat[::11] = -1 - np.arange(len(slots.flat[::11])) % 70
         slots.flat[5::97] = INT32_MIN
+        slots.flat[3::89] += 2**35  # of which int64 keeps the low 32 bits, as int32 does
         return slots
 
     def input_values(self) -> dict[str, np.ndarray]:
@@ -116,6 +118,8 @@ class Guarded:
             dtype = case.dtypes.get(name, torch.int32 if name == "enabled" else torch.int64)
             layout = case.layouts.get(name, Layout())
             self.memory[name], tensors[name] = place(values, dtype, device, layout)
+        for name in case.shared.keys() & tensors.keys():
+            tensors[name] = tensors.get(case.shared[name], tensors[name])
         for name, shape in case.output_shapes().items():
             layout = case.layouts.get(name, Layout())
             values = np.full(shape, POISON)
@@ -163,7 +167,9 @@ def place(
     span = sum(max(n - 1, 0) * stride for n, stride in zip(values.shape, strides, strict=True)) + 1
     memory = torch.full((EDGE + layout.offset + span + EDGE,), GUARD, dtype=dtype, device=device)
     view = memory.as_strided(values.shape, strides, EDGE + layout.offset)
-    view.copy_(torch.from_numpy(values))
+    # torch copies to no stride of 0: of cells that are one, the first is written
+    cells = tuple(slice(n if stride else 1) for n, stride in zip(values.shape, strides, strict=True))
+    view[cells].copy_(torch.from_numpy(values[cells]))
     return memory, view
 
 
@@ -172,7 +178,7 @@ def _strides(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
         return (layout.step,)
     rows, columns = shape
     neighbours = rows if layout.transposed else columns
-    far = max((neighbours - 1) * layout.step, 0) + 1 + layout.gap
+    far = max((neighbours - 1) * layout.step + 1 + layout.gap, 0)
     return (layout.step, far) if layout.transposed else (far, layout.step)
 
 
@@ -251,7 +257,7 @@ def _slots_of(args: FillArgs, r: int) -> np.ndarray:
     index = int(args.req_pool_indices[r])
     if not 0 <= index < pool:
         return np.zeros(tokens, np.int64)
-    return args.req_to_token[index].cpu().numpy()
+    return args.req_to_token[index].cpu().numpy().astype(np.int32)
 
 
 def _copy_pages(table: np.ndarray | None, row: int, slots: np.ndarray, length: int, page: int) -> None:

@@ -27,8 +27,7 @@ import hypothesis  # noqa: E402
 from cases import CPU, Backend  # noqa: E402
 
 hypothesis.settings.register_profile("ci", derandomize=True, database=None, deadline=None)
-hypothesis.settings.register_profile("explore", max_examples=1000, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+hypothesis.settings.load_profile("ci")
 
 GPU = torch.device("cuda", 0)
 BACKENDS = [
@@ -62,6 +61,15 @@ def tile(fill_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr("sglang_nsa_plugin.kernels.triton.TILE", 4)
     monkeypatch.setattr("sglang_nsa_plugin.kernels.triton.COLUMNS", 16)
     return 4
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-batches",
+        type=int,
+        metavar="N",
+        help="random batches for each implementation and test of test_fuzz.py; without it, see there",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

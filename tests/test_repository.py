@@ -34,7 +34,7 @@ def test_make_targets_of_the_readme_exist() -> None:
     assert named <= targets
 
 
-@pytest.mark.parametrize("name", ["gpu-test.json", "serve-0.5.17.json"])
+@pytest.mark.parametrize("name", ["gpu-test-0.5.17.json", "serve-0.5.17.json"])
 def test_result_files_name_their_origin(name: str) -> None:
     text = (ROOT / "integration" / "results" / name).read_text()
     for key in ("date", "commit", "gpus", "versions", "command"):
@@ -50,3 +50,26 @@ def test_files_of_the_readme_exist() -> None:
     )
     assert paths
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_tests_named_in_the_table_of_known_failures_exist() -> None:
+    text = (ROOT / "tests" / "README.md").read_text()
+    named = set(re.findall(r"`([\w/.]+\.py)::(\w+)`", text))
+    assert len(named) > 50
+    missing = []
+    for file, test in sorted(named):
+        path = ROOT / (file if file.startswith("integration/") else f"tests/{file}")
+        if not path.is_file() or f"\ndef {test}(" not in path.read_text():
+            missing.append(f"{file}::{test}")
+    assert missing == []
+
+
+def test_every_known_failure_has_its_line() -> None:
+    lines = re.findall(r"^\| ([FP]\d+) \| .+ \| .+ \|$", (ROOT / "tests/README.md").read_text(), re.M)
+    assert lines == [*(f"F{n}" for n in range(1, 35)), *(f"P{n}" for n in range(1, 9))]
+
+
+def test_test_files_are_described() -> None:
+    described = (ROOT / "tests" / "README.md").read_text().partition("## Known failures")[0]
+    files = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert files == set(re.findall(r"`(test_\w+\.py)`", described))

@@ -1,0 +1,112 @@
+"""What every command has in common: help, exit codes, errors in one line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from commands import command, program
+
+from sglang_nsa_plugin.cli import main
+
+COMMANDS = ("verify", "demo", "bench")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_into_80_columns_and_gives_an_example(name):
+    done = command(name, "--help", COLUMNS="80")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert lines[-1].startswith(f"example: sglang-nsa-plugin {name}")
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_of_the_help_can_be_parsed(name):
+    lines = command(name, "--help", COLUMNS="200").stdout.splitlines()
+    example = lines[-1].removeprefix("example: sglang-nsa-plugin ").partition(" | ")[0]
+    assert main._parser().parse_args(example.split()).command == name
+
+
+def test_help_names_every_command():
+    done = command("--help", COLUMNS="80")
+    for name in COMMANDS:
+        assert re.search(rf"^ +{name} ", done.stdout, re.MULTILINE)
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80
+
+
+def test_an_unknown_command_ends_with_the_choices():
+    done = command("prove")
+    assert done.returncode == 2
+    for name in COMMANDS:
+        assert name in done.stderr
+
+
+@pytest.mark.parametrize("steps", ["0", "-3", "many"])
+def test_a_demo_has_steps(steps):
+    done = command("demo", "--steps", steps)
+    assert done.returncode == 2
+    assert f"must be a whole number, 1 or more, got '{steps}'" in done.stderr
+
+
+WITHOUT_SGLANG = "import sys; sys.modules['sglang'] = None"
+
+
+def test_an_expected_error_is_one_line():
+    done = program(WITHOUT_SGLANG, "demo")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("sglang-nsa-plugin demo: SGLang is not installed in this Python: ")
+    assert line.endswith("(--debug shows where)")
+
+
+@pytest.mark.parametrize("arguments", [("--debug", "demo"), ("demo", "--debug")])
+def test_debug_shows_the_traceback(arguments):
+    done = program(WITHOUT_SGLANG, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback ")
+    assert "in _discover_and_compare" in done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+    done = command("verify", "--json", str(tmp_path / "missing" / "verify.json"))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("sglang-nsa-plugin verify: [Errno 2] No such file or directory: ")
+
+
+RAISE = """
+from sglang_nsa_plugin.cli import verify
+def run(json_path):
+    raise {error}
+verify.run = run
+"""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "RuntimeError('first\\nsecond')",
+        "__import__('sglang_nsa_plugin.dispatch').dispatch.BackendUnavailableError('first second')",
+        "__import__('sglang_nsa_plugin.kernels.library').kernels.library.LibraryUnavailableError("
+        "'first second')",
+    ],
+)
+def test_a_kernel_that_cannot_run_is_one_line(error):
+    done = program(RAISE.format(error=error), "verify")
+    assert done.returncode == 1
+    assert done.stderr == "sglang-nsa-plugin verify: first second (--debug shows where)\n"
+
+
+def test_a_defect_keeps_its_traceback():
+    done = program(RAISE.format(error="TypeError('wrong')"), "verify")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback ")
+
+
+def test_ctrl_c_ends_without_a_traceback():
+    done = program(RAISE.format(error="KeyboardInterrupt"), "verify")
+    assert done.returncode == 130
+    assert done.stderr == ""

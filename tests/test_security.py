@@ -1,0 +1,279 @@
+"""What ``SECURITY.md`` says, one test a claim."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import INT32_MAX, INT32_MIN, Backend, Case, Guarded, Layout
+
+import sglang_nsa_plugin
+
+PACKAGE = Path(sglang_nsa_plugin.__file__).parent
+LIBRARY = PACKAGE / "lib" / "nsa_metadata.so"
+SECURITY = " ".join((Path(__file__).resolve().parent.parent / "SECURITY.md").read_text().split())
+
+FILL = """
+import torch, sglang_nsa_plugin
+from sglang_nsa_plugin import dispatch
+for backend in ("cpu", "torch"):
+    for ragged in (False, True):
+        sglang_nsa_plugin.fill(dispatch.small_case(torch.device("cpu"), ragged), backend)
+"""
+REGISTER = """
+from types import SimpleNamespace
+from sglang_nsa_plugin import plugin
+plugin.register()
+plugin.activate(SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa"))
+"""
+
+
+def run(program: str, folder: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+# Files, sockets, processes
+
+WATCHED = """
+import json, sys
+{before}
+def mapped():
+    return {{line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}}
+libraries, opened, others = mapped(), set(), set()
+watching = True
+def watch(event, arguments):
+    if not watching:
+        return
+    if event == "open" and arguments[0] not in sys.path:  # Python looks for a zip archive there
+        opened.add(str(arguments[0]))
+    elif event.split(".")[0] in ("socket", "subprocess", "ctypes", "shutil", "tempfile", "urllib"):
+        others.add(event)
+    elif event in ("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn",
+                   "os.remove", "os.rename", "os.mkdir", "os.chmod", "os.putenv", "os.unsetenv"):
+        others.add(event)
+sys.addaudithook(watch)
+{program}
+watching = False
+print(json.dumps([sorted(opened), sorted(others), sorted(mapped() - libraries)]))
+"""
+
+
+def watched(program: str, before: str, folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Files opened, other effects, and libraries loaded by a program, behind the imports ``before``."""
+    opened, others, libraries = json.loads(run(WATCHED.format(program=program, before=before), folder))
+    return opened, others, libraries
+
+
+def own(path: str) -> bool:
+    """A file of the installed package, or of the metadata that pip keeps beside it."""
+    folder = PACKAGE.parent
+    return Path(path).is_relative_to(PACKAGE) or (
+        Path(path).is_relative_to(folder)
+        and Path(path).relative_to(folder).parts[0].startswith("sglang_nsa_plugin-")
+    )
+
+
+def test_a_fill_opens_its_own_files_and_loads_its_own_library(tmp_path: Path) -> None:
+    opened, others, libraries = watched(FILL, "import torch, tvm_ffi", tmp_path)
+    assert [path for path in opened if not own(path)] == []
+    assert others == []
+    assert libraries == [str(LIBRARY)]
+
+
+@pytest.mark.skipif(find_spec("sglang") is None, reason="needs SGLang, which the plugin registers with")
+def test_registering_with_sglang_opens_its_own_files(tmp_path: Path) -> None:
+    """Applying the hooks imports modules of SGLang: those are imported before."""
+    before = """
+import torch, tvm_ffi, sglang.srt.server_args
+from sglang.srt.layers.attention import dsa_backend
+from sglang.srt.speculative import draft_utils, eagle_draft_extend_cuda_graph_runner
+from sglang.srt.plugins.hook_registry import HookRegistry
+"""
+    opened, others, libraries = watched(REGISTER, before, tmp_path)
+    assert [path for path in opened if not own(path)] == []
+    assert others == []
+    assert libraries == []
+
+
+def test_the_watch_sees_what_it_looks_for(tmp_path: Path) -> None:
+    program = """
+import ctypes, socket, subprocess
+open("made", "w").close()
+socket.socket().close()
+subprocess.run(["true"])
+"""
+    opened, others, _ = watched(program, "import socket, subprocess", tmp_path)
+    assert "made" in opened
+    assert {"socket.__new__", "subprocess.Popen"} <= set(others)
+
+
+# The library
+
+
+def test_no_variable_and_no_working_directory_redirects_the_library(tmp_path: Path) -> None:
+    for name in ("nsa_metadata.so", "libnsa_metadata.so", "libtvm_ffi.so", "libcudart.so"):
+        (tmp_path / name).write_text("not a library: loading it is an error")
+    program = FILL + "print([l.split()[-1] for l in open('/proc/self/maps') if 'nsa_metadata' in l][0])"
+    folders = ("LD_LIBRARY_PATH", "TVM_LIBRARY_PATH", "TVM_FFI_LIBRARY_PATH", "TVM_FFI_CACHE_DIR")
+    loaded = run(program, tmp_path, **dict.fromkeys(folders, str(tmp_path)))
+    assert loaded == str(LIBRARY)
+
+
+def test_the_library_has_no_run_path() -> None:
+    """One left by the build would name a folder that somebody else may make."""
+    tags = dynamic_tags(LIBRARY.read_bytes())
+    assert NEEDED in tags
+    assert tags.isdisjoint({RPATH, RUNPATH})
+
+
+NEEDED, RPATH, RUNPATH, DYNAMIC = 1, 15, 29, 6
+
+
+def dynamic_tags(elf: bytes) -> set[int]:
+    """The tags of an ELF file's dynamic section."""
+    assert elf[:5] == b"\x7fELF\x02", "64 bits"
+    header = np.frombuffer(elf, dtype="<u8", count=8)
+    sections_at = int(header[5])
+    size, count = np.frombuffer(elf, dtype="<u2", count=32)[29:31]
+    for number in range(int(count)):
+        section = elf[sections_at + number * int(size) :][:64]
+        if int.from_bytes(section[4:8], "little") == DYNAMIC:
+            offset, length = np.frombuffer(section, dtype="<u8")[3:5]
+            return set(np.frombuffer(elf[int(offset) : int(offset + length)], dtype="<u8")[::2].tolist())
+    raise AssertionError("no dynamic section")
+
+
+# The source
+
+
+def sources(*, commands: bool) -> dict[str, ast.Module]:
+    """The modules of the commands, or all others, which a server runs."""
+    found = {
+        str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")
+    }
+    assert len(found) > 10
+    return {name: tree for name, tree in found.items() if name.startswith("cli/") == commands}
+
+
+def variables_of(name: str, tree: ast.Module) -> set[str]:
+    """The environment variables that a module reads or sets."""
+    names, handed_down = [], 0
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("os.environ.get", "os.getenv"):
+            names.append(node.args[0])
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
+            names.append(node.slice)
+        elif isinstance(node, ast.Dict):  # {**os.environ}, for a process that a command starts
+            handed_down += [ast.unparse(value) for value in node.values].count("os.environ")
+    uses = re.findall(r"\bos\.(?:environ|getenv|putenv)|from os import", ast.unparse(tree))
+    assert len(uses) == len(names) + handed_down, f"{name}: a use that this test does not know: {uses}"
+    return {value_of(name, variable) for variable in names}
+
+
+def value_of(name: str, expression: ast.expr) -> str:
+    """A text, or the constant that holds it in the module."""
+    if isinstance(expression, ast.Name):
+        module = name.removesuffix(".py").replace("/", ".")
+        return str(getattr(importlib.import_module(f"sglang_nsa_plugin.{module}"), expression.id))
+    return str(ast.literal_eval(expression))
+
+
+@pytest.mark.parametrize("commands", [False, True], ids=["server", "commands"])
+def test_only_the_documented_variables_are_read(commands: bool) -> None:
+    documented = SECURITY.partition("**Environment variables.**")[2].partition("- **")[0]
+    by_a_server, by_commands = documented.split("The commands")
+    text = by_commands if commands else by_a_server.partition("One setting")[0]
+    used = [variables_of(name, tree) for name, tree in sources(commands=commands).items()]
+    assert set().union(*used) == set(re.findall(r"`([A-Z]+_[A-Z_]+)`", text))
+
+
+def test_only_the_documented_settings_of_sglang_are_asked_for() -> None:
+    code = "".join(ast.unparse(tree) for tree in sources(commands=False).values())
+    documented = SECURITY.partition("One setting")[2].partition("The commands")[0]
+    assert set(re.findall(r"\benvs\.(\w+)", code)) == set(re.findall(r"`(\w+)`", documented))
+
+
+HARMLESS = {"subprocess.CalledProcessError"}  # an exception that Triton may raise
+FORBIDDEN = re.compile(
+    r"\b(?:eval|exec|compile|open|__import__)\(|\bos\.(?:system|popen|exec\w*|spawn\w*|fork)\b"
+    r"|\b(?:subprocess|socket|ctypes|pickle|marshal|shelve|urllib|http|tempfile|shutil)\.\w+"
+    r"|from (?:subprocess|socket|ctypes|pickle|marshal|urllib|http|tempfile|shutil)\b"
+    r"|\b(?:write_text|write_bytes|unlink|rmdir|mkdir|touch)\("
+)
+
+
+def test_no_source_evaluates_text_or_reaches_outside() -> None:
+    used = {
+        name: set(FORBIDDEN.findall(ast.unparse(tree))) for name, tree in sources(commands=False).items()
+    }
+    assert {name: found - HARMLESS for name, found in used.items() if found - HARMLESS} == {}
+
+
+# What a request can do
+
+HOSTILE = [0, 1, -1, 39, 40, 41, 2**20, 2**31 - 41, INT32_MIN, INT32_MAX]
+HOSTILE_64 = [2**31, 2**32 - 1, 2**32 + 7, -(2**32) - 1, -(2**63), 2**63 - 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_no_values_make_a_bound_fill_leave_its_tensors(
+    fill_backend: Backend, dtype: torch.dtype
+) -> None:
+    """A captured fill is checked once and meets other numbers in every replay."""
+    names = ("seq_lens", "extend_lens", "req_pool_indices", "req_to_token")
+    case = Case(
+        seq_lens=[1] * 5,
+        extend_lens=[1] * 5,
+        rows=9,
+        width=40,
+        pages=6,
+        page_size=8,
+        ctx_dims=1,
+        row_count=True,
+        enabled=1,
+        dtypes=dict.fromkeys(names, dtype),
+        layouts={"page_table_1": Layout(offset=1, gap=1)},
+    )
+    guarded = Guarded(case, fill_backend.device)
+    bound = fill_backend.bind(guarded.args)
+    numbers = torch.tensor(HOSTILE + HOSTILE_64 * (dtype == torch.int64), dtype=dtype)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(10 if fill_backend.interpreted else 200):
+        for name in names:
+            tensor = guarded.args.inputs()[name]
+            pick = torch.randint(len(numbers), tensor.shape, generator=random)
+            tensor.copy_(numbers[pick])
+        guarded.args.enabled.fill_(numbers[pick[0, 0]].to(torch.int32))
+        guarded.check(lambda _: bound())
+
+
+def test_a_fill_of_hostile_lengths_takes_no_longer(fill_backend: Backend) -> None:
+    """Work is bounded by the tensors: 2**31 - 1 tokens and rows a request would take minutes."""
+    case = Case(
+        seq_lens=[INT32_MAX] * 6, extend_lens=[INT32_MAX] * 6, rows=6, width=40, pages=6, page_size=8
+    )
+    guarded = Guarded(case, fill_backend.device)
+    fill_backend.fill(guarded.args)
+    begin = time.monotonic()
+    guarded.check(fill_backend.fill)
+    assert time.monotonic() - begin < 5

@@ -1,0 +1,225 @@
+"""The wheel and the source distribution, built from a clean copy and used without the source.
+
+Building takes the package index, as `pip install .` does, and two minutes on two cores, most of it nvcc.
+"""
+
+from __future__ import annotations
+
+import configparser
+import email
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "sglang_nsa_plugin"
+NOT_SOURCE = (".git", ".venv", ".releases", "build", "dist", "__pycache__", ".*_cache", ".hypothesis")
+MEGABYTES = 5
+# A run prints: the wheel's own version, what filled, and the values.
+USE = """
+import sglang_nsa_plugin, torch
+from pathlib import Path
+from sglang_nsa_plugin import dispatch
+args = dispatch.small_case(torch.device("cpu"), ragged=False)
+bound = sglang_nsa_plugin.fill(args)
+print(Path(sglang_nsa_plugin.__file__).parent, bound.backend, args.cache_seqlens.tolist())
+"""
+
+
+def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def pip(*arguments: object, **environment: str) -> str:
+    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, **environment)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository without what was built in it."""
+    folder = tmp_path_factory.mktemp("source") / "copy"
+    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+
+
+@pytest.fixture(scope="session")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as `pip install .` builds it: with CUDA where there is nvcc."""
+    return built_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built by the backend that pyproject.toml names, called as a front end calls it."""
+    backend, folder = tmp_path_factory.mktemp("backend"), tmp_path_factory.mktemp("sdist")
+    pip("install", "--quiet", "--target", backend, "scikit-build-core>=0.11")
+    program = f"import scikit_build_core.build as b; print(b.build_sdist({str(folder)!r}))"
+    run(sys.executable, "-c", program, cwd=source, PYTHONPATH=str(backend))
+    (archive,) = folder.iterdir()
+    return archive
+
+
+def built_wheel(source: Path, folder: Path, **environment: str) -> Path:
+    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source, **environment)
+    (made,) = folder.iterdir()
+    return made
+
+
+def metadata(wheel: Path) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return email.message_from_string(archive.read(name).decode())
+
+
+def members(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def read(wheel: Path, ending: str) -> str:
+    (name,) = [name for name in members(wheel) if name.endswith(ending)]
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(name).decode()
+
+
+# What is in it
+
+
+def test_files_of_the_wheel(wheel: Path, source: Path) -> None:
+    modules = {str(path.relative_to(source)) for path in (source / NAME).rglob("*.py")}
+    info = f"{NAME}-{version()}.dist-info"
+    described = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
+    library = f"{NAME}/lib/nsa_metadata.so"
+    assert members(wheel) == modules | {library} | {f"{info}/{name}" for name in described}
+
+
+def test_size_of_the_wheel(wheel: Path) -> None:
+    assert wheel.stat().st_size < MEGABYTES * 2**20
+
+
+def test_one_wheel_serves_every_python(wheel: Path) -> None:
+    pattern = rf"{NAME}-{re.escape(version())}-py3-none-(linux|manylinux\w+)_(x86_64|aarch64)\.whl"
+    assert re.fullmatch(pattern, wheel.name)
+
+
+def test_entry_points_of_the_wheel(wheel: Path) -> None:
+    groups = configparser.ConfigParser()
+    groups.read_string(read(wheel, "entry_points.txt"))
+    assert {name: dict(groups[name]) for name in groups.sections()} == {
+        "sglang.srt.plugins": {"nsa": "sglang_nsa_plugin.plugin:register"},
+        "console_scripts": {"sglang-nsa-plugin": "sglang_nsa_plugin.cli.main:main"},
+    }
+
+
+def test_requirements_leave_the_hosts_packages_alone(wheel: Path) -> None:
+    """A plugin that asked for torch, Triton or SGLang could move the ones that serve."""
+    required = [text for text in metadata(wheel).get_all("Requires-Dist") if "extra ==" not in text]
+    names = {re.match(r"[\w.-]+", text)[0] for text in required}  # type: ignore[index]
+    assert names == {"apache-tvm-ffi", "rich"}
+
+
+def version() -> str:
+    project = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert project is not None
+    return project[1]
+
+
+def test_versions_agree(wheel: Path, venv: Path) -> None:
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    program = "import sglang_nsa_plugin; print(sglang_nsa_plugin.__version__)"
+    installed = run(venv / "bin/python", "-c", program, cwd=venv).strip()
+    assert newest is not None
+    assert metadata(wheel)["Version"] == installed == newest[1] == version()
+
+
+# Using it
+
+
+@pytest.fixture(scope="session")
+def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel, what the wheel requires, and the torch of this one.
+
+    torch is lent by links, since it is the host's and a copy of it is large. Nothing else of this
+    environment is seen there.
+    """
+    folder = tmp_path_factory.mktemp("venv")
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    pip("--python", folder / "bin/python", "install", "--quiet", wheel)
+    lent = folder / "lent"
+    lent.mkdir()
+    for package in with_requirements("torch", {"numpy"}):
+        for file in {file.parts[0] for file in importlib.metadata.files(package) or ()} - {".."}:
+            target = importlib.metadata.distribution(package).locate_file(file)
+            if not (lent / file).exists():
+                (lent / file).symlink_to(target)
+    (site_packages,) = folder.glob("lib/python*/site-packages")
+    (site_packages / "lent.pth").write_text(f"{lent}\n")
+    return folder
+
+
+def with_requirements(package: str, known: set[str]) -> set[str]:
+    """A package and all that it requires, as far as it is installed."""
+    try:
+        required = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return known
+    known = known | {package}
+    for text in required:
+        name = re.match(r"[\w.-]+", text)[0]  # type: ignore[index]
+        if "extra ==" not in text and name not in known:
+            known = with_requirements(name, known)
+    return known
+
+
+def test_a_fill_without_source_and_compiler(venv: Path, tmp_path: Path) -> None:
+    printed = run(venv / "bin/python", "-c", USE, cwd=tmp_path, PATH=str(venv / "bin"))
+    package, backend, lengths = printed.split(maxsplit=2)
+    assert Path(package).is_relative_to(venv)
+    assert backend == "cpu"
+    assert lengths.strip() == "[1, 37, 0, 90]"
+
+
+def test_the_command_without_source_and_compiler(venv: Path, tmp_path: Path) -> None:
+    command = venv / "bin/sglang-nsa-plugin"
+    printed = run(command, "--help", cwd=tmp_path, PATH=str(venv / "bin"))
+    assert "usage: sglang-nsa-plugin" in printed
+    assert "demo" in printed
+
+
+def test_sglang_is_not_lent(venv: Path, tmp_path: Path) -> None:
+    """Else the tests above would not show that the package works without it."""
+    program = "from importlib.util import find_spec as f; print(f('sglang'), f('torch') is not None)"
+    assert run(venv / "bin/python", "-c", program, cwd=tmp_path).split() == ["None", "True"]
+
+
+# The source distribution
+
+
+def test_files_of_the_source_distribution(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    built_from = {"pyproject.toml", "LICENSE", "README.md", "csrc/CMakeLists.txt", "csrc/fill_cuda.cu"}
+    assert built_from <= files
+    assert {name for name in files if name.endswith((".so", ".whl", ".pyc"))} == set()
+
+
+def test_a_wheel_from_the_source_distribution(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+    from_sdist = built_wheel(sdist, tmp_path, NSA_CUDA="OFF")
+    assert members(from_sdist) == members(wheel)
+    assert metadata(from_sdist).items() == metadata(wheel).items()
