@@ -13,12 +13,14 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test lint gpu-test serve-test bench wheel clean
+.PHONY: help demo test lint test-release test-releases gpu-test serve-test bench wheel clean
 
 help:
 	@echo "make demo        fill SGLang's own draft-extend backend and compare every value (no GPU needed)"
 	@echo "make test        tests that need no GPU"
 	@echo "make lint        formatter, linter, types"
+	@echo "make test-release VERSION=0.5.14   against one SGLang release in an environment of its own"
+	@echo "make test-releases                 against all tested ones; writes integration/results/"
 	@echo "make gpu-test    tests, sanitizers and timings on an NVIDIA GPU; writes integration/results/"
 	@echo "make serve-test  real SGLang servers with and without the plugin; writes integration/results/"
 	@echo "make bench       time of one fill, SGLang's own and ours, in one run"
@@ -35,6 +37,14 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# .releases/ keeps the environments; without KEEP=1 they are made anew.
+test-release:
+	$(if $(VERSION),,$(error VERSION: name the SGLang release, as in make test-release VERSION=0.5.14))
+	python3 integration/releases.py $(if $(KEEP),--keep) $(VERSION)
+
+test-releases:
+	python3 integration/releases.py $(if $(KEEP),--keep)
 
 gpu-test: $(READY)
 	$(PYTHON) integration/gpu_test.py
@@ -68,4 +78,4 @@ $(VENV)/.lint: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .releases build dist

@@ -1,10 +1,10 @@
 """``make gpu-test``: the GPU tests, the sanitizers and the timings, into one committed result file.
 
-    python integration/gpu_test.py [--only tests|sanitizers|demo|bench ...]
+    python integration/gpu_test.py [--only tests|adapters|sanitizers|demo|bench|soak ...]
 
-Needs an NVIDIA GPU, torch, pytest, hypothesis and the installed package; SGLang for the adapter tests
-and the timings; compute-sanitizer for the sanitizers. Writes integration/results/gpu-test.json, or below
-NSA_RESULTS_DIR.
+Needs an NVIDIA GPU, torch, pytest, hypothesis and the installed package; SGLang, whichever release is
+installed, for the adapter tests, the demo and the timings; compute-sanitizer for the sanitizers. Writes
+integration/results/gpu-test-VERSION.json, named after that release, or below NSA_RESULTS_DIR.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +34,29 @@ TIME_LIMIT_S = 540
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parts = {
-        "tests": run_tests,
+        "tests": lambda: run_tests("tests"),
+        "adapters": lambda: run_tests("tests/gpu/test_gpu_in_graph.py", "tests/gpu/test_gpu_eager.py"),
         "sanitizers": run_sanitizers,
         "demo": lambda: run_command("demo"),
         "bench": lambda: run_command("bench"),
+        "soak": run_soak,
     }
     parser.add_argument("--only", choices=parts, action="append")
-    only = parser.parse_args().only or list(parts)
+    # tests has those of adapters, too; a soak takes minutes and is asked for by name
+    only = parser.parse_args().only or [name for name in parts if name not in ("adapters", "soak")]
     outcome: dict[str, Any] = {}
     for name in only:
         outcome[name] = parts[name]()
-        results.merge("gpu-test.json", "make gpu-test", outcome)
+        results.merge(f"gpu-test-{version('sglang')}.json", "make gpu-test", outcome)
     failed = [name for name, part in outcome.items() if not part["passed"]]
     print("FAILED: " + ", ".join(failed) if failed else "gpu-test passed: " + ", ".join(outcome))
     return 1 if failed else 0
 
 
-def run_tests() -> dict[str, Any]:
-    """Pytest over everything marked gpu; counts come from its closing line."""
+def run_tests(*paths: str) -> dict[str, Any]:
+    """Pytest over what is marked gpu in these files; counts come from its closing line."""
     begin = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *paths]
     run = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
     )
@@ -103,6 +107,15 @@ def run_command(name: str) -> dict[str, Any]:
         run = subprocess.run(command, cwd=folder, timeout=TIME_LIMIT_S, check=False)
         found = json.loads(path.read_text()) if path.is_file() else {}
         return {"passed": run.returncode == 0, **found}
+
+
+def run_soak() -> dict[str, Any]:
+    """A million shadow-checked replays, see integration/soak.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "soak.json"
+        command = [sys.executable, str(ROOT / "integration" / "soak.py"), "--json", str(path)]
+        subprocess.run(command, cwd=folder, timeout=TIME_LIMIT_S, check=False)
+        return json.loads(path.read_text()) if path.is_file() else {"passed": False}
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ TORCH = "2.13.0"
 # torch for the CPU brings no Triton; with this one the interpreter was tried.
 TRITON = "3.6.0"
 
-# What the imports of MODULES load. pip follows the requirements of these; the version is SGLang's
-# where it names one, else the newest.
+# What the imports of MODULES load, and prometheus_client, with which SGLang makes metrics. pip follows
+# the requirements of these; the version is SGLang's where it names one, else the newest.
 REQUIREMENTS = (
     "IPython",
     "aiohttp",
@@ -45,6 +45,7 @@ REQUIREMENTS = (
     "orjson",
     "partial_json_parser",
     "pillow",
+    "prometheus_client",
     "psutil",
     "pybase64",
     "pydantic",

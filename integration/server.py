@@ -20,11 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import requests
+from install_sglang import release_key
 
 LOG_TAIL_LINES = 60
 REQUEST_LIMIT_S = 60.0
@@ -38,14 +40,10 @@ SPECULATIVE_ARGS = (
     *("--speculative-eagle-topk", "1"),
     *("--speculative-num-draft-tokens", "4"),
 )
-SERVE_ARGS = (
-    *SPECULATIVE_ARGS,
-    *("--dsa-prefill-backend", "flashmla_sparse"),
-    *("--dsa-decode-backend", "flashmla_sparse"),
+SHARED_GPU_ARGS = (
     *("--mem-fraction-static", "0.3"),
     *("--max-total-tokens", "200000"),
     *("--cuda-graph-max-bs", "16"),
-    "--disable-prefill-cuda-graph",
     "--skip-server-warmup",
 )
 PROBE = Path(__file__).parent / "probe"
@@ -65,6 +63,25 @@ ARMS: dict[str, dict[str, str | None]] = {
 
 class ServerError(RuntimeError):
     """A server that ended, refused or did not answer in time; the message ends with its log."""
+
+
+def serve_args(decode_backend: str = "flashmla_sparse") -> list[str]:
+    """The options of a small server, spelled as the installed SGLang spells them.
+
+    The graphs of prefill take minutes to capture and have nothing to do with draft-extend.
+    """
+    installed = release_key(version("sglang"))
+    sparse = "nsa" if installed < (0, 5, 13) else "dsa"
+    no_prefill_graph = (
+        "--disable-piecewise-cuda-graph" if installed < (0, 5, 14) else "--disable-prefill-cuda-graph"
+    )
+    return [
+        *SPECULATIVE_ARGS,
+        *(f"--{sparse}-prefill-backend", decode_backend),
+        *(f"--{sparse}-decode-backend", decode_backend),
+        *SHARED_GPU_ARGS,
+        no_prefill_graph,
+    ]
 
 
 @dataclass(frozen=True)
@@ -332,7 +349,7 @@ def _arm(name: str, env: Mapping[str, str | None], model: Path, folder: Path) ->
         "NSA_PROBE_DIR": str(probe_dir),
         **env,
     }
-    args = ["--model-path", str(Path(model).resolve()), *SERVE_ARGS]
+    args = ["--model-path", str(Path(model).resolve()), *serve_args()]
     with Server(args, with_probe, log_path=folder / f"{name}.log", name=name) as server:
         yield Arm(server, probe_dir)
 

@@ -25,19 +25,19 @@ import server
 from server import Answer, Arm, Server
 
 NEW_TOKENS = 192
-# Around pages (64 tokens) and, in the last six, beyond index_topk: there SGLang's top-k writes the
-# chosen positions in an order that differs from run to run, and bfloat16 sums with it.
-LENGTHS = (
-    *(5, 8, 13, 20, 33, 54, 63, 64, 65, 90, 150, 250, 400, 640, 900, 1200, 1500, 1800),
-    *(2040, 2049, 2500, 3600, 4800, 6000),
-)
+# Around pages (64 tokens).
+LENGTHS = (5, 8, 13, 20, 33, 54, 63, 64, 65, 90, 150, 250, 400, 640, 900, 1200, 1500, 1800)
+# Beyond index_topk SGLang's top-k writes the chosen positions in an order that differs from run to run,
+# and bfloat16 sums with it: some prompts get other tokens each time. Only those that SGLang without
+# the plugin answers REPEATS times with the same tokens can tell whether the plugin changes any.
+LONG_LENGTHS = (2040, 2049, 2500, 3600, 4800, 6000)
+REPEATS = 10
+MOST_CANDIDATES = 8
 AT_ONCE = 16  # the greatest captured batch size
 AT_ONCE_LENGTHS = LENGTHS[:AT_ONCE]
 STEP_PAIRS = 24
 THROUGHPUT_PAIRS = 16
-REPEATS = 8
-MOST_UNSTABLE = 2
-LEAST_REPLAYS = 1000
+LEAST_STEPS = 1000
 FILL_LIMIT_US = 10.0
 PROBE_SETTLES_S = 2.0
 NO_STEPS = [0, 0, 0, 0]  # by accepted drafts: 0, 1, 2, 3
@@ -66,40 +66,30 @@ def test_plugin_is_found_in_both_processes(arms: Arms, report: Report) -> None:
 
 
 def test_same_tokens_one_at_a_time(arms: Arms, report: Report) -> None:
-    """Token ids and accepted drafts are compared prompt by prompt.
-
-    Within index_topk tokens both must be equal, with no exception. Beyond, SGLang's top-k writes what
-    it chose in an order that differs from run to run, and bfloat16 sums follow it: there token ids must
-    be equal unless SGLang's own arm, asked again, gives other ones itself; how many drafts were accepted
-    is reported.
-    """
+    """Token ids are equal, prompt by prompt; within index_topk the accepted drafts are, too."""
     rows: list[dict[str, Any]] = []
     accepted = dict.fromkeys(arms, NO_STEPS)
-    for prompt in prompts(LENGTHS, seed=1):
+    chosen, drawn = repeatable_prompts(arms["sglang"].server)
+    for prompt in (*prompts(LENGTHS, seed=1), *chosen):
         answers = {name: arm.server.generate(prompt, NEW_TOKENS) for name, arm in arms.items()}
         for name, answer in answers.items():
             assert len(answer.output_ids) == NEW_TOKENS, f"{name}: {answer.meta}"
             accepted[name] = added(accepted[name], answer.histogram)
-        row = comparison(answers["plugin"], answers["sglang"], len(prompt))
-        if not row["deterministic"] and not row["same_ids"]:
-            row["sglang_disagrees_with_itself"] = disagrees_with_itself(
-                arms["sglang"].server, prompt, answers["sglang"]
-            )
-        rows.append(row)
+        rows.append(comparison(answers["plugin"], answers["sglang"], len(prompt)))
     figures = {
         "new_tokens": NEW_TOKENS,
         "prompts": len(rows),
         "same_ids": sum(row["same_ids"] for row in rows),
         "same_ids_and_accepted_drafts": sum(row["same_ids"] and row["same_drafts"] for row in rows),
         "within_index_topk": sum(row["deterministic"] for row in rows),
+        "long_prompts": {"answered_alike": REPEATS, "drawn": drawn, "kept": len(chosen)},
         "accepted_drafts": accepted,
         "tokens_per_step": {name: mean_tokens(counts) for name, counts in accepted.items()},
         "each": rows,
     }
     report("tokens_one_at_a_time", figures)
-    wrong = [row for row in rows if is_wrong(row)]
-    assert not wrong, f"the plugin arm differs where SGLang is stable: {wrong}"
-    assert sum(not row["same_ids"] for row in rows) <= MOST_UNSTABLE
+    assert [row for row in rows if not row["same_ids"]] == []
+    assert [row for row in rows if row["deterministic"] and not row["same_drafts"]] == []
     assert all(accepted["sglang"]), "the checkpoint should get 0, 1, 2 and 3 drafts accepted"
 
 
@@ -136,25 +126,32 @@ def test_throughput(arms: Arms, report: Report) -> None:
     assert figures["plugin_over_sglang"]["median"] > 0
 
 
-def test_record_says_in_the_graph(arms: Arms, report: Report) -> None:
+def test_record_counts_every_step(arms: Arms, report: Report) -> None:
+    """Every draft-extend step of SGLang went through the plugin, none through SGLang's own fill."""
     probe = scheduler_figures(arms["plugin"])
     record = read_record(arms["plugin"].server)
-    report("record", {"record": record, "probe_replays": probe["replays"]})
+    steps = probe["replays"] if in_graph(probe) else probe["fills"]
+    report("record", {"record": record, "probe_steps": steps})
     assert record["backend"] == "cuda", record
-    assert record["in_graph"], record
-    assert "graph" in record["adapter"], record
-    assert sorted(record["captures"]) == sorted(probe["capture_bs"])
-    assert record["replays"] > LEAST_REPLAYS
     assert sum(record["fallbacks"].values()) == 0, record["fallbacks"]
-    # every replay that the runner made went through the plugin
-    assert record["replays"] == probe["replays"]
     assert record["pid"] == probe["pid"]
+    assert steps > LEAST_STEPS
+    if in_graph(probe):
+        assert record["adapter"] == "in-graph", record
+        assert record["in_graph"], record
+        assert sorted(record["captures"]) == sorted(probe["capture_bs"])
+        assert record["replays"] == steps
+    else:
+        assert record["adapter"] == "eager", record
+        assert record["launches"] == steps
     assert RECORD_KEY not in arms["sglang"].server.server_info()["internal_states"][0]
 
 
 def test_published_fence_is_the_one_in_the_graph(arms: Arms, report: Report) -> None:
     """One event for each captured batch size that was replayed; SGLang makes one for each replay."""
     figures = {name: scheduler_figures(arm) for name, arm in arms.items()}
+    if not in_graph(figures["plugin"]):
+        pytest.skip("this SGLang runs draft-extend without a graph, and so without such an event")
     fences = {name: {k: f[k] for k in ("distinct_fences", "replays")} for name, f in figures.items()}
     report("fence_events", fences)
     plugin, sglang = figures["plugin"], figures["sglang"]
@@ -164,10 +161,16 @@ def test_published_fence_is_the_one_in_the_graph(arms: Arms, report: Report) -> 
 
 def test_host_time_of_the_fill(arms: Arms, report: Report) -> None:
     figures = {name: scheduler_figures(arm) for name, arm in arms.items()}
-    kept = ("fill_us", "before_replay_us", "replays", "replays_by_batch_size", "capture_bs")
-    report("host_time", {name: {k: f[k] for k in kept} for name, f in figures.items()})
-    assert figures["plugin"]["fill_us"]["median"] <= FILL_LIMIT_US
+    kept = ("fill_us", "before_replay_us", "replays", "replays_by_batch_size", "capture_bs", "fills")
+    report("host_time", {name: {k: f[k] for k in kept if k in f} for name, f in figures.items()})
+    if in_graph(figures["plugin"]):
+        assert figures["plugin"]["fill_us"]["median"] <= FILL_LIMIT_US
     assert figures["plugin"]["fill_us"]["median"] < figures["sglang"]["fill_us"]["median"]
+
+
+def in_graph(probe: dict[str, Any]) -> bool:
+    """Whether this SGLang captures draft-extend in graphs, by what the probe found to time."""
+    return "replays" in probe
 
 
 def test_cost_of_a_coarse_fence(
@@ -183,6 +186,8 @@ def test_cost_of_a_coarse_fence(
     """
     if not request.config.getoption("--fence"):
         pytest.skip("asked for with --fence")
+    if not in_graph(scheduler_figures(arms["plugin"])):
+        pytest.skip("this SGLang waits for the whole forward pass anyway")
     arms["sglang"].server.stop()
     coarse_env = {**server.PLUGIN_ENV, "SGLANG_FORCE_COARSE_WAR_BARRIER": "1"}
     with server.start_arms({"coarse": coarse_env}, model, folder, server.START_LIMIT_S) as started:
@@ -214,19 +219,36 @@ def comparison(plugin: Answer, sglang: Answer, length: int) -> dict[str, Any]:
     }
 
 
-def is_wrong(row: dict[str, Any]) -> bool:
-    if row["deterministic"]:
-        return not (row["same_ids"] and row["same_drafts"])
-    return not row["same_ids"] and not row["sglang_disagrees_with_itself"]
+def repeatable_prompts(target: Server) -> tuple[list[list[int]], int]:
+    """One prompt of each of LONG_LENGTHS that this server always answers alike; how many were drawn."""
+    chosen: list[list[int]] = []
+    drawn = 0
+    for length in LONG_LENGTHS:
+        for seed in range(MOST_CANDIDATES):
+            (prompt,) = prompts([length], seed=1000 * length + seed)
+            drawn += 1
+            if always_answers_alike(target, prompt):
+                chosen.append(prompt)
+                break
+        else:
+            pytest.fail(
+                f"server {target.name}: answered none of {MOST_CANDIDATES} prompts of {length} tokens "
+                f"{REPEATS} times alike"
+            )
+    return chosen, drawn
 
 
-def disagrees_with_itself(target: Server, prompt: list[int], first: Answer) -> bool:
-    """Whether the same request, each time without a cached prefix, gets other token ids."""
+def always_answers_alike(target: Server, prompt: list[int]) -> bool:
+    """Whether the same request, each time without a cached prefix, gets the same token ids."""
+    first: list[int] | None = None
     for _ in range(REPEATS):
         target.flush_cache()
-        if target.generate(prompt, NEW_TOKENS).output_ids != first.output_ids:
-            return True
-    return False
+        answer = target.generate(prompt, NEW_TOKENS).output_ids
+        if first is not None and answer != first:
+            return False
+        first = answer
+    target.flush_cache()
+    return True
 
 
 def added(left: list[int], right: list[int]) -> list[int]:

@@ -14,6 +14,12 @@ captures are not timed. Two spans are taken, in nanoseconds of ``time.perf_count
 
 And the events that ``execute`` publishes for the scheduler to wait on are told apart: SGLang makes a new
 one for each replay, a graph records the same one again.
+
+SGLang 0.5.14 and before runs draft-extend without a graph: there only fill is taken, one call of
+``init_forward_metadata`` for a draft-extend batch.
+
+With ``NSA_PROBE_CORRUPT`` naming a field of SGLang's metadata, each captured fill of sglang-nsa-plugin
+is followed by a wrong number in each row of that tensor, for as long as the fill is switched on.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WORKER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 PLUGIN_MODULE = "sglang_nsa_plugin.plugin"
@@ -62,14 +69,63 @@ def register() -> None:
         original(runner, *args, **kwargs)
         Watch(runner, path)
 
+    def watch_eager(original: Callable[..., None], worker: Any, *args: Any, **kwargs: Any) -> None:
+        original(worker, *args, **kwargs)
+        if not getattr(worker, "cuda_graph_runner_for_draft_extend", None):
+            EagerWatch(worker.draft_runner.attn_backend, path)
+
+    field = os.environ.get("NSA_PROBE_CORRUPT")
+    if field:
+        _corrupt(field)
     HookRegistry.register(f"{RUNNER}.__init__", watch, HookType.AROUND)
+    HookRegistry.register(f"{WORKER}.init_cuda_graphs", watch_eager, HookType.AROUND)
+
+
+def _corrupt(field: str) -> None:
+    """Adds 1 to the first number of each row behind the fill, in the graph, while ``enabled`` is 1."""
+    from sglang_nsa_plugin.adapters.captured import DraftExtendFill
+
+    refresh_derived = DraftExtendFill.refresh_derived
+
+    def wrong(fill: Any, metadata: Any) -> None:
+        tensor = getattr(metadata, field)
+        (tensor[:, 0] if tensor.dim() == 2 else tensor).add_(fill.enabled)
+        refresh_derived(fill, metadata)
+
+    DraftExtendFill.refresh_derived = wrong
+
+
+class EagerWatch:
+    """Times the draft-extend metadata of one backend and writes the figures from a thread of its own."""
+
+    def __init__(self, backend: Any, path: Path) -> None:
+        self.fill_ns: list[int] = []
+        fill = backend.init_forward_metadata
+
+        def timed(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            begin = clock()
+            result = fill(forward_batch, *args, **kwargs)
+            spent = clock() - begin
+            if forward_batch.forward_mode.is_draft_extend_v2():
+                self.fill_ns.append(spent)
+            return result
+
+        backend.init_forward_metadata = timed
+        _write_when_quiet(path, self.fill_ns, self.figures)
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            **_process("scheduler"),
+            "fills": len(self.fill_ns),
+            "fill_us": summary(self.fill_ns),
+            "plugin_record": _plugin_record(),
+        }
 
 
 class Watch:
     """Times one runner and writes the figures from a thread of its own."""
 
     def __init__(self, runner: Any, path: Path) -> None:
-        self.path = path
         self.capture_bs = [int(size) for size in runner.capture_bs]
         self.fill_ns: list[int] = []
         self.before_replay_ns: list[int] = []
@@ -80,7 +136,7 @@ class Watch:
         self._time_fill(runner.draft_extend_attn_backend)
         self._time_execute(runner)
         self._time_replay(runner)
-        threading.Thread(target=self._write_forever, name="nsa-probe", daemon=True).start()
+        _write_when_quiet(path, self.before_replay_ns, self.figures)
 
     def _time_fill(self, backend: Any) -> None:
         fill = backend.init_forward_metadata_out_graph
@@ -124,17 +180,6 @@ class Watch:
 
         runner._replay_graph = timed
 
-    def _write_forever(self) -> None:
-        """Writes after each pause of the replays: sorting beside them would slow them down."""
-        written, seen = -1, -1
-        while True:
-            count = len(self.before_replay_ns)
-            if count == seen and count != written:
-                _write(self.path, self.figures())
-                written = count
-            seen = count
-            time.sleep(WRITE_EVERY_S)
-
     def figures(self) -> dict[str, Any]:
         return {
             **_process("scheduler"),
@@ -146,6 +191,22 @@ class Watch:
             "before_replay_us": summary(self.before_replay_ns),
             "plugin_record": _plugin_record(),
         }
+
+
+def _write_when_quiet(path: Path, samples: list[int], figures: Callable[[], dict[str, Any]]) -> None:
+    """Writes after each pause of the steps, in a thread: sorting beside them would slow them down."""
+
+    def watch() -> None:
+        written, seen = -1, -1
+        while True:
+            count = len(samples)
+            if count == seen and count != written:
+                _write(path, figures())
+                written = count
+            seen = count
+            time.sleep(WRITE_EVERY_S)
+
+    threading.Thread(target=watch, name="nsa-probe", daemon=True).start()
 
 
 def summary(samples_ns: list[int]) -> dict[str, Any]:
