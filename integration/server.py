@@ -11,6 +11,7 @@ limit. Leaving the `with` block ends every process that the server started and n
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -32,6 +33,7 @@ LOG_TAIL_LINES = 60
 REQUEST_LIMIT_S = 60.0
 STOP_LIMIT_S = 10.0
 POLL_S = 0.25
+PORTS = range(20_000, 30_000)
 
 # Two servers share one GPU: each gets a third of its memory and a KV cache of fixed size.
 SPECULATIVE_ARGS = (
@@ -355,12 +357,24 @@ def _arm(name: str, env: Mapping[str, str | None], model: Path, folder: Path) ->
 
 
 def free_ports(count: int) -> list[int]:
-    """Different TCP ports of 127.0.0.1 that nothing listens on now."""
+    """Different TCP ports of 127.0.0.1 that nothing listens on now.
+
+    SGLang 0.5.14 derives a second port from its own, 10,000 higher, which has to be one, too: those that
+    the system hands out are too high.
+    """
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("127.0.0.1", 0))
+            _bind_to_any(each)
         return [each.getsockname()[1] for each in sockets]
+
+
+def _bind_to_any(unbound: socket.socket) -> None:
+    for port in random.SystemRandom().sample(PORTS, k=100):
+        with suppress(OSError):  # taken
+            unbound.bind(("127.0.0.1", port))
+            return
+    raise ServerError(f"100 ports between {PORTS.start} and {PORTS.stop} are taken")
 
 
 def changed_environment(changes: Mapping[str, str | None]) -> dict[str, str]:
