@@ -1,7 +1,9 @@
-"""Fills of every kind by the CUDA kernel, each compared with the reference, for compute-sanitizer.
+"""Fills of every kind by the CUDA kernel, and comparisons of them, for compute-sanitizer.
+
+Each fill is compared with the reference on the CPU, too.
 
 Not a test of pytest: ``compute-sanitizer --tool memcheck python tests/gpu/sanitized_fill.py``. Ends with
-the number of fills; exit code 1 when a value differs.
+the number of fills; exit code 1 when a value differs or the comparison missed a difference.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from sglang_nsa_plugin.dispatch import small_case
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.kernels import cuda
 from sglang_nsa_plugin.kernels import torch as reference
+from sglang_nsa_plugin.shadow import Comparison, Field, Pair, Report
 
 WIDTHS = (64, 193, 1_030, 2_049)
 BATCHES = (0, 1, 3, 257)  # the last one needs two tiles of requests
@@ -57,7 +60,24 @@ def check(args: FillArgs) -> bool:
     expected = replace(args, **host)
     cuda.bind(args)()
     reference.fill(expected)
-    return all(torch.equal(t.cpu(), expected.outputs()[n]) for n, t in args.outputs().items())
+    equal = all(torch.equal(t.cpu(), expected.outputs()[n]) for n, t in args.outputs().items())
+    return equal and finds_a_difference(args)
+
+
+def finds_a_difference(args: FillArgs) -> bool:
+    """Compares a filled table with itself and with one wrong cell, as the shadow check does."""
+    report = Report(DEVICE)
+    ours = args.real_page_table
+    assert ours is not None
+    theirs = ours.clone()
+    comparison = Comparison([Pair("real_page_table", ours, theirs)], args.cache_seqlens, report)
+    comparison.run()
+    equal = report.on_device.tolist()[Field.DIFFERENT] == 0
+    if theirs.numel() == 0:
+        return equal
+    theirs[-1, -1] += 1
+    comparison.run()
+    return equal and report.on_device.tolist()[Field.DIFFERENT] == 1
 
 
 def main() -> int:
