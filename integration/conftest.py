@@ -27,6 +27,7 @@ PRINTED = 600  # characters of each part
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fence", action="store_true", help="also measure the cost of a coarse fence")
+    parser.addoption("--load-s", type=float, default=60.0, help="seconds of load under the shadow check")
     parser.addoption("--budget-s", type=float, default=480.0, help="seconds for all of it")
 
 
