@@ -88,7 +88,7 @@ def arms(
         started = {
             name: {
                 "ready_after_s": round(arm.server.ready_after_s or 0.0, 1),
-                "command": " ".join(arm.server.command),
+                "command": " ".join(["python3", *arm.server.command[1:]]).replace(str(model), "MODEL"),
                 "environment": server.ARMS[name],
             }
             for name, arm in running.items()

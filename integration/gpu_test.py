@@ -1,6 +1,6 @@
 """``make gpu-test``: the GPU tests, the sanitizers and the timings, into one committed result file.
 
-    python integration/gpu_test.py [--only tests|adapters|sanitizers|demo|bench|soak ...]
+    python integration/gpu_test.py [--only tests|adapters|fuzz|sanitizers|demo|bench|soak ...]
 
 Needs an NVIDIA GPU, torch, pytest, hypothesis and the installed package; SGLang, whichever release is
 installed, for the adapter tests, the demo and the timings; compute-sanitizer for the sanitizers. Writes
@@ -34,7 +34,8 @@ TIME_LIMIT_S = 540
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parts = {
-        "tests": lambda: run_tests("tests"),
+        "tests": lambda: run_tests("tests", "--deselect", "tests/test_fuzz.py"),
+        "fuzz": lambda: run_tests("tests/test_fuzz.py"),
         "adapters": lambda: run_tests("tests/gpu/test_gpu_in_graph.py", "tests/gpu/test_gpu_eager.py"),
         "sanitizers": run_sanitizers,
         "demo": lambda: run_command("demo"),
@@ -53,18 +54,21 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def run_tests(*paths: str) -> dict[str, Any]:
-    """Pytest over what is marked gpu in these files; counts come from its closing line."""
+def run_tests(*arguments: str) -> dict[str, Any]:
+    """Pytest over what is marked gpu; counts come from its closing line."""
     begin = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *paths]
-    run = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
-    )
-    print(run.stdout[-6000:], run.stderr[-2000:])
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", run.stdout)}
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *arguments]
+    output = ""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:  # shown as it comes: a run that is ended half-way has said what it did
+            print(line, end="", flush=True)
+            output += line
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", output)}
     return {
         "passed": run.returncode == 0,
         "counts": counts,
+        "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE),
         "seconds": round(time.monotonic() - begin, 1),
     }
 

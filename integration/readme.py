@@ -1,8 +1,8 @@
-"""Writes README's figures from the committed result files.
+"""Writes README's figures and its table of releases from the committed result files.
 
     python integration/readme.py [--check]
 
-Everything between the two marks in README.md is made here; --check only says whether it is up to date.
+What stands between marks in README.md is made here; --check only says whether it is up to date.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "integration" / "results"
-BEGIN, END = "<!-- figures: made by integration/readme.py -->", "<!-- end of figures -->"
+RELEASES = ("<!-- releases: made by integration/readme.py -->", "<!-- end of releases -->")
+FIGURES = ("<!-- figures: made by integration/readme.py -->", "<!-- end of figures -->")
+SHOWN_CASE = {"decode_impl": "flashmla_sparse", "requests": 8, "length": 32_768}
 SHOWN_LENGTHS = (2_048, 131_072)
 FULL_STEP_MS = (5, 18)  # one speculative step of DeepSeek-V3.2 at full size
 
@@ -34,10 +36,53 @@ def main() -> int:
 
 
 def with_figures(readme: str) -> str:
-    """The text with its figures made anew."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{figures()}\n{END}{after}"
+    """The text with its table and its figures made anew."""
+    return between(between(readme, RELEASES, releases()), FIGURES, figures())
+
+
+def between(text: str, marks: tuple[str, str], made: str) -> str:
+    begin, end = marks
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{made}\n{end}{after}"
+
+
+def releases() -> str:
+    """One row a release: compared on the CPU, in real CUDA graphs or steps on a GPU, in servers."""
+    matrix = json.loads((RESULTS / "releases.json").read_text())
+    rows = [release(version, row) for version, row in matrix["parts"].items()]
+    return (
+        "| SGLang | adapter | values compared without a GPU | on an H200 | servers, identical token ids "
+        "| host µs of one plan | launches |\n|---|---|---|---|---|---|---|\n"
+        + "\n".join(rows)
+        + "\n\n*Host µs* and *launches*: what SGLang's own call costs before a draft-extend forward of 8 requests "
+        "of 32k tokens, and ours; from `sglang-nsa-plugin bench` on an H200, both in one run. All values "
+        f"compared were equal. From `integration/results/` (`releases.json`: {matrix['date'][:10]}, commit "
+        f"{matrix['commit'][:7]}; `gpu-test-VERSION.json`, `serve-VERSION.json`)."
+    )
+
+
+def release(version: str, row: dict[str, Any]) -> str:
+    gpu, serve = parts(f"gpu-test-{version}.json"), parts(f"serve-{version}.json")
+    tokens = serve.get("tokens_one_at_a_time")
+    cases = gpu.get("bench", {}).get("cases", [])
+    shown = next((c for c in cases if SHOWN_CASE.items() <= c.items()), None)
+    cells = [
+        version,
+        row["adapter"],
+        f"{row['values_compared']:,}" if row["verdict"] == "equal" else "different",
+        f"{sum(gpu['demo']['compared'].values()):,} values" if "demo" in gpu else "-",
+        f"{tokens['same_ids']} of {tokens['prompts']} prompts" if tokens else "-",
+        f"{shown['host_us']['sglang']:.0f} → {shown['host_us']['ours']:.0f}" if shown else "-",
+        f"{shown['launches']['sglang']} → {shown['launches']['ours']}" if shown else "-",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def parts(name: str) -> dict[str, Any]:
+    """The parts of a result file; none where there is no such file."""
+    path = RESULTS / name
+    return dict(json.loads(path.read_text())["parts"]) if path.is_file() else {}
 
 
 def figures() -> str:
@@ -50,6 +95,7 @@ def figures() -> str:
             alone(gpu["parts"]["bench"]["cases"]),
             tokens(serve["parts"]),
             fence(serve["parts"]["fence"]),
+            shadow(serve["parts"]),
             checked(gpu["parts"]),
             source(serve, gpu),
         ]
@@ -145,15 +191,30 @@ def fence(part: dict[str, Any]) -> str:
     )
 
 
-def checked(parts: dict[str, Any]) -> str:
-    demo, sanitizers = parts["demo"], parts["sanitizers"]
-    errors = sum(tool["errors"] for tool in sanitizers.values() if isinstance(tool, dict))
+def shadow(parts: dict[str, Any]) -> str:
+    load, planted = parts["shadow_checked_load"]["record"], parts["planted_error"]["record"]
     return (
-        f"On the same GPU: {parts['tests']['counts']['passed']} GPU tests passed; memcheck, racecheck, initcheck "
-        f"and synccheck of compute-sanitizer found {errors} errors; the demo compared "
+        f"Shadow check in a server, every replay: {load['checks']:,} replays under mixed load compared with "
+        f"SGLang's own fill, {load['mismatches']} values different. With wrong numbers planted behind the fill "
+        f"the check of the first replay found {planted['mismatches']}, the process went over to SGLang's own fill, "
+        f"and the {parts['planted_error']['prompts_after']} prompts after it got the right tokens."
+    )
+
+
+def checked(parts: dict[str, Any]) -> str:
+    demo, sanitizers, tests = parts["demo"], parts["sanitizers"], parts["tests"]
+    errors = sum(tool["errors"] for tool in sanitizers.values() if isinstance(tool, dict))
+    failed = tests["counts"].get("failed", 0)
+    return (
+        f"On the same GPU: {tests['counts']['passed']} GPU tests passed{failures(failed, tests)}; memcheck, racecheck, "
+        f"initcheck and synccheck of compute-sanitizer found {errors} errors; the demo compared "
         f"{sum(demo['compared'].values()):,} values in {demo['steps']} replays of real CUDA graphs, "
         f"{sum(demo['different'].values())} different."
     )
+
+
+def failures(count: int, tests: dict[str, Any]) -> str:
+    return f" and {count} failed ({', '.join(f'`{name}`' for name in tests['failed'])})" if count else ""
 
 
 def source(serve: dict[str, Any], gpu: dict[str, Any]) -> str:

@@ -53,6 +53,14 @@ def fill_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield request.param
 
 
+@pytest.fixture(autouse=True)
+def _gpu_memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Some tests take a third of a GPU's memory; torch would keep it from other processes."""
+    yield
+    if request.node.get_closest_marker("gpu") and HAS_GPU:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def tile(fill_backend: Backend, monkeypatch: pytest.MonkeyPatch) -> int:
     """How many requests an implementation takes at a time; few, for speed, when interpreted."""
