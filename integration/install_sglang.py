@@ -62,24 +62,26 @@ REQUIREMENTS = (
 # Further requirements of single releases: (first release, last release, requirement).
 FURTHER_REQUIREMENTS: tuple[tuple[str, str, str], ...] = ()
 
+LATER = "1000"  # than any release: what holds for 0.5.23 is tried with those that follow
+
 # What has to import in the end: (first release, last release, module).
 MODULES = (
     ("0.5.11", "0.5.12.post1", "sglang.srt.layers.attention.nsa_backend"),
-    ("0.5.13", "0.5.23", "sglang.srt.layers.attention.dsa_backend"),
-    ("0.5.11", "0.5.23", "sglang.srt.server_args"),
-    ("0.5.11", "0.5.23", "sglang.srt.plugins"),
-    ("0.5.11", "0.5.23", "sglang.srt.plugins.hook_registry"),
-    ("0.5.11", "0.5.23", "sglang.srt.speculative.draft_utils"),
-    ("0.5.11", "0.5.23", "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner"),
-    ("0.5.11", "0.5.23", "sglang.srt.speculative.eagle_worker_v2"),
-    ("0.5.11", "0.5.23", "sglang.srt.managers.scheduler"),
-    ("0.5.11", "0.5.23", "sglang.srt.model_executor.model_runner"),
+    ("0.5.13", LATER, "sglang.srt.layers.attention.dsa_backend"),
+    ("0.5.11", LATER, "sglang.srt.server_args"),
+    ("0.5.11", LATER, "sglang.srt.plugins"),
+    ("0.5.11", LATER, "sglang.srt.plugins.hook_registry"),
+    ("0.5.11", LATER, "sglang.srt.speculative.draft_utils"),
+    ("0.5.11", LATER, "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner"),
+    ("0.5.11", LATER, "sglang.srt.speculative.eagle_worker_v2"),
+    ("0.5.11", LATER, "sglang.srt.managers.scheduler"),
+    ("0.5.11", LATER, "sglang.srt.model_executor.model_runner"),
 )
 
 # Packages that SGLang or transformers import but that cannot be here: no published torchvision
 # loads beside the CPU torch, and the kernels need CUDA. (first release, last release, package).
 STAND_INS = (
-    ("0.5.11", "0.5.23", "torchvision"),
+    ("0.5.11", LATER, "torchvision"),
     ("0.5.11", "0.5.12.post1", "sgl_kernel"),
 )
 STAND_IN_PARTS = {
@@ -273,7 +275,7 @@ def main() -> None:
     parser.add_argument("version", help="an SGLang release, such as 0.5.17")
     version = parser.parse_args().version
     if not for_release(MODULES, version):
-        parser.error(f"version: releases 0.5.11 to 0.5.23 are supported, got {version}")
+        parser.error(f"version: releases from 0.5.11 on are supported, got {version}")
     begin = time.monotonic()
     put_stand_ins(version)
     if everything_is_there(version):

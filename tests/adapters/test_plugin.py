@@ -9,6 +9,8 @@ import pytest
 from graph_twin import skip_unless_captured
 from isolated import run, run_fresh
 
+from sglang_nsa_plugin.adapters.releases import TESTED
+
 LOAD = """
 import json, sys
 from sglang.srt.plugins import load_plugins
@@ -28,6 +30,7 @@ args = pickle.loads(pickle.dumps(args))
 print(options.backend_of(args))
 """
 )
+CHECK = PARSE.replace("backend_of", "check_of")
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -115,6 +118,40 @@ def test_unknown_flag_value_ends_with_the_choices():
     assert "invalid choice: 'cudaa'" in done.stderr
     for choice in ("auto", "cuda", "triton", "torch", "off"):
         assert choice in done.stderr.rsplit("invalid choice", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "every"),
+    [
+        ([], "", "0"),
+        ([], "7", "7"),
+        (["--nsa-metadata-check", "3"], "7", "3"),
+        (["--nsa-metadata-check", "0"], "7", "0"),
+    ],
+)
+def test_the_shadow_check_comes_from_the_flag_or_the_variable(flag, variable, every):
+    assert last_line(run(CHECK, *flag, SGLANG_NSA_METADATA_CHECK=variable)) == every
+
+
+def test_a_shadow_check_that_is_no_number_ends_the_start():
+    done = run(LOAD + "print('started')", SGLANG_NSA_METADATA_CHECK="often")
+    assert done.returncode != 0
+    assert "started" not in done.stdout
+    assert "SGLANG_NSA_METADATA_CHECK: must be a whole number, 0 or more, got 'often'" in done.stderr
+    flag = run(CHECK, "--nsa-metadata-check", "-1")
+    assert flag.returncode != 0
+    assert "--nsa-metadata-check: must be a whole number, 0 or more, got '-1'" in flag.stderr
+
+
+def test_a_shadow_check_ends_start_up_where_the_library_is_missing(tmp_path):
+    program = CHECK.replace(
+        "parser = argparse",
+        "from sglang_nsa_plugin.kernels import library; import pathlib\n"
+        f"library.LIBRARY = pathlib.Path({str(tmp_path / 'gone.so')!r})\nparser = argparse",
+    )
+    done = run(program, "--nsa-metadata-check", "10")
+    assert done.returncode != 0
+    assert "--nsa-metadata-check cannot run: the compiled library" in done.stderr
 
 
 def test_unknown_variable_ends_with_the_choices():
@@ -248,10 +285,10 @@ from sglang.srt.speculative import draft_utils, eagle_draft_extend_cuda_graph_ru
 @pytest.mark.parametrize(
     ("version", "said"),
     [
-        ("0.5.23", None),
-        ("0.5.23+cu130", None),
-        ("0.5.24", "is newer than any tested release (0.5.23)"),
-        ("0.6.0rc1", "is newer than any tested release (0.5.23)"),
+        (TESTED[-1], None),
+        (f"{TESTED[-1]}+cu130", None),
+        (f"{TESTED[-1]}0", f"is newer than any tested release ({TESTED[-1]})"),
+        ("1.0.0rc1", f"is newer than any tested release ({TESTED[-1]})"),
         ("0.5.12", "is not a tested release"),
     ],
 )
