@@ -1,0 +1,57 @@
+"""Draws README's picture from the committed result files.
+
+    python integration/plot.py
+
+Host time of planning one draft-extend step, SGLang's own and ours, for each release that was measured.
+Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+from readme import RESULTS, SHOWN_CASE, parts
+
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "host-time.svg"
+COLOURS = {"sglang": "#9aa5b1", "ours": "#1f6feb"}
+
+
+def main() -> int:
+    shown = measured()
+    mpl.rcParams["svg.hashsalt"] = "sglang-nsa-plugin"  # the same picture for the same figures
+    figure, axes = plt.subplots(figsize=(7.5, 3.2))
+    rows = range(len(shown))
+    for offset, (name, label) in zip(
+        (-0.2, 0.2), (("sglang", "SGLang"), ("ours", "with the plugin")), strict=True
+    ):
+        times = [case["host_us"][name] for case in shown.values()]
+        bars = axes.barh([row + offset for row in rows], times, 0.38, label=label, color=COLOURS[name])
+        axes.bar_label(bars, fmt="%.0f µs", padding=3, fontsize=9)
+    axes.set_yticks(list(rows), [f"SGLang {version}" for version in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        f"host time to plan one draft-extend step, {SHOWN_CASE['requests']} requests of "
+        f"{SHOWN_CASE['length']:,} tokens, one H200"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
+    axes.legend(frameon=False, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(PICTURE, metadata={"Date": None})
+    return 0
+
+
+def measured() -> dict[str, dict[str, dict[str, float]]]:
+    """The shown case of each release with timings, oldest first."""
+    found = {}
+    for path in sorted(RESULTS.glob("gpu-test-*.json"), key=lambda path: path.stem):
+        for case in parts(path.name).get("bench", {}).get("cases", []):
+            if SHOWN_CASE.items() <= case.items():
+                found[path.stem.removeprefix("gpu-test-")] = case
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
