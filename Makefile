@@ -50,7 +50,7 @@ gpu-test: $(READY)
 	$(PYTHON) integration/gpu_test.py
 
 serve-test: $(READY)
-	$(PYTHON) -m pytest integration/test_serving.py -v -s
+	$(PYTHON) -m pytest integration/test_serving.py integration/test_shadow_serving.py -v -s
 
 bench: $(READY)
 	PYTHONSAFEPATH=1 $(PYTHON) -m sglang_nsa_plugin bench

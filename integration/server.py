@@ -256,6 +256,7 @@ class Server:
             # psutil compares start times, so a reused id is not taken for the old process
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs(descendants, STOP_LIMIT_S)
         self.process.wait(STOP_LIMIT_S)
         self.process = None
 
