@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from releases import GENERATIONS
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "integration" / "results"
@@ -52,14 +54,18 @@ def releases() -> str:
     matrix = json.loads((RESULTS / "releases.json").read_text())
     rows = [release(version, row) for version, row in matrix["parts"].items()]
     return (
-        "| SGLang | adapter | values compared without a GPU | on an H200 | servers, identical token ids "
-        "| host µs of one plan | launches |\n|---|---|---|---|---|---|---|\n"
+        "| SGLang | generation | adapter | hooks | values compared without a GPU | on an H200 | servers, identical "
+        "token ids | host µs of one plan | launches |\n|---|---|---|---|---|---|---|---|---|\n"
         + "\n".join(rows)
-        + "\n\n*Host µs* and *launches*: what SGLang's own call costs before a draft-extend forward of 8 requests "
+        + f"\n\nGenerations of SGLang's code: {generations()}. *Host µs* and *launches*: what SGLang's own call costs before a draft-extend forward of 8 requests "
         "of 32k tokens, and ours; from `sglang-nsa-plugin bench` on an H200, both in one run. All values "
         f"compared were equal. From `integration/results/` (`releases.json`: {matrix['date'][:10]}, commit "
         f"{matrix['commit'][:7]}; `gpu-test-VERSION.json`, `serve-VERSION.json`)."
     )
+
+
+def generations() -> str:
+    return "; ".join(f"{name}, {what}, from {first}" for name, (first, what) in GENERATIONS.items())
 
 
 def release(version: str, row: dict[str, Any]) -> str:
@@ -69,7 +75,9 @@ def release(version: str, row: dict[str, Any]) -> str:
     shown = next((c for c in cases if SHOWN_CASE.items() <= c.items()), None)
     cells = [
         version,
+        row["generation"],
         row["adapter"],
+        f"{len(row['hook_targets'])}",
         f"{row['values_compared']:,}" if row["verdict"] == "equal" else "different",
         f"{sum(gpu['demo']['compared'].values()):,} values" if "demo" in gpu else "-",
         f"{tokens['same_ids']} of {tokens['prompts']} prompts" if tokens else "-",

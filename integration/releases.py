@@ -30,6 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".releases"
 RESULT = "releases.json"
 STEPS = 100
+# How SGLang's draft-extend code came to be what it is, and the first release of each generation.
+GENERATIONS = {
+    "B": ("0.5.11", "NSA, planned eagerly or replayed ragged"),
+    "C": ("0.5.13", "DSA, planned eagerly"),
+    "D": ("0.5.15", "DSA, captured in CUDA graphs"),
+    "E": ("0.5.20", "D with k-pooling and another runner"),
+    "F": ("0.5.22", "E without an early fence"),
+}
 TIME_LIMIT_S = 1200
 # Named first so that nothing later chooses them; what the tests need comes with the wheel's extra.
 FIRST = ("torch==2.13.0", "triton==3.6.0", "numpy>=2,<2.4")
@@ -56,6 +64,12 @@ def tested_releases() -> list[str]:
     return sorted(names["TESTED"], key=release_key)
 
 
+def generation(version: str) -> str:
+    """The last generation that began with this release or before it."""
+    key = release_key(version)
+    return max(name for name, (first, _) in GENERATIONS.items() if release_key(first) <= key)
+
+
 def build_wheel() -> Path:
     """The wheel of this source tree, which every environment installs."""
     folder = FOLDER / "wheel"
@@ -74,6 +88,7 @@ def try_release(version: str, wheel: Path, keep: bool) -> dict[str, Any]:
     state = demo.get("state", {})
     passed = demo_passed and tests_passed and demo.get("verdict") == "equal"
     row = {
+        "generation": generation(version),
         "adapter": state.get("adapter"),
         "implementation": state.get("backend"),
         "reason": state.get("reason"),
@@ -146,7 +161,7 @@ def run(*command: str) -> None:
 def as_text(rows: dict[str, dict[str, Any]]) -> str:
     """The table as it goes to README."""
     lines = [
-        f"{version:14} {row['adapter'] or '-':9} {len(row['hook_targets'])} hooks "
+        f"{version:14} {row['generation']} {row['adapter'] or '-':9} {len(row['hook_targets'])} hooks "
         f"{row['values_compared']:>12,} values {row['values_different']:>4} different  {row['verdict']}"
         for version, row in rows.items()
     ]
