@@ -41,6 +41,50 @@ def test_result_files_name_their_origin(name: str) -> None:
         assert f'"{key}"' in text
 
 
+# What runs each command of the documents, or why nothing does.
+RUN_BY = {
+    "pip install sglang-nsa-plugin": "test_wheel.py installs the wheel; no index has the package yet",
+    "pip install .": "test_wheel.py",
+    "NSA_CUDA=ON pip install .": "test_build.py",
+    "NSA_CUDA=OFF pip install .": "test_wheel.py",
+    "sglang-nsa-plugin verify": "test_verify.py",
+    "make lint": ".ci/run",
+    "make test": ".ci/run",
+    "make demo": ".ci/run",
+    "make test-release": ".ci/run",
+    "make test-releases": "make test-release for each release, hours on a small machine",
+    "make gpu-test": "needs a GPU",
+    "make serve-test": "needs a GPU",
+    "make bench": "needs a GPU",
+    "make wheel": "test_wheel.py builds the same way, for the time it takes",
+    "integration/gpu_host.sh": "needs a GPU host",
+    "python3 integration/readme.py": "test_repository.py, with --check",
+    "python3 integration/plot.py": "needs matplotlib, which nothing else here does",
+}
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_every_command_of_the_documents_is_accounted_for(document: str) -> None:
+    text = (ROOT / document).read_text()
+    written = re.findall(
+        r"^    (?!sglang-nsa-plugin \d)((?:\w+=\S+ )*(?:pip|make|sglang-nsa-plugin) .*)", text, re.M
+    )
+    written += re.findall(r"`((?:make|python3) [^`]+)`", text)
+    commands = [re.split(r"\s{2,}#|\s{3,}", line)[0].strip() for line in written]
+    assert commands
+    assert [
+        c for c in commands if not any(c == known or c.startswith(f"{known} ") for known in RUN_BY)
+    ] == []
+
+
+def test_what_runs_the_commands_is_there() -> None:
+    for command, by in RUN_BY.items():
+        if by.startswith("test_"):
+            assert (ROOT / "tests" / by.split()[0].rstrip(",")).is_file(), command
+        if by == ".ci/run":
+            assert f"\n{command}" in (ROOT / ".ci" / "run").read_text(), command
+
+
 def test_files_of_the_readme_exist() -> None:
     paths = set(
         re.findall(
