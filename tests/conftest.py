@@ -26,6 +26,8 @@ if not HAS_GPU:
 import hypothesis  # noqa: E402
 from cases import CPU, Backend  # noqa: E402
 
+from sglang_nsa_plugin.state import STATE, State  # noqa: E402
+
 hypothesis.settings.register_profile("ci", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("ci")
 
@@ -59,6 +61,13 @@ def _gpu_memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.node.get_closest_marker("gpu") and HAS_GPU:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def state() -> State:
+    """The plugin's state of this process, emptied: earlier tests counted into it."""
+    STATE.__init__()  # type: ignore[misc]
+    return STATE
 
 
 @pytest.fixture

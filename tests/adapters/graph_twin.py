@@ -27,3 +27,13 @@ def skip_unless_captured() -> None:
 
     if not in_graph.is_generation():
         pytest.skip("this SGLang does not capture DSA's draft-extend in graphs")
+
+
+def random_batch(twin, generator, raw_bs=None):
+    from sglang_nsa_plugin.cli.batches import random_step
+
+    raw_bs = raw_bs or int(torch.randint(1, BATCH_SIZES[-1] + 1, (), generator=generator))
+    bs = twin.bucket(raw_bs)
+    longest = twin.inputs.req_to_token.shape[1]
+    random_step(twin.inputs, generator, raw_bs, bs, twin.ours.draft_tokens, longest)
+    return bs

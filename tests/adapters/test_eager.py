@@ -48,15 +48,6 @@ def make_twin(backend: str = "auto", **rig: object):
     return EagerTwin(CPU, (1, 2, 4, MAX_BS), backend, **settings)
 
 
-@pytest.fixture
-def state():
-    """The state of this process, emptied: earlier tests counted into it."""
-    from sglang_nsa_plugin.state import STATE
-
-    STATE.__init__()
-    return STATE
-
-
 def random_batch(twin, generator, raw_bs=None, bs=None):
     from sglang_nsa_plugin.cli.batches import random_step
 

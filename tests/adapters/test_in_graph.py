@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from graph_twin import BATCH_SIZES, DRAFT_TOKENS, make_twin, on_the_cpu
+from graph_twin import BATCH_SIZES, DRAFT_TOKENS, make_twin, on_the_cpu, random_batch
 
 pytestmark = on_the_cpu
 
@@ -18,25 +18,6 @@ pytestmark = on_the_cpu
 @pytest.fixture
 def twin():
     return make_twin()
-
-
-@pytest.fixture
-def state():
-    """The state of this process, emptied: earlier tests counted into it."""
-    from sglang_nsa_plugin.state import STATE
-
-    STATE.__init__()
-    return STATE
-
-
-def random_batch(twin, generator, raw_bs=None):
-    from sglang_nsa_plugin.cli.batches import random_step
-
-    raw_bs = raw_bs or int(torch.randint(1, BATCH_SIZES[-1] + 1, (), generator=generator))
-    bs = twin.bucket(raw_bs)
-    longest = twin.inputs.req_to_token.shape[1]
-    random_step(twin.inputs, generator, raw_bs, bs, twin.ours.draft_tokens, longest)
-    return bs
 
 
 def step_and_expect_equal(twin, bs):

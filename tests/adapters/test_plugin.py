@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 from graph_twin import skip_unless_captured
@@ -31,6 +32,15 @@ print(options.backend_of(args))
 """
 )
 CHECK = PARSE.replace("backend_of", "check_of")
+
+
+def without_library(program: str, folder: Path) -> str:
+    """The program where the compiled library is missing."""
+    return program.replace(
+        "parser = argparse",
+        "from sglang_nsa_plugin.kernels import library; import pathlib\n"
+        f"library.LIBRARY = pathlib.Path({str(folder / 'gone.so')!r})\nparser = argparse",
+    )
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -144,11 +154,7 @@ def test_a_shadow_check_that_is_no_number_ends_the_start():
 
 
 def test_a_shadow_check_ends_start_up_where_the_library_is_missing(tmp_path):
-    program = CHECK.replace(
-        "parser = argparse",
-        "from sglang_nsa_plugin.kernels import library; import pathlib\n"
-        f"library.LIBRARY = pathlib.Path({str(tmp_path / 'gone.so')!r})\nparser = argparse",
-    )
+    program = without_library(CHECK, tmp_path)
     done = run(program, "--nsa-metadata-check", "10")
     assert done.returncode != 0
     assert "--nsa-metadata-check cannot run: the compiled library" in done.stderr
@@ -165,11 +171,7 @@ def test_unknown_variable_ends_with_the_choices():
 
 
 def test_cuda_by_name_ends_start_up_where_the_library_is_missing(tmp_path):
-    program = PARSE.replace(
-        "parser = argparse",
-        "from sglang_nsa_plugin.kernels import library; import pathlib\n"
-        f"library.LIBRARY = pathlib.Path({str(tmp_path / 'gone.so')!r})\nparser = argparse",
-    )
+    program = without_library(PARSE, tmp_path)
     done = run(program, "--nsa-metadata-backend", "cuda")
     assert done.returncode != 0
     assert "--nsa-metadata-backend cuda cannot run: the compiled library" in done.stderr

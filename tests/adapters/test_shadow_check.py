@@ -1,4 +1,7 @@
-"""The shadow check around SGLang's real backend object, on CPU tensors or in real CUDA graphs."""
+"""The shadow check around SGLang's real backend object, on CPU tensors.
+
+In real CUDA graphs it is checked by integration/test_shadow_serving.py and integration/soak.py.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,10 @@ import logging
 
 import pytest
 import torch
+from graph_twin import make_twin, on_the_cpu, random_batch
 
-from sglang_nsa_plugin.adapters import in_graph
+pytestmark = on_the_cpu
 
-pytestmark = pytest.mark.skipif(
-    not in_graph.is_generation(), reason="this SGLang runs draft-extend eagerly: test_eager.py"
-)
-
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-BATCH_SIZES = (1, 4, 8)
 FIELDS = (
     "cache_seqlens_int32",
     "cu_seqlens_k",
@@ -26,60 +24,27 @@ FIELDS = (
 )
 
 
-@pytest.fixture
-def state():
-    """The state of this process, emptied: earlier tests counted into it."""
-    from sglang_nsa_plugin.state import STATE
-
-    STATE.__init__()
-    return STATE
-
-
-def make_twin(check_every, **rig):
-    from sglang_nsa_plugin.cli.replay import Twin
-
-    settings = {"draft_tokens": 4, "context_len": 512, "pool_size": 12, **rig}
-    return Twin(DEVICE, BATCH_SIZES, check_every=check_every, **settings)
-
-
-def random_batch(twin, generator):
-    from sglang_nsa_plugin.cli.batches import random_step
-
-    raw_bs = int(torch.randint(1, BATCH_SIZES[-1] + 1, (), generator=generator))
-    bs = twin.bucket(raw_bs)
-    random_step(twin.inputs, generator, raw_bs, bs, 4, twin.inputs.req_to_token.shape[1])
-    return bs
-
-
-def settle():
-    """The host learns of a comparison when the device has done it."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
 @pytest.mark.parametrize("rig", [{}, {"page_size": 1}, {"draft_tokens": 2}], ids=str)
 def test_every_replay_is_checked_and_equal(rig, state):
     from sglang_nsa_plugin.cli.replay import Comparison
 
-    twin = make_twin(1, **rig)
+    twin = make_twin(check_every=1, **rig)
     generator = torch.Generator().manual_seed(1)
     result = Comparison()
     for _ in range(20):
         twin.step(random_batch(twin, generator), result)
-    settle()
     assert result.first is None, result.first
     assert state.checks == 20
     assert state.mismatches == 0
     assert not state.fallbacks
     values = twin._taken_over().checked.check.report
-    settle()
     assert values.arrived()
     assert values.values[1] > 20 * 100  # cells compared
 
 
 @pytest.mark.parametrize(("every", "checks"), [(0, 0), (3, 4), (13, 0)])
 def test_every_nth_replay_is_checked(every, checks, state):
-    twin = make_twin(every)
+    twin = make_twin(check_every=every)
     generator = torch.Generator().manual_seed(2)
     for _ in range(12):
         twin.replay(random_batch(twin, generator))
@@ -102,12 +67,11 @@ def test_a_planted_error_is_found_and_sglang_takes_over(field, state, monkeypatc
         refresh_derived(fill, metadata)
 
     monkeypatch.setattr(DraftExtendFill, "refresh_derived", wrong)
-    twin = make_twin(1)
+    twin = make_twin(check_every=1)
     generator = torch.Generator().manual_seed(3)
     bs = random_batch(twin, generator)
     with caplog.at_level(logging.ERROR):
         twin.replay(bs)
-        settle()
         twin.replay(bs)
     assert state.checks == 1
     assert state.mismatches > 0
@@ -133,7 +97,7 @@ def test_a_planted_error_is_found_and_sglang_takes_over(field, state, monkeypatc
 
 def test_the_check_leaves_the_metadata_alone(state):
     """SGLang fills the copy: what the model reads keeps its tensors and its values."""
-    twin = make_twin(1)
+    twin = make_twin(check_every=1)
     backend = twin.ours.backend
     generator = torch.Generator().manual_seed(4)
     bs = random_batch(twin, generator)
@@ -152,7 +116,7 @@ def test_new_graph_tensors_get_new_copies(state):
     """Recapture: SGLang allocates its tensors anew, and the check follows."""
     from sglang_nsa_plugin.cli.replay import Comparison
 
-    twin = make_twin(1)
+    twin = make_twin(check_every=1)
     generator = torch.Generator().manual_seed(5)
     twin.replay(random_batch(twin, generator))
     for one in (twin.ours, twin.theirs):
@@ -164,7 +128,6 @@ def test_new_graph_tensors_get_new_copies(state):
     result = Comparison()
     for _ in range(5):
         twin.step(random_batch(twin, generator), result)
-    settle()
     twin.replay(random_batch(twin, generator))
     assert result.first is None, result.first
     assert state.checks == 7
