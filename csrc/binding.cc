@@ -29,13 +29,16 @@ bool is_int64(const TensorView& tensor) { return tensor.dtype().bits == 64; }
 
 IndexVector index_vector(const MaybeTensor& tensor) {
   if (!tensor.has_value()) return IndexVector{};
-  return IndexVector{data_of<void>(*tensor), (*tensor).stride(0), is_int64(*tensor)};
+  const int64_t words = is_int64(*tensor) ? 2 : 1;
+  return IndexVector{data_of<const int32_t>(*tensor), (*tensor).stride(0) * words, words == 2};
 }
 
 IndexTable index_table(const MaybeTensor& tensor) {
   if (!tensor.has_value()) return IndexTable{};
   const TensorView& t = *tensor;
-  return IndexTable{data_of<void>(t), t.stride(0), t.stride(1), t.size(0), t.size(1), is_int64(t)};
+  const int64_t words = is_int64(t) ? 2 : 1;
+  return IndexTable{data_of<const int32_t>(t), t.stride(0) * words, t.stride(1) * words, t.size(0),
+                    t.size(1)};
 }
 
 OutputVector output_vector(const MaybeTensor& tensor) {
@@ -43,10 +46,24 @@ OutputVector output_vector(const MaybeTensor& tensor) {
   return OutputVector{data_of<int32_t>(*tensor), (*tensor).stride(0)};
 }
 
-PageTable page_table(const MaybeTensor& tensor, int64_t page_size) {
-  if (!tensor.has_value()) return PageTable{nullptr, 0, 0, 0, page_size};
+PageTable page_table(const MaybeTensor& tensor, int64_t page_size, const IndexTable& tokens) {
+  PageTable table{};
+  table.page_size = divisor_of(page_size);
+  if (!tensor.has_value()) return table;
   const TensorView& t = *tensor;
-  return PageTable{data_of<int32_t>(t), t.stride(0), t.stride(1), t.size(1), page_size};
+  table.data = data_of<int32_t>(t);
+  table.row_stride = t.stride(0);
+  table.column_stride = t.stride(1);
+  table.columns = t.size(1);
+  table.moves = moves_of(table, tokens);
+  return table;
+}
+
+Schedule schedule_of(const MaybeTensor& tensor, int64_t rows, bool last_take_more) {
+  if (!tensor.has_value()) return Schedule{};
+  const TensorView& t = *tensor;
+  return Schedule{data_of<int32_t>(t),      t.stride(0),       t.stride(1),
+                  divisor_of(t.size(0) - 1), longest_row(rows), last_take_more};
 }
 
 #ifdef NSA_WITH_CUDA
@@ -57,12 +74,20 @@ void check(int error, const char* what) {
   TVM_FFI_THROW(RuntimeError) << what << ": the kernel launch failed: " << cuda_error_text(error);
 }
 
-ffi::Function bind_on_cuda(const Fill& fill, int device, int64_t max_blocks) {
-  const Grid grid = grid_for(fill, device, max_blocks);
-  return ffi::Function::FromTyped([fill, grid](int64_t stream) {
-    const ffi::CUDADeviceGuard guard(grid.device);
-    check(fill_on_cuda(fill, grid, reinterpret_cast<void*>(stream)), "draft-extend metadata fill");
+template <typename Bound>
+ffi::Function launcher(int (*launch)(const Bound&, void*), const Bound& bound, int device) {
+  return ffi::Function::FromTyped([launch, bound, device](int64_t stream) {
+    const ffi::CUDADeviceGuard guard(device);
+    check(launch(bound, reinterpret_cast<void*>(stream)), "draft-extend metadata fill");
   });
+}
+
+ffi::Function bind_on_cuda(const Fill& fill, int device, int64_t max_blocks) {
+  const int multiprocessors = multiprocessors_of(device);
+  if (is_ragged(fill)) {
+    return launcher(fill_ragged_on_cuda, ragged_fill(fill, multiprocessors, max_blocks), device);
+  }
+  return launcher(fill_static_on_cuda, static_fill(fill, multiprocessors), device);
 }
 
 ffi::Function bind_comparison_on_cuda(const Comparison& all, int device) {
@@ -94,14 +119,14 @@ ffi::Function bind_comparison_on_cpu(const Comparison& all) {
 }
 
 // Returns a function of one argument, the address of the stream to launch on (CPU: not used).
-// `max_blocks` limits the grid; 0 leaves it to the shapes and the GPU.
+// `max_blocks` limits the grid of a ragged fill; 0 leaves it to the shapes and the GPU.
 ffi::Function bind(int64_t max_blocks, TensorView seq_lens, MaybeTensor req_pool_indices,
                    MaybeTensor req_to_token, MaybeTensor extend_lens, int64_t static_extend_len,
                    int64_t index_topk, int64_t page_size, TensorView cache_seqlens,
                    TensorView cu_seqlens_k, TensorView seqlens_expanded,
                    TensorView nsa_cache_seqlens, TensorView nsa_cu_seqlens_k, MaybeTensor ctx_lens,
                    MaybeTensor page_table_1, MaybeTensor real_page_table, MaybeTensor row_count,
-                   MaybeTensor enabled) {
+                   MaybeTensor mqa_schedule, bool schedule_last_take_more, MaybeTensor enabled) {
   Fill fill{};
   fill.seq_lens = index_vector(seq_lens);
   fill.req_pool_indices = index_vector(req_pool_indices);
@@ -118,8 +143,9 @@ ffi::Function bind(int64_t max_blocks, TensorView seq_lens, MaybeTensor req_pool
   fill.nsa_cu_seqlens_k = output_vector(nsa_cu_seqlens_k);
   fill.ctx_lens = output_vector(ctx_lens);
   fill.row_count = output_vector(row_count);
-  fill.tables[0] = page_table(page_table_1, 1);
-  fill.tables[1] = page_table(real_page_table, page_size);
+  fill.tables[0] = page_table(page_table_1, 1, fill.req_to_token);
+  fill.tables[1] = page_table(real_page_table, page_size, fill.req_to_token);
+  fill.schedule = schedule_of(mqa_schedule, fill.rows, schedule_last_take_more);
   fill.enabled = enabled.has_value() ? data_of<int32_t>(*enabled) : nullptr;
 
   const DLDevice device = seq_lens.device();

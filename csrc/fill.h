@@ -14,25 +14,44 @@
 
 namespace nsa {
 
-// Strides count elements. A null `data` means that the tensor was left out.
+// Index tensors are int32 or int64 and read as 32-bit words, the low one first: most values count by
+// their low word alone, and one load then serves both types without a branch, which would keep it from
+// overlapping with the next one. Their strides count words. A null `data` means that the tensor was
+// left out.
 struct IndexVector {
-  const void* data;
+  const int32_t* data;
   int64_t stride;
   bool is_int64;
 };
 
 struct IndexTable {
-  const void* data;
+  const int32_t* data;
   int64_t row_stride;
   int64_t column_stride;
   int64_t rows;
   int64_t columns;
-  bool is_int64;
 };
+
+// Strides of outputs count elements.
 
 struct OutputVector {
   int32_t* data;
   int64_t stride;
+};
+
+// Divides numbers below 2^31 by a number that is known at bind time: a multiplication and a shift
+// instead of the dozens of instructions that a GPU needs for a division.
+struct Divisor {
+  uint32_t value;
+  uint32_t multiplier;
+  uint32_t shift;
+};
+
+// How a GPU moves the cells of a page table.
+enum class Moves : int {
+  kCells,          // one by one
+  kStoredVectors,  // read one by one, stored 16 bytes at a time
+  kVectors,        // read and stored 16 bytes at a time
 };
 
 struct PageTable {
@@ -40,7 +59,18 @@ struct PageTable {
   int64_t row_stride;
   int64_t column_stride;
   int64_t columns;
-  int64_t page_size;
+  Divisor page_size;
+  Moves moves;
+};
+
+// DeepGEMM's schedule: where each of `processors` begins in the rows' segments, and one behind them.
+struct Schedule {
+  int32_t* data;
+  int64_t row_stride;
+  int64_t column_stride;
+  Divisor processors;
+  uint32_t longest;     // row that counts; see longest_row
+  bool last_take_more;  // what does not divide evenly goes to the last processors, not to the first
 };
 
 constexpr int kPageTables = 2;
@@ -63,25 +93,9 @@ struct Fill {
   OutputVector ctx_lens;
   OutputVector row_count;
   PageTable tables[kPageTables];
+  Schedule schedule;
 
   const int32_t* enabled;  // null, or one number on the device: 0 makes the fill write nothing
-};
-
-// What a fill knows of one request. Everything is read at once, so that no load waits for another.
-struct Request {
-  int64_t length;      // L, as SGLang keeps it: the low 32 bits of seq_lens, signed
-  int64_t extend_len;  // q, 0 to 2^31 - 1
-  int64_t pool_row;    // its row of req_to_token, or -1 when its index lies outside the pool
-  uint32_t columns[kPageTables];  // of each page table, that its length fills
-};
-
-// Running sums over the requests before one. Sums of lengths wrap like the int32 tensors they go to;
-// `row` stops at the number of rows of the outputs, so that no later request can write past them.
-struct Offsets {
-  uint32_t row;
-  uint32_t lengths;
-  uint32_t clamped;
-  uint32_t units[kPageTables];
 };
 
 NSA_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -90,61 +104,74 @@ NSA_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return minimum(maximum(x, low), high);
 }
 NSA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-// Dividing 32 bits takes a GPU a fraction of what 64 bits take. Holds for a, b < 2^31.
-NSA_INLINE uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
-NSA_INLINE int64_t load(const void* data, int64_t index, bool is_int64) {
-  return is_int64 ? static_cast<const int64_t*>(data)[index]
-                  : static_cast<const int32_t*>(data)[index];
+// multiplier = ceil(2^shift / value), shift = 31 + ceil(log2(value)): exact below 2^31.
+inline Divisor divisor_of(int64_t value) {
+  uint32_t shift = 31;
+  while ((int64_t{1} << (shift - 31)) < value) ++shift;
+  const uint64_t multiplier = ((uint64_t{1} << shift) + value - 1) / value;
+  return Divisor{static_cast<uint32_t>(value), static_cast<uint32_t>(multiplier), shift};
+}
+
+NSA_INLINE uint32_t divide(uint32_t x, const Divisor& by) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(x) * by.multiplier) >> by.shift);
+}
+NSA_INLINE uint32_t divide_up(uint32_t x, const Divisor& by) {
+  return x == 0 ? 0 : divide(x - 1, by) + 1;
+}
+
+NSA_INLINE int32_t low_word(const IndexVector& vector, int64_t i) {
+  return vector.data[i * vector.stride];
 }
 
 NSA_INLINE int64_t load(const IndexVector& vector, int64_t i) {
-  return load(vector.data, i * vector.stride, vector.is_int64);
+  const int32_t low = low_word(vector, i);
+  const int32_t high = vector.is_int64 ? vector.data[i * vector.stride + 1] : low >> 31;
+  return static_cast<int64_t>(high) * (int64_t{1} << 32) + static_cast<uint32_t>(low);
 }
 
 NSA_INLINE void store(const OutputVector& out, int64_t i, int64_t value) {
   if (out.data != nullptr) out.data[i * out.stride] = static_cast<int32_t>(value);
 }
 
-// Columns of a page table that a request of this length fills: those below the length that exist both
-// in the table and in req_to_token.
-NSA_INLINE uint32_t live_columns(const Fill& fill, const PageTable& table, int64_t length) {
-  if (table.data == nullptr) return 0;
-  const uint32_t tokens = static_cast<uint32_t>(clamp(length, 0, fill.req_to_token.columns));
-  const uint32_t page = static_cast<uint32_t>(table.page_size);
-  return static_cast<uint32_t>(minimum(ceil_div(tokens, page), table.columns));
+// L, as SGLang keeps it: the low 32 bits of seq_lens, signed.
+NSA_INLINE int32_t length_of(const Fill& fill, int64_t r) {
+  return low_word(fill.seq_lens, r);
 }
 
-// A request whose index lies outside the pool gets slot 0, SGLang's padding slot, in every live cell.
-NSA_INLINE int64_t pool_row(const Fill& fill, int64_t r) {
-  if (fill.req_pool_indices.data == nullptr) return -1;
-  const int64_t index = load(fill.req_pool_indices, r);
-  return index >= 0 && index < fill.req_to_token.rows ? index : -1;
+NSA_INLINE bool is_ragged(const Fill& fill) { return fill.extend_lens.data != nullptr; }
+
+// q, 0 to 2^31 - 1.
+NSA_INLINE int64_t extend_len_of(const Fill& fill, int64_t r) {
+  return is_ragged(fill) ? clamp(load(fill.extend_lens, r), 0, INT32_MAX) : fill.static_extend_len;
 }
+
+// seqlens_expanded of a row with `behind` rows of its request behind it: max(L - behind, 0).
+NSA_INLINE uint32_t expanded_length(int32_t length, uint32_t behind) {
+  const uint32_t tokens = length < 0 ? 0 : static_cast<uint32_t>(length);
+  return tokens > behind ? tokens - behind : 0;
+}
+
+// What the lengths of one request's rows are made of.
+struct Request {
+  int32_t length;
+  int64_t extend_len;
+  int64_t first;  // expanded length of its row 0, before it is raised to 0: L - q + 1
+};
 
 NSA_INLINE Request request_at(const Fill& fill, int64_t r) {
   Request request;
-  request.pool_row = pool_row(fill, r);
-  request.length = static_cast<int32_t>(load(fill.seq_lens, r));
-  const int64_t q =
-      fill.extend_lens.data == nullptr ? fill.static_extend_len : load(fill.extend_lens, r);
-  request.extend_len = clamp(q, 0, INT32_MAX);
-  for (int k = 0; k < kPageTables; ++k) {
-    request.columns[k] = live_columns(fill, fill.tables[k], request.length);
-  }
+  request.length = length_of(fill, r);
+  request.extend_len = extend_len_of(fill, r);
+  request.first = request.length - request.extend_len + 1;
   return request;
 }
 
-// seqlens_expanded of row j of a request: max(L - q + 1 + j, 0).
-NSA_INLINE int64_t expanded_length(const Request& request, int64_t j) {
-  return maximum(request.length - request.extend_len + 1 + j, 0);
-}
-
-// Sum of min(expanded_length(j), topk) over j < n, modulo 2^32, in closed form: rows before `rising`
+// Sum of min(max(L - q + 1 + j, 0), topk) over j < n, modulo 2^32, in closed form: rows before `rising`
 // are 0, rows from `level` on are topk, and those between rise by one each.
 NSA_INLINE uint32_t clamped_sum(const Request& request, int64_t n, int64_t topk) {
-  const int64_t first = request.length - request.extend_len + 1;
-  const int64_t rising = clamp(-first, 0, n);
+  const int64_t first = clamp(request.first, -n, topk);  // further out makes no difference
+  const int64_t rising = maximum(-first, 0);
   const int64_t level = clamp(topk - first, rising, n);
   const uint64_t steps = static_cast<uint64_t>(level - rising);  // unsigned: products may wrap
   const uint64_t ramp = steps * static_cast<uint64_t>(first) +
@@ -152,60 +179,28 @@ NSA_INLINE uint32_t clamped_sum(const Request& request, int64_t n, int64_t topk)
   return static_cast<uint32_t>(ramp + static_cast<uint64_t>((n - level) * topk));
 }
 
-// Columns that one block copies at a time: `kVectors` times four a thread for the token table, one for
-// the paged one.
-constexpr int kVectors = 2;
+// Sums over requests. Those of lengths wrap like the int32 tensors they go to; `row` stops at the
+// number of rows of the outputs, so that no later request can write past them.
+struct Sums {
+  uint32_t row;
+  uint32_t lengths;
+  uint32_t clamped;
+};
 
-template <int kThreads>
-NSA_INLINE uint32_t unit_columns(const PageTable& table) {
-  return table.page_size == 1 ? 4 * kVectors * kThreads : kThreads;
+NSA_INLINE Sums combine(const Sums& a, const Sums& b, int64_t rows) {
+  const int64_t row = minimum(static_cast<int64_t>(a.row) + b.row, rows);
+  return Sums{static_cast<uint32_t>(row), a.lengths + b.lengths, a.clamped + b.clamped};
 }
 
-NSA_INLINE Offsets combine(const Offsets& a, const Offsets& b, int64_t rows) {
-  Offsets sum;
-  sum.row = static_cast<uint32_t>(minimum(static_cast<int64_t>(a.row) + b.row, rows));
-  sum.lengths = a.lengths + b.lengths;
-  sum.clamped = a.clamped + b.clamped;
-  for (int k = 0; k < kPageTables; ++k) sum.units[k] = a.units[k] + b.units[k];
-  return sum;
+NSA_INLINE Sums sums_of(const Fill& fill, const Request& request) {
+  return Sums{static_cast<uint32_t>(minimum(request.extend_len, fill.rows)),
+              static_cast<uint32_t>(request.length),
+              clamped_sum(request, request.extend_len, fill.index_topk)};
 }
 
-template <int kThreads>
-NSA_INLINE Offsets offsets_of(const Fill& fill, const Request& request) {
-  Offsets own;
-  own.row = static_cast<uint32_t>(minimum(request.extend_len, fill.rows));
-  own.lengths = static_cast<uint32_t>(request.length);
-  own.clamped = clamped_sum(request, request.extend_len, fill.index_topk);
-  for (int k = 0; k < kPageTables; ++k) {
-    own.units[k] = ceil_div(request.columns[k], unit_columns<kThreads>(fill.tables[k]));
-  }
-  return own;
-}
-
-// The slot of a token: the low 32 bits of req_to_token, signed.
-NSA_INLINE int32_t token_at(const Fill& fill, int64_t pool_row, int64_t column) {
-  if (pool_row < 0) return 0;
-  const IndexTable& source = fill.req_to_token;
-  const int64_t index = pool_row * source.row_stride + column * source.column_stride;
-  return static_cast<int32_t>(load(source.data, index, source.is_int64));
-}
-
-// Rounds down, also below 0: there ~t = -t - 1 is divided instead.
-NSA_INLINE int32_t page_of(int32_t token, int64_t page_size) {
-  const int32_t flip = token < 0 ? -1 : 0;
-  const uint32_t quotient = static_cast<uint32_t>(token ^ flip) / static_cast<uint32_t>(page_size);
-  return static_cast<int32_t>(quotient) ^ flip;
-}
-
-NSA_INLINE int32_t page_at(const Fill& fill, const PageTable& table, int64_t pool_row,
-                           int64_t column) {
-  return page_of(token_at(fill, pool_row, column * table.page_size), table.page_size);
-}
-
-NSA_INLINE void store_request(const Fill& fill, int64_t r, const Request& request,
-                              const Offsets& before) {
-  store(fill.cache_seqlens, r, request.length);
-  store(fill.cu_seqlens_k, r + 1, before.lengths + static_cast<uint32_t>(request.length));
+NSA_INLINE void store_request(const Fill& fill, int64_t r, int32_t length, uint32_t lengths) {
+  store(fill.cache_seqlens, r, length);
+  store(fill.cu_seqlens_k, r + 1, lengths);
 }
 
 NSA_INLINE void store_row(const Fill& fill, int64_t row, int64_t expanded, uint32_t running_sum) {
@@ -215,17 +210,95 @@ NSA_INLINE void store_row(const Fill& fill, int64_t row, int64_t expanded, uint3
   store(fill.nsa_cu_seqlens_k, row + 1, running_sum);
 }
 
-// Row `row` of a request whose first row is `before.row`.
+// Row `row` of a request, with the sums before the request.
 NSA_INLINE void store_live_row(const Fill& fill, int64_t row, const Request& request,
-                               const Offsets& before) {
+                               const Sums& before) {
   const int64_t j = row - before.row;
-  store_row(fill, row, expanded_length(request, j),
+  const uint32_t behind = static_cast<uint32_t>(request.extend_len - 1 - j);
+  store_row(fill, row, expanded_length(request.length, behind),
             before.clamped + clamped_sum(request, j + 1, fill.index_topk));
 }
 
 NSA_INLINE void store_sum_starts(const Fill& fill) {
   store(fill.cu_seqlens_k, 0, 0);
   store(fill.nsa_cu_seqlens_k, 0, 0);
+}
+
+// Columns of a page table that a request of this length fills: those below the length that exist both
+// in the table and in req_to_token.
+NSA_INLINE uint32_t live_columns(const Fill& fill, const PageTable& table, int32_t length) {
+  if (table.data == nullptr) return 0;
+  const uint32_t tokens = static_cast<uint32_t>(clamp(length, 0, fill.req_to_token.columns));
+  return static_cast<uint32_t>(minimum(divide_up(tokens, table.page_size), table.columns));
+}
+
+// Its row of req_to_token. A request whose index lies outside the pool gets -1, and slot 0, SGLang's
+// padding slot, in every live cell.
+NSA_INLINE int64_t pool_row_of(const Fill& fill, int64_t r) {
+  const int64_t index = load(fill.req_pool_indices, r);
+  return index >= 0 && index < fill.req_to_token.rows ? index : -1;
+}
+
+// The slot of a token: the low 32 bits of req_to_token, signed.
+NSA_INLINE int32_t token_at(const IndexTable& source, int64_t pool_row, int64_t column) {
+  return pool_row < 0
+             ? 0
+             : source.data[pool_row * source.row_stride + column * source.column_stride];
+}
+
+inline bool is_aligned(const void* pointer, int64_t row_stride) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_stride % 4 == 0;
+}
+
+inline Moves moves_of(const PageTable& table, const IndexTable& tokens) {
+  if (table.column_stride != 1 || !is_aligned(table.data, table.row_stride)) return Moves::kCells;
+  const bool reads_vectors = table.page_size.value == 1 && tokens.column_stride == 1 &&
+                             is_aligned(tokens.data, tokens.row_stride);
+  return reads_vectors ? Moves::kVectors : Moves::kStoredVectors;
+}
+
+// Rounds down, also below 0: there ~t = -t - 1 is divided instead.
+NSA_INLINE int32_t page_of(int32_t token, const Divisor& page_size) {
+  const int32_t flip = token < 0 ? -1 : 0;
+  return static_cast<int32_t>(divide(static_cast<uint32_t>(token ^ flip), page_size)) ^ flip;
+}
+
+// The token whose slot says where a page of this table lies.
+NSA_INLINE int64_t first_token(const PageTable& table, int64_t column) {
+  return column * table.page_size.value;
+}
+
+// Tokens of one segment of DeepGEMM's schedule.
+constexpr uint32_t kSegment = 256;
+
+// The longest row that counts in a schedule of so many rows: all segments together stay below 2^31.
+inline uint32_t longest_row(int64_t rows) {
+  return static_cast<uint32_t>(minimum(INT32_MAX / maximum(rows, 1) * kSegment, INT32_MAX));
+}
+
+// Segments of a row, the last one perhaps shorter.
+NSA_INLINE uint32_t segments_of(const Schedule& schedule, uint32_t expanded_length) {
+  const uint32_t length =
+      expanded_length < schedule.longest ? expanded_length : schedule.longest;
+  return (length + kSegment - 1) / kSegment;
+}
+
+// The first segment of processor p, of `total` segments in all: total % processors of them get one
+// more than the others.
+NSA_INLINE uint32_t schedule_start(const Schedule& schedule, uint32_t total, uint32_t p) {
+  const uint32_t processors = schedule.processors.value;
+  const uint32_t each = divide(total, schedule.processors);
+  const uint32_t longer = total - each * processors;
+  if (!schedule.last_take_more) return p * each + (p < longer ? p : longer);
+  const uint32_t shorter = processors - longer;
+  return p * each + (p > shorter ? p - shorter : 0);
+}
+
+// Processor p begins in this row, behind its first `segment` segments.
+NSA_INLINE void store_schedule(const Schedule& schedule, int64_t p, int64_t row, uint32_t segment) {
+  int32_t* out = schedule.data + p * schedule.row_stride;
+  out[0] = static_cast<int32_t>(row);
+  out[schedule.column_stride] = static_cast<int32_t>(segment);
 }
 
 }  // namespace nsa

@@ -4,14 +4,38 @@
 namespace nsa {
 namespace {
 
-void copy_pages(const Fill& fill, int k, const Request& request, int64_t first_row,
+void copy_pages(const Fill& fill, const PageTable& table, int64_t r, int64_t first_row,
                 int64_t end_row) {
-  const PageTable& table = fill.tables[k];
+  const int64_t columns = live_columns(fill, table, length_of(fill, r));
+  if (columns == 0) return;
+  const int64_t pool_row = pool_row_of(fill, r);
   for (int64_t row = first_row; row < end_row; ++row) {
     int32_t* out = table.data + row * table.row_stride;
-    for (int64_t column = 0; column < request.columns[k]; ++column) {
-      out[column * table.column_stride] = page_at(fill, table, request.pool_row, column);
+    for (int64_t column = 0; column < columns; ++column) {
+      const int32_t token = token_at(fill.req_to_token, pool_row, first_token(table, column));
+      out[column * table.column_stride] = page_of(token, table.page_size);
     }
+  }
+}
+
+uint32_t segments_of_row(const Fill& fill, int64_t row) {
+  const int64_t q = fill.static_extend_len;
+  const uint32_t behind = static_cast<uint32_t>(q - 1 - row % q);
+  return segments_of(fill.schedule, expanded_length(length_of(fill, row / q), behind));
+}
+
+void fill_schedule(const Fill& fill) {
+  const Schedule& schedule = fill.schedule;
+  uint32_t total = 0;
+  for (int64_t row = 0; row < fill.rows; ++row) total += segments_of_row(fill, row);
+  int64_t row = 0;
+  uint32_t before = 0;
+  for (uint32_t p = 0; p <= schedule.processors.value; ++p) {
+    const uint32_t start = schedule_start(schedule, total, p);
+    for (; row < fill.rows && before + segments_of_row(fill, row) <= start; ++row) {
+      before += segments_of_row(fill, row);
+    }
+    store_schedule(schedule, p, row, row < fill.rows ? start - before : 0);
   }
 }
 
@@ -20,19 +44,20 @@ void copy_pages(const Fill& fill, int k, const Request& request, int64_t first_r
 void fill_on_cpu(const Fill& fill) {
   if (fill.enabled != nullptr && *fill.enabled == 0) return;
   store_sum_starts(fill);
-  Offsets before{};
+  Sums before{};
   for (int64_t r = 0; r < fill.requests; ++r) {
     const Request request = request_at(fill, r);
-    const Offsets after = combine(before, offsets_of<1>(fill, request), fill.rows);
-    store_request(fill, r, request, before);
+    const Sums after = combine(before, sums_of(fill, request), fill.rows);
+    store_request(fill, r, request.length, after.lengths);
     for (int64_t row = before.row; row < after.row; ++row) {
       store_live_row(fill, row, request, before);
     }
-    for (int k = 0; k < kPageTables; ++k) copy_pages(fill, k, request, before.row, after.row);
+    for (const PageTable& table : fill.tables) copy_pages(fill, table, r, before.row, after.row);
     before = after;
   }
   for (int64_t row = before.row; row < fill.rows; ++row) store_row(fill, row, 0, before.clamped);
   store(fill.row_count, 0, before.row);
+  if (fill.schedule.data != nullptr) fill_schedule(fill);
 }
 
 }  // namespace nsa

@@ -1,4 +1,4 @@
-// The two ways to run a fill and a comparison. The binding checks and packs; these only run.
+// The ways to run a fill and a comparison. The binding checks and packs; these only run.
 #pragma once
 
 #include "compare.h"
@@ -10,21 +10,37 @@ void fill_on_cpu(const Fill& fill);
 void compare_on_cpu(const Comparison& all);
 
 #ifdef NSA_WITH_CUDA
-struct Grid {
-  int device;
+// A fill of a static width with what is known when it is bound.
+struct StaticFill {
+  int blocks;
+  int rows_begin;  // the first block of each role but that of requests
+  int schedule_begin;
+  int pages_begin;
+  int tokens_begin;
+  int parts;  // blocks that share one request's pages
+  bool shares_tokens;
+  Divisor requests;
+  Divisor extend_len;
+  Fill fill;
+};
+
+struct RaggedFill {
+  Fill fill;
   int blocks;
 };
 
-// As many blocks as the largest batch of these shapes can use, at most a few for each
-// multiprocessor. `max_blocks` of 0 means no further limit. Never launches anything.
-Grid grid_for(const Fill& fill, int device, int64_t max_blocks);
+// Never launch anything. `max_blocks` of 0 means no further limit.
+StaticFill static_fill(const Fill& fill, int multiprocessors);
+RaggedFill ragged_fill(const Fill& fill, int multiprocessors, int64_t max_blocks);
 
-// One kernel launch on `stream`; returns a cudaError_t.
-int fill_on_cuda(const Fill& fill, const Grid& grid, void* stream);
+// One kernel launch on `stream`, on the current device; returns a cudaError_t.
+int fill_static_on_cuda(const StaticFill& launch, void* stream);
+int fill_ragged_on_cuda(const RaggedFill& launch, void* stream);
 
 // Two kernel launches on `stream`, on the current device; returns a cudaError_t.
 int compare_on_cuda(const Comparison& all, void* stream);
 
+int multiprocessors_of(int device);
 const char* cuda_error_text(int error);
 #endif
 

@@ -172,7 +172,10 @@ def small_case(device: torch.device, ragged: bool, times: int = 1) -> FillArgs:
         ctx_lens=poisoned(rows, 1),
         page_table_1=poisoned(rows, width),
         real_page_table=poisoned(rows, width // page),
+        mqa_schedule=poisoned(6, 2),
+        mqa_remainder_last=times > 1,
     )
     if not ragged:
         return args
-    return replace(args, extend_lens=tensor([2, 4, 0, 3], torch.int32), row_count=poisoned(1))
+    widths = tensor([2, 4, 0, 3], torch.int32)
+    return replace(args, extend_lens=widths, row_count=poisoned(1), mqa_schedule=None)

@@ -10,6 +10,7 @@ import torch
 
 INT32_MAX = 2**31 - 1
 INDEX_DTYPES = (torch.int32, torch.int64)
+SEGMENT = 256  # tokens in a segment of DeepGEMM's schedule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,6 +31,7 @@ class FillArgs:
     page_table_1        [rows, width]         req_to_token[req_pool_indices[r], c] for c < L
     real_page_table     [rows, width / page]  req_to_token[..., p * page] // page for p * page < L
     row_count           [1]                   rows in use: min(sum of q, rows)
+    mqa_schedule        [P + 1, 2]            where each of P processors begins: row, segment of it
     =================== ===================== =====================================================
 
     Inputs, int32 or int64, any strides:
@@ -44,8 +46,15 @@ class FillArgs:
         enabled: None, or int32 [1]: a fill that finds 0 there writes nothing. It is read on the
             device, so a captured fill can be switched off without a new capture.
 
-    ``ctx_lens``, ``page_table_1``, ``real_page_table`` and ``row_count`` are left out when None. With
-    page size 1 there is no ``real_page_table``: it would be ``page_table_1``.
+    ``ctx_lens``, ``page_table_1``, ``real_page_table``, ``row_count`` and ``mqa_schedule`` are left out
+    when None. With page size 1 there is no ``real_page_table``: it would be ``page_table_1``.
+
+    ``mqa_schedule`` is DeepGEMM's for paged MQA logits. Row t has ``ceil(seqlens_expanded[t] / 256)``
+    segments, n are there in all, and processor p begins behind the first
+    ``p * (n // P) + min(p, n % P)`` of them; with ``mqa_remainder_last`` the last processors take what does
+    not divide evenly, not the first: ``p * (n // P) + max(p - P + n % P, 0)``. At the end of the segments
+    stands ``(rows, 0)``. Rows longer than ``256 * ((2**31 - 1) // rows)`` count as long as that. It needs
+    a number in ``extend_lens``.
 
     Rows: a number in ``extend_lens`` asks for exactly ``bs * extend_lens`` rows. With a tensor the
     outputs say how many rows there are; rows behind the last request get length 0 and requests that
@@ -76,6 +85,8 @@ class FillArgs:
     page_table_1: torch.Tensor | None = None
     real_page_table: torch.Tensor | None = None
     row_count: torch.Tensor | None = None
+    mqa_schedule: torch.Tensor | None = None
+    mqa_remainder_last: bool = False
     enabled: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +94,7 @@ class FillArgs:
         _check_tensors(self)
         _check_shapes(self)
         _check_tables(self)
+        _check_schedule(self)
         _check_overlap(self)
 
     @property
@@ -120,12 +132,14 @@ OUTPUTS = (
     "page_table_1",
     "real_page_table",
     "row_count",
+    "mqa_schedule",
 )
 REQUIRED = ("seq_lens", *OUTPUTS[:5])
 RANKS = {
     "req_to_token": (2,),
     "page_table_1": (2,),
     "real_page_table": (2,),
+    "mqa_schedule": (2,),
     "ctx_lens": (1, 2),
 }
 
@@ -236,6 +250,23 @@ def _check_tables(args: FillArgs) -> None:
         for source in ("req_pool_indices", "req_to_token"):
             if getattr(args, source) is None:
                 raise TypeError(f"{source}: must be a torch.Tensor to fill {name}, got NoneType")
+
+
+def _check_schedule(args: FillArgs) -> None:
+    if args.mqa_schedule is None:
+        return
+    if args.mqa_schedule.shape[0] < 2 or args.mqa_schedule.shape[1] != 2:
+        raise ValueError(
+            "mqa_schedule: must have 2 columns and a row for each processor, one or more, and one behind "
+            f"them, got shape {tuple(args.mqa_schedule.shape)}"
+        )
+    if isinstance(args.extend_lens, torch.Tensor):
+        raise TypeError("mqa_schedule: needs an int in extend_lens, got a tensor")
+
+
+def longest_row(rows: int) -> int:
+    """Tokens of a row that count in a schedule: all segments together stay below 2**31."""
+    return min(INT32_MAX // max(rows, 1) * SEGMENT, INT32_MAX)
 
 
 def _check_overlap(args: FillArgs) -> None:

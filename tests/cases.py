@@ -48,6 +48,8 @@ class Case:
     rows: int | None = None  # of a ragged batch; None: as many as it needs
     ctx_dims: int = 0
     row_count: bool = False
+    processors: int | None = None  # of mqa_schedule
+    remainder_last: bool = False
     enabled: int | None = None
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     layouts: Mapping[str, Layout] = field(default_factory=dict)
@@ -101,6 +103,8 @@ class Case:
             shapes["real_page_table"] = (rows, self.pages)
         if self.row_count:
             shapes["row_count"] = (1,)
+        if self.processors is not None:
+            shapes["mqa_schedule"] = (self.processors + 1, 2)
         return shapes
 
 
@@ -156,7 +160,12 @@ class Guarded:
 def fill_args(case: Case, **tensors: object) -> FillArgs:
     """The FillArgs of a case from its tensors by name."""
     given: dict[str, object] = {"req_pool_indices": None, "req_to_token": None, **tensors}
-    return FillArgs(index_topk=case.index_topk, page_size=case.page_size, **given)  # type: ignore[arg-type]
+    numbers = {
+        "index_topk": case.index_topk,
+        "page_size": case.page_size,
+        "mqa_remainder_last": case.remainder_last,
+    }
+    return FillArgs(**numbers, **given)  # type: ignore[arg-type]
 
 
 def place(
@@ -226,7 +235,26 @@ def expect(args: FillArgs) -> dict[str, np.ndarray]:
         out["row_count"][0] = row
     for rest in range(row, args.rows):
         _set_row(out, rest, 0, args.index_topk, sum_of_clamped)
+    if "mqa_schedule" in out:
+        _set_schedule(out["mqa_schedule"], out["seqlens_expanded"], args.mqa_remainder_last)
     return out
+
+
+def _set_schedule(schedule: np.ndarray, lengths: np.ndarray, remainder_last: bool) -> None:
+    """Deals the segments out one by one: each processor is given its share, and begins at its first."""
+    rows = len(lengths)
+    longest = (2**31 - 1) // max(rows, 1) * 256
+    segments = [-(-min(int(length), longest) // 256) for length in lengths]
+    processors = len(schedule) - 1
+    share, longer = divmod(sum(segments), processors)
+    row = segment = 0
+    for p in range(processors + 1):
+        while row < rows and segment >= segments[row]:
+            segment -= segments[row]
+            row += 1
+        schedule[p] = (row, segment if row < rows else 0)
+        takes_more = p >= processors - longer if remainder_last else p < longer
+        segment += share + takes_more
 
 
 def to_int32(value: int) -> int:

@@ -21,6 +21,7 @@ OUTPUTS = (
     "page_table_1",
     "real_page_table",
     "row_count",
+    "mqa_schedule",
 )
 # One tensor for two inputs: legal, and a kernel may not assume otherwise.
 SHARED = (
@@ -75,6 +76,8 @@ def random_case(rng: Random, scale: Scale) -> Case:
         dtypes=dtypes,
         layouts=_layouts(rng),
         shared=shared,
+        processors=rng.choice([None, 1, 2, 78, 132, 300]) if static else None,
+        remainder_last=happens(rng, 0.5),
         **_optional_vectors(rng, scale),
     )
 

@@ -220,6 +220,22 @@ def test_shape_of_ctx_lens(valid: dict, shape: tuple) -> None:
     refused(ValueError, message, valid | {"ctx_lens": int32(*shape)})
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (0, 2), (3, 1), (3, 3)])
+def test_shape_of_mqa_schedule(valid: dict, shape: tuple) -> None:
+    static = valid | {"extend_lens": 3}
+    FillArgs(**static | {"mqa_schedule": int32(2, 2)})
+    message = (
+        "mqa_schedule: must have 2 columns and a row for each processor, one or more, and one behind "
+        f"them, got shape {shape}"
+    )
+    refused(ValueError, message, static | {"mqa_schedule": int32(*shape)})
+
+
+def test_a_schedule_is_made_for_static_widths(valid: dict) -> None:
+    message = "mqa_schedule: needs an int in extend_lens, got a tensor"
+    refused(TypeError, message, valid | {"mqa_schedule": int32(9, 2)})
+
+
 @pytest.mark.parametrize("name", TABLES[1:])
 def test_rows_of_tables(valid: dict, name: str) -> None:
     for rows in (5, 7):

@@ -332,7 +332,7 @@ def test_rows_and_bases_that_no_vector_fits(
     fill_backend.check(replace(case, layouts={**case.layouts, "page_table_1": DENSE}))
 
 
-@pytest.mark.parametrize("columns", [3, 4, 5, 1023, 1024, 1025, 2049])
+@pytest.mark.parametrize("columns", [3, 4, 5, 511, 513, 1023, 1024, 1025, 2049, 4095, 4096, 4097])
 def test_tables_around_the_copied_blocks(fill_backend: Backend, columns: int) -> None:
     lengths = [columns - 1, columns, columns + 1]
     case = Case(seq_lens=lengths, tokens=columns + 1, width=columns, dtypes=ALL_INT32)
@@ -499,3 +499,36 @@ def test_a_longer_fill_leaves_no_trace_in_live_cells(fill_backend: Backend) -> N
     guarded.args.seq_lens.copy_(torch.tensor([13, 1]))
     guarded.args.req_pool_indices.copy_(torch.tensor([3, 4]))
     guarded.check(lambda _: bound())
+
+
+# DeepGEMM's schedule
+
+
+@pytest.mark.parametrize("remainder_last", [False, True])
+@pytest.mark.parametrize("processors", [1, 7, 132, 300])
+def test_schedules(fill_backend: Backend, processors: int, remainder_last: bool) -> None:
+    for lengths in ([0, 0], [1], [255, 256, 257, 258], [0, 40_000, 3, 0], [131_072], [*range(250, 290)]):
+        case = Case(
+            seq_lens=lengths, extend_lens=4, processors=processors, remainder_last=remainder_last
+        )
+        fill_backend.check(case)
+
+
+def test_a_schedule_begins_where_the_segments_say(fill_backend: Backend) -> None:
+    """Rows of 256, 257 and 258 tokens are 1 + 2 + 2 segments; three processors take 2 + 2 + 1 of them."""
+    case = Case(seq_lens=[258], extend_lens=3, processors=3)
+    assert values_of(fill_backend.check(case))["mqa_schedule"] == [[0, 0], [1, 1], [2, 1], [3, 0]]
+    last = replace(case, remainder_last=True)
+    assert values_of(fill_backend.check(last))["mqa_schedule"] == [[0, 0], [1, 0], [2, 0], [3, 0]]
+
+
+def test_schedules_of_many_requests(fill_backend: Backend, tile: int) -> None:
+    for count in (tile, 2 * tile + 1, 5 * tile):
+        lengths = [(977 * r) % 3000 for r in range(count)]
+        fill_backend.check(Case(seq_lens=lengths, extend_lens=3, processors=132, remainder_last=True))
+
+
+@pytest.mark.parametrize("length", [INT32_MAX, INT32_MIN, -1])
+def test_schedules_of_extreme_lengths(fill_backend: Backend, length: int) -> None:
+    for lengths in ([length], [length, 300, length], [length] * 70):
+        fill_backend.check(Case(seq_lens=lengths, extend_lens=4, processors=132))

@@ -1,4 +1,4 @@
-"""The compiled CUDA kernel (``csrc/fill_cuda.cu``): one launch on the caller's current stream."""
+"""The compiled CUDA kernels (``csrc/fill_*.cu``): one launch on the caller's current stream."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def has_cuda() -> bool:
 def bind(args: FillArgs, max_blocks: int = 0) -> Callable[[int], None]:
     """Packs ``args`` once and returns a function of the stream to launch on, as an address.
 
-    ``max_blocks`` limits the CUDA grid; 0 leaves it to the shapes and the GPU. The caller keeps the
-    tensors of ``args`` alive.
+    ``max_blocks`` limits the CUDA grid of a ragged fill; 0 leaves it to the shapes and the GPU. The
+    caller keeps the tensors of ``args`` alive.
     """
     static = args.extend_lens if isinstance(args.extend_lens, int) else 0
     ragged = args.extend_lens if isinstance(args.extend_lens, torch.Tensor) else None
@@ -80,6 +80,8 @@ def bind(args: FillArgs, max_blocks: int = 0) -> Callable[[int], None]:
         args.page_table_1,
         args.real_page_table,
         args.row_count,
+        args.mqa_schedule,
+        args.mqa_remainder_last,
         args.enabled,
     )
     return bound

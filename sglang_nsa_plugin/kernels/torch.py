@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from sglang_nsa_plugin.fill_args import INT32_MAX, FillArgs
+from sglang_nsa_plugin.fill_args import INT32_MAX, SEGMENT, FillArgs, longest_row
 
 
 def bind(args: FillArgs) -> Callable[[], None]:
@@ -46,6 +46,8 @@ def fill(args: FillArgs) -> None:
         write(args.ctx_lens, expanded.view(args.ctx_lens.shape))
     if args.row_count is not None:
         write(args.row_count, q.sum().clamp(max=args.rows).view(1))
+    if args.mqa_schedule is not None:
+        write(args.mqa_schedule, _schedule(expanded, args.mqa_schedule.shape[0] - 1, args.mqa_remainder_last))
     if args.page_table_1 is not None:
         _write_table(args, write, args.page_table_1, 1, request, in_use, length)
     if args.real_page_table is not None:
@@ -60,6 +62,21 @@ def _extend_lens(args: FillArgs) -> torch.Tensor:
 
 def _running_sums(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([values.new_zeros(1), torch.cumsum(values, dim=0)])
+
+
+def _schedule(lengths: torch.Tensor, processors: int, remainder_last: bool) -> torch.Tensor:
+    """Row and segment where each processor begins, and the end."""
+    rows = lengths.shape[0]
+    segments = (lengths.clamp(max=longest_row(rows)) + SEGMENT - 1) // SEGMENT
+    ends = _running_sums(segments)
+    total = ends[-1]
+    p = torch.arange(processors + 1, device=lengths.device)
+    longer = total % processors
+    longer_before = (p - processors + longer).clamp(min=0) if remainder_last else torch.minimum(p, longer)
+    begin = p * (total // processors) + longer_before
+    row = torch.searchsorted(ends[1:].contiguous(), begin, right=True)
+    segment = torch.where(row < rows, begin - ends[row], 0)
+    return torch.stack([row, segment], dim=1)
 
 
 def _write(enabled: torch.Tensor | None, out: torch.Tensor, values: torch.Tensor) -> None:

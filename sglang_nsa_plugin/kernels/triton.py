@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.errors import TritonError
 
-from sglang_nsa_plugin.fill_args import OUTPUTS, FillArgs
+from sglang_nsa_plugin.fill_args import OUTPUTS, FillArgs, longest_row
 
 # What Triton raises beside RuntimeError where it cannot compile; the second is the C compiler's.
 ERRORS = (TritonError, subprocess.CalledProcessError)
@@ -34,11 +34,12 @@ _NOT_SPECIALIZED = [
     "cache_seqlens_stride", "cu_seqlens_k_stride", "expanded_stride", "clamped_stride",
     "clamped_sums_stride", "ctx_lens_stride",
     "wide_stride_0", "wide_stride_1", "paged_stride_0", "paged_stride_1",
+    "schedule_stride_0", "schedule_stride_1", "processors", "longest",
 ]  # fmt: skip
 _UNALIGNED = [
     "seq_lens", "extend_lens", "req_pool_indices", "req_to_token", "cache_seqlens", "cu_seqlens_k",
     "seqlens_expanded", "nsa_cache_seqlens", "nsa_cu_seqlens_k", "ctx_lens", "page_table_1",
-    "real_page_table", "row_count", "enabled",
+    "real_page_table", "row_count", "mqa_schedule", "enabled",
 ]  # fmt: skip
 
 
@@ -130,6 +131,54 @@ def _fill_lengths(
 
 
 @triton.jit
+def _segments(seq_lens, seq_lens_stride, q, t, rows, longest):
+    # of the rows t; 0 behind the last one
+    mask = t < rows
+    r = t // q
+    length = _length(seq_lens, seq_lens_stride, r, mask)
+    behind = q - 1 - (t - r * q)
+    expanded = tl.maximum(tl.maximum(length, 0) - behind, 0)
+    return tl.where(mask, (tl.minimum(expanded, longest.to(tl.int64)) + 255) // 256, 0)
+
+
+@triton.jit
+def _fill_schedule(
+    seq_lens, seq_lens_stride, static_extend_len, rows,
+    mqa_schedule, stride_0, stride_1, processors, longest,
+    REMAINDER_LAST: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    local = tl.arange(0, TILE)
+    q = static_extend_len.to(tl.int64)
+    total = tl.zeros((), tl.int64)
+    for start in tl.range(0, rows, TILE):
+        total += tl.sum(_segments(seq_lens, seq_lens_stride, q, start + local, rows, longest), 0)
+    each = total // processors
+    longer = total - each * processors
+    for first in tl.range(0, processors + 1, TILE):
+        p = (first + local).to(tl.int64)
+        if REMAINDER_LAST:
+            begin = p * each + tl.maximum(p - (processors - longer), 0)
+        else:
+            begin = p * each + tl.minimum(p, longer)
+        row = tl.zeros((TILE,), tl.int32)
+        before = tl.zeros((TILE,), tl.int64)
+        sums = tl.zeros((), tl.int64)
+        for start in tl.range(0, rows, TILE):
+            t = start + local
+            segments = _segments(seq_lens, seq_lens_stride, q, t, rows, longest)
+            ends = sums + tl.cumsum(segments, 0)
+            passed = (ends[None, :] <= begin[:, None]) & (t < rows)[None, :]
+            row += tl.sum(passed.to(tl.int32), 1)
+            before = tl.maximum(before, tl.max(tl.where(passed, ends[None, :], 0), 1))
+            sums += tl.sum(segments, 0)
+        mask = p <= processors
+        out = mqa_schedule + p * stride_0
+        tl.store(out, row, mask=mask)
+        segment = tl.where(row < rows, begin - before, 0)
+        tl.store(out + stride_1, segment.to(tl.int32), mask=mask)
+
+
+@triton.jit
 def _fill_table(
     program, programs,
     seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, static_extend_len, bs, rows,
@@ -177,13 +226,15 @@ def _fill_table(
 def _fill_kernel(
     seq_lens, extend_lens, req_pool_indices, req_to_token,
     cache_seqlens, cu_seqlens_k, seqlens_expanded, nsa_cache_seqlens, nsa_cu_seqlens_k,
-    ctx_lens, page_table_1, real_page_table, row_count, enabled,
+    ctx_lens, page_table_1, real_page_table, row_count, mqa_schedule, enabled,
     bs, rows, static_extend_len, index_topk, page_size, pool, tokens, width, pages,
     seq_lens_stride, extend_lens_stride, index_stride, tokens_stride_0, tokens_stride_1,
     cache_seqlens_stride, cu_seqlens_k_stride, expanded_stride, clamped_stride,
     clamped_sums_stride, ctx_lens_stride,
     wide_stride_0, wide_stride_1, paged_stride_0, paged_stride_1,
+    schedule_stride_0, schedule_stride_1, processors, longest,
     RAGGED: tl.constexpr, HAS_CTX_LENS: tl.constexpr, HAS_ROW_COUNT: tl.constexpr,
+    HAS_SCHEDULE: tl.constexpr, REMAINDER_LAST: tl.constexpr,
     HAS_WIDE: tl.constexpr, HAS_PAGED: tl.constexpr, HAS_SWITCH: tl.constexpr,
     TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -201,10 +252,19 @@ def _fill_kernel(
             RAGGED, HAS_CTX_LENS, HAS_ROW_COUNT, TILE,
         )  # fmt: skip
         return
-    programs = tl.num_programs(0) - 1
+    if HAS_SCHEDULE:
+        if program == 1:
+            _fill_schedule(
+                seq_lens, seq_lens_stride, static_extend_len, rows,
+                mqa_schedule, schedule_stride_0, schedule_stride_1, processors, longest,
+                REMAINDER_LAST, TILE,
+            )  # fmt: skip
+            return
+    before: tl.constexpr = 2 if HAS_SCHEDULE else 1
+    programs = tl.num_programs(0) - before
     if HAS_WIDE:
         _fill_table(
-            program - 1, programs,
+            program - before, programs,
             seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, static_extend_len, bs, rows,
             req_pool_indices, index_stride, req_to_token, tokens_stride_0, tokens_stride_1, pool,
             tokens, page_table_1, wide_stride_0, wide_stride_1, width, tl.full((), 1, tl.int32),
@@ -212,7 +272,7 @@ def _fill_kernel(
         )  # fmt: skip
     if HAS_PAGED:
         _fill_table(
-            program - 1, programs,
+            program - before, programs,
             seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, static_extend_len, bs, rows,
             req_pool_indices, index_stride, req_to_token, tokens_stride_0, tokens_stride_1, pool,
             tokens, real_page_table, paged_stride_0, paged_stride_1, pages, page_size,
@@ -223,12 +283,15 @@ def _fill_kernel(
 def bind(args: FillArgs) -> Callable[[], None]:
     """Returns a function that launches the fill on the stream that is current when it is called."""
     has_tables = args.page_table_1 is not None or args.real_page_table is not None
-    launch = _fill_kernel[(1 + TABLE_PROGRAMS if has_tables else 1,)]
-    arguments = (*_tensors(args), *_sizes(args), *_strides(args))
+    has_schedule = args.mqa_schedule is not None
+    launch = _fill_kernel[(1 + has_schedule + (TABLE_PROGRAMS if has_tables else 0),)]
+    arguments = (*_tensors(args), *_sizes(args), *_strides(args), *_schedule_sizes(args))
     flags = {
         "RAGGED": isinstance(args.extend_lens, torch.Tensor),
         "HAS_CTX_LENS": args.ctx_lens is not None,
         "HAS_ROW_COUNT": args.row_count is not None,
+        "HAS_SCHEDULE": has_schedule,
+        "REMAINDER_LAST": args.mqa_remainder_last,
         "HAS_WIDE": args.page_table_1 is not None,
         "HAS_PAGED": args.real_page_table is not None,
         "HAS_SWITCH": args.enabled is not None,
@@ -281,4 +344,10 @@ def _strides(args: FillArgs) -> list[int]:
         *(stride for vector in outputs for stride in strides(vector, 1)),
         *strides(args.page_table_1, 2),
         *strides(args.real_page_table, 2),
+        *strides(args.mqa_schedule, 2),
     ]
+
+
+def _schedule_sizes(args: FillArgs) -> tuple[int, int]:
+    processors = 1 if args.mqa_schedule is None else args.mqa_schedule.shape[0] - 1
+    return processors, longest_row(args.rows)

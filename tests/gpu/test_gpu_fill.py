@@ -232,6 +232,27 @@ def test_full_size(backend: Backend) -> None:
     backend.check(replace(case, layouts=odd))
 
 
+@pytest.mark.parametrize("odd", [False, True], ids=["vectors", "cells"])
+@pytest.mark.parametrize("requests", [70, 300])
+def test_long_tables_of_many_requests(requests: int, odd: bool) -> None:
+    """More chunks of tokens than blocks that are there at a time: blocks share out those that are live."""
+    lengths = [(977 * r) % 41_000 if r % 3 else 0 for r in range(requests)]
+    case = Case(
+        seq_lens=lengths,
+        extend_lens=2,
+        indices=[r % 5 for r in range(requests)],
+        tokens=41_000,
+        width=40_960,
+        pages=641,
+        page_size=64,
+        dtypes={"req_to_token": torch.int32},
+        layouts=dict.fromkeys(
+            ("page_table_1", "req_to_token"), Layout(gap=1, offset=3) if odd else Layout(gap=0)
+        ),
+    )
+    Backend(GPU, "cuda").check(case)
+
+
 @pytest.mark.parametrize("max_blocks", [1, 2, 3, 7])
 def test_any_number_of_blocks_writes_the_same(max_blocks: int) -> None:
     lengths = [(977 * r) % 3000 for r in range(300)]

@@ -1,0 +1,246 @@
+// The CUDA kernel for a static width: one launch writes every metadata tensor of a fill.
+//
+// The kernel runs for two microseconds and every instruction once, so what counts is how many loads wait
+// for one another and how much code has to be fetched. Nothing is scanned that arithmetic can tell: row t
+// belongs to request t / q. Each block has one role, and none waits for another:
+//   - requests: cache_seqlens and cu_seqlens_k of as many requests as a block has threads,
+//   - rows: the lengths of as many rows; what lies before them a block sums up for itself,
+//   - DeepGEMM's schedule: one block,
+//   - pages: each request has `parts` blocks, whose threads take its live pages in turns,
+//   - tokens: a block for each chunk that a request can have; where those would be too many, blocks share
+//     out the chunks that are live, in their order, so that what is written at one time lies together.
+// The grid is fixed when the fill is bound, so the launch can be captured in a CUDA graph and replayed
+// while lengths change; nothing is read back by the host. NOTES.md says what was measured.
+#include "tables.cuh"
+
+namespace nsa {
+namespace {
+
+constexpr int kResidentBlocks = 4;  // of a multiprocessor
+// Blocks that copy pages, and tokens, for each multiprocessor. Tokens have more than are resident: blocks
+// that begin as others end keep what is written at one time together.
+constexpr int64_t kPageBlocks = 2;
+constexpr int64_t kTokenBlocks = 16;
+
+// ---- lengths
+
+// Calls add(r, L) for each request below `end` that is this thread's, loading four lengths at a time.
+template <typename Add>
+__device__ void for_each_request_before(uint32_t end, const Fill& fill, Add add) {
+  constexpr int kAtOnce = 4;
+#pragma unroll 1
+  for (uint32_t r = threadIdx.x; r < end; r += kAtOnce * kThreads) {
+    int32_t lengths[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const uint32_t at = r + i * kThreads;
+      lengths[i] = length_of(fill, at < end ? at : r);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (r + i * kThreads < end) add(r + i * kThreads, lengths[i]);
+    }
+  }
+}
+
+__device__ void fill_requests(const Fill& fill, uint32_t block) {
+  const uint32_t begin = block * kThreads;
+  const uint32_t r = begin + threadIdx.x;
+  const bool enabled = is_enabled(fill);
+  const int32_t length = r < fill.requests ? length_of(fill, r) : 0;
+  uint32_t before = 0;
+  for_each_request_before(begin, fill, [&](uint32_t, int32_t other) { before += other; });
+  const uint32_t sum = scan_block(length, before);
+  if (!enabled) return;
+  if (r < fill.requests) store_request(fill, r, length, sum);
+  if (r == 0) {
+    store_sum_starts(fill);
+    store(fill.row_count, 0, fill.rows);
+  }
+}
+
+__device__ void fill_rows(const StaticFill& launch, uint32_t block) {
+  const Fill& fill = launch.fill;
+  const Divisor q = launch.extend_len;
+  const uint32_t topk = static_cast<uint32_t>(fill.index_topk);
+  const uint32_t begin = block * kThreads;
+  const uint32_t row = begin + threadIdx.x;
+  const uint32_t r = divide(row, q);
+  const bool enabled = is_enabled(fill);
+  const uint32_t behind = q.value - 1 - (row - r * q.value);
+  const uint32_t expanded = row < fill.rows ? expanded_length(length_of(fill, r), behind) : 0;
+  uint32_t before = 0;
+  for_each_request_before(divide_up(begin, q), fill, [&](uint32_t other, int32_t length) {
+    const uint32_t rows = min(q.value, begin - other * q.value);
+    if (expanded_length(length, q.value - 1) >= topk) {
+      before += rows * topk;
+      return;
+    }
+    for (uint32_t j = 0; j < rows; ++j) before += min(expanded_length(length, q.value - 1 - j), topk);
+  });
+  const uint32_t sum = scan_block(min(expanded, topk), before);
+  if (enabled && row < fill.rows) store_row(fill, row, expanded, sum);
+}
+
+// Each thread adds up the segments of `per` neighbouring requests; then each processor looks for the thread
+// whose requests hold its first segment, and walks through their rows.
+__device__ void fill_schedule(const StaticFill& launch) {
+  __shared__ uint32_t ends[kThreads];
+  const Fill& fill = launch.fill;
+  const Schedule& schedule = fill.schedule;
+  const uint32_t q = static_cast<uint32_t>(fill.static_extend_len);
+  const uint32_t per = (static_cast<uint32_t>(fill.requests) + kThreads - 1) / kThreads;
+  const bool enabled = is_enabled(fill);
+  uint32_t own = 0;
+#pragma unroll 4
+  for (uint32_t i = 0; i < per; ++i) {
+    const uint32_t r = threadIdx.x * per + i;
+    const int32_t length = r < fill.requests ? length_of(fill, r) : 0;
+    for (uint32_t behind = 0; behind < q; ++behind) {
+      own += segments_of(schedule, expanded_length(length, behind));
+    }
+  }
+  ends[threadIdx.x] = scan_block(own, 0);
+  __syncthreads();
+  if (!enabled) return;
+  const uint32_t total = ends[kThreads - 1];
+#pragma unroll 1
+  for (uint32_t p = threadIdx.x; p <= schedule.processors.value; p += kThreads) {
+    const uint32_t start = schedule_start(schedule, total, p);
+    if (start >= total) {
+      store_schedule(schedule, p, fill.rows, 0);
+      continue;
+    }
+    const uint32_t holder = find_alone(ends, start);
+    uint32_t skipped = start - (holder == 0 ? 0 : ends[holder - 1]);
+    uint32_t row = holder * per * q;
+    for (bool found = false; !found;) {
+      const int32_t length = length_of(fill, divide(row, launch.extend_len));
+      for (uint32_t behind = q; behind > 0 && !found;) {
+        const uint32_t segments = segments_of(schedule, expanded_length(length, --behind));
+        found = skipped < segments;
+        if (found) break;
+        skipped -= segments;
+        ++row;
+      }
+    }
+    store_schedule(schedule, p, row, skipped);
+  }
+}
+
+// ---- page tables
+
+__device__ Copy copy_of(const StaticFill& launch, const PageTable& table, uint32_t r) {
+  const Fill& fill = launch.fill;
+  const uint32_t q = static_cast<uint32_t>(fill.static_extend_len);
+  return copy_of(fill, table, length_of(fill, r), pool_row_of(fill, r), r * q, q);
+}
+
+__device__ void fill_pages(const StaticFill& launch, uint32_t block) {
+  const PageTable& table = launch.fill.tables[1];
+  const uint32_t part = divide(block, launch.requests);
+  const bool enabled = is_enabled(launch.fill);
+  const Copy copy = copy_of(launch, table, block - part * launch.requests.value);
+  if (!enabled) return;
+  const bool stores_vectors = table.moves == Moves::kStoredVectors;
+  const uint32_t thread = part * kThreads + threadIdx.x;
+  const uint32_t threads = launch.parts * kThreads;
+#pragma unroll 1
+  for (uint32_t first = stores_vectors ? kVector * thread : thread; first < copy.columns;
+       first += kVector * threads) {
+    copy_cells(copy, table.page_size, first, stores_vectors ? 1 : threads);
+  }
+}
+
+__device__ void fill_tokens(const StaticFill& launch, uint32_t block) {
+  const PageTable& table = launch.fill.tables[0];
+  const uint32_t chunk = divide(block, launch.requests);
+  const bool enabled = is_enabled(launch.fill);
+  const Copy copy = copy_of(launch, table, block - chunk * launch.requests.value);
+  if (enabled) copy_tokens(copy, table, chunk * kTokensOfBlock + warp() * kTokensOfWarp);
+}
+
+__device__ void fill_shared_tokens(const StaticFill& launch, uint32_t block) {
+  __shared__ uint32_t ends[kThreads];
+  __shared__ int32_t lengths[kThreads], pool_rows[kThreads];
+  const Fill& fill = launch.fill;
+  const bool enabled = is_enabled(fill);
+  const uint32_t q = static_cast<uint32_t>(fill.static_extend_len);
+  const uint32_t blocks = launch.blocks - launch.tokens_begin;
+  uint32_t next = block;  // of this block's chunks, counted from the first of the requests at hand
+#pragma unroll 1
+  for (uint32_t first = 0; first < fill.requests; first += kThreads) {
+    const uint32_t r = first + threadIdx.x;
+    const int32_t length = r < fill.requests ? length_of(fill, r) : 0;
+    pool_rows[threadIdx.x] = r < fill.requests ? static_cast<int32_t>(pool_row_of(fill, r)) : -1;
+    lengths[threadIdx.x] = length;
+    ends[threadIdx.x] = scan_block(chunks_of(fill, length), 0);
+    __syncthreads();
+    if (!enabled) return;
+    const uint32_t chunks = ends[kThreads - 1];
+#pragma unroll 1
+    for (; next < chunks; next += blocks) {
+      const uint32_t t = find(ends, next);
+      const uint32_t chunk = next - (t == 0 ? 0 : ends[t - 1]);
+      copy_chunk(fill, lengths[t], pool_rows[t], (first + t) * q, q, chunk);
+    }
+    next -= chunks;
+    __syncthreads();  // the next requests overwrite these
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+    fill_static_kernel(const __grid_constant__ StaticFill launch) {
+  const int block = blockIdx.x;
+  if (block < launch.rows_begin) {
+    fill_requests(launch.fill, block);
+  } else if (block < launch.schedule_begin) {
+    fill_rows(launch, block - launch.rows_begin);
+  } else if (block < launch.pages_begin) {
+    fill_schedule(launch);
+  } else if (block < launch.tokens_begin) {
+    fill_pages(launch, block - launch.pages_begin);
+  } else if (launch.shares_tokens) {
+    fill_shared_tokens(launch, block - launch.tokens_begin);
+  } else {
+    fill_tokens(launch, block - launch.tokens_begin);
+  }
+}
+
+// Chunks that the token table can have.
+int64_t most_chunks(const Fill& fill) {
+  if (fill.tables[0].data == nullptr) return 0;
+  const int64_t tokens = minimum(fill.tables[0].columns, fill.req_to_token.columns);
+  return fill.requests * ceil_div(tokens, kTokensOfBlock);
+}
+
+}  // namespace
+
+StaticFill static_fill(const Fill& fill, int multiprocessors) {
+  StaticFill launch{};
+  launch.fill = fill;
+  launch.extend_len = divisor_of(maximum(fill.static_extend_len, 1));
+  launch.requests = divisor_of(maximum(fill.requests, 1));
+  launch.rows_begin = static_cast<int>(maximum(ceil_div(fill.requests, kThreads), 1));
+  launch.schedule_begin = launch.rows_begin + static_cast<int>(ceil_div(fill.rows, kThreads));
+  launch.pages_begin = launch.schedule_begin + (fill.schedule.data != nullptr);
+
+  const int64_t chunks = most_chunks(fill);
+  launch.shares_tokens = chunks > multiprocessors * kResidentBlocks;
+  if (fill.tables[1].data != nullptr && !launch.shares_tokens) {
+    const int64_t useful = maximum(ceil_div(fill.tables[1].columns, kThreads), 1);
+    const int64_t parts = multiprocessors * kPageBlocks / maximum(fill.requests, 1);
+    launch.parts = static_cast<int>(clamp(parts, 1, useful));
+  }
+  launch.tokens_begin = launch.pages_begin + static_cast<int>(fill.requests) * launch.parts;
+  launch.blocks =
+      launch.tokens_begin + static_cast<int>(minimum(chunks, multiprocessors * kTokenBlocks));
+  return launch;
+}
+
+int fill_static_on_cuda(const StaticFill& launch, void* stream) {
+  fill_static_kernel<<<launch.blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
+  return cudaGetLastError();
+}
+
+}  // namespace nsa

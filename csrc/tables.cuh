@@ -1,0 +1,146 @@
+// How one request's live columns get from req_to_token into a page table. A column is read once and
+// written to each of the request's rows.
+#pragma once
+
+#include "block.cuh"
+#include "launch.h"
+
+namespace nsa {
+
+// Neighbouring columns that a lane moves as one 16-byte vector, and vectors that it has in flight.
+constexpr uint32_t kVector = 4;
+constexpr uint32_t kVectors = 4;
+constexpr uint32_t kTokensOfWarp = kWarp * kVector * kVectors;
+constexpr uint32_t kTokensOfBlock = kWarps * kTokensOfWarp;
+
+struct Copy {
+  const int32_t* source;  // the request's tokens; null: outside the pool, every cell is 0
+  int64_t source_stride;  // from the first token of a page to that of the next
+  int32_t* out;           // the request's first row
+  int64_t row_stride;
+  int64_t column_stride;
+  uint32_t rows;
+  uint32_t columns;  // live ones
+};
+
+__device__ inline Copy copy_of(const Fill& fill, const PageTable& table, int32_t length,
+                               int64_t pool_row, uint32_t first_row, uint32_t rows) {
+  const IndexTable& tokens = fill.req_to_token;
+  Copy copy;
+  copy.source = pool_row < 0 ? nullptr : tokens.data + pool_row * tokens.row_stride;
+  copy.source_stride = tokens.column_stride * table.page_size.value;
+  copy.out = table.data + first_row * table.row_stride;
+  copy.row_stride = table.row_stride;
+  copy.column_stride = table.column_stride;
+  copy.rows = rows;
+  copy.columns = live_columns(fill, table, length);
+  return copy;
+}
+
+// kVector columns from `first` on, `step` apart. All loads come before what depends on them, so that
+// they overlap. A step of 1 says that rows are aligned for vectors.
+__device__ inline void copy_cells(const Copy& copy, const Divisor& page_size, uint32_t first,
+                                  uint32_t step) {
+  int32_t values[kVector];
+#pragma unroll
+  for (uint32_t i = 0; i < kVector; ++i) {
+    const uint32_t column = first + i * step;
+    const bool reads = column < copy.columns && copy.source != nullptr;
+    values[i] = reads ? __ldg(copy.source + column * copy.source_stride) : 0;
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < kVector; ++i) values[i] = page_of(values[i], page_size);
+  int32_t* out = copy.out + first * copy.column_stride;
+#pragma unroll 1
+  for (uint32_t row = 0; row < copy.rows; ++row, out += copy.row_stride) {
+    if (step == 1 && first + kVector <= copy.columns) {
+      __stcs(reinterpret_cast<int4*>(out), int4{values[0], values[1], values[2], values[3]});
+      continue;
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kVector; ++i) {
+      if (first + i * step < copy.columns) out[i * step * copy.column_stride] = values[i];
+    }
+  }
+}
+
+// A warp's columns [begin, begin + kTokensOfWarp), 16 bytes at a time. No cell at or past the length is
+// touched: the last columns, which are no whole vector, go one by one.
+__device__ inline void copy_vectors(const Copy& copy, uint32_t begin) {
+  const uint32_t vectors_end = copy.columns / kVector * kVector;
+  const uint32_t first = begin + kVector * lane();
+  int4 values[kVectors];
+#pragma unroll
+  for (uint32_t v = 0; v < kVectors; ++v) {
+    const uint32_t column = first + v * kWarp * kVector;
+    const bool reads = column < vectors_end && copy.source != nullptr;
+    values[v] = reads ? __ldg(reinterpret_cast<const int4*>(copy.source + column)) : int4{0, 0, 0, 0};
+  }
+  const uint32_t last = vectors_end + lane();
+  const bool is_last = last < copy.columns && vectors_end - begin < kTokensOfWarp;
+  const int32_t last_value = is_last && copy.source != nullptr ? __ldg(copy.source + last) : 0;
+  int32_t* out = copy.out;
+#pragma unroll 1
+  for (uint32_t row = 0; row < copy.rows; ++row, out += copy.row_stride) {
+#pragma unroll
+    for (uint32_t v = 0; v < kVectors; ++v) {
+      const uint32_t column = first + v * kWarp * kVector;
+      if (column < vectors_end) __stcs(reinterpret_cast<int4*>(out + column), values[v]);
+    }
+    if (is_last) out[last] = last_value;
+  }
+}
+
+// A warp's columns [begin, begin + kTokensOfWarp) of the token table.
+__device__ inline void copy_tokens(Copy copy, const PageTable& table, uint32_t begin) {
+  if (begin >= copy.columns) return;
+  if (table.moves == Moves::kVectors) return copy_vectors(copy, begin);
+  copy.columns = min(copy.columns, begin + kTokensOfWarp);
+  const bool stores_vectors = table.moves == Moves::kStoredVectors;
+  const uint32_t step = stores_vectors ? 1 : kWarp;
+#pragma unroll 1
+  for (uint32_t first = begin + lane() * (stores_vectors ? kVector : 1); first < copy.columns;
+       first += kVector * kWarp) {
+    copy_cells(copy, table.page_size, first, step);
+  }
+}
+
+// The pages that begin among a block's tokens [begin, begin + kTokensOfBlock): a warp takes 32 of them in
+// one of the rows at a time.
+__device__ inline void copy_pages(const Copy& copy, const PageTable& table, uint32_t begin) {
+  const uint32_t first = divide_up(begin, table.page_size);
+  const uint32_t end = min(copy.columns, divide_up(begin + kTokensOfBlock, table.page_size));
+  if (copy.rows == 0) return;
+  uint32_t row = warp();
+#pragma unroll 1
+  for (uint32_t part_begin = first;; row += kWarps) {
+    for (; row >= copy.rows; row -= copy.rows) part_begin += kWarp;
+    if (part_begin >= end) return;
+    const uint32_t column = part_begin + lane();
+    if (column >= end) continue;
+    const int32_t token = copy.source == nullptr ? 0 : __ldg(copy.source + column * copy.source_stride);
+    copy.out[row * copy.row_stride + column * copy.column_stride] = page_of(token, table.page_size);
+  }
+}
+
+// The live tokens of a request come in chunks of kTokensOfBlock, one for a block at a time.
+__device__ inline uint32_t chunks_of(const Fill& fill, int32_t length) {
+  if (fill.req_to_token.data == nullptr) return 0;
+  const uint32_t tokens = static_cast<uint32_t>(clamp(length, 0, fill.req_to_token.columns));
+  return (tokens + kTokensOfBlock - 1) / kTokensOfBlock;
+}
+
+// What the tables hold of a chunk. Pages come behind the tokens: those were just read.
+__device__ inline void copy_chunk(const Fill& fill, int32_t length, int64_t pool_row,
+                                  uint32_t first_row, uint32_t rows, uint32_t chunk) {
+  const uint32_t begin = chunk * kTokensOfBlock;
+  const auto copy = [&](const PageTable& table) {
+    return copy_of(fill, table, length, pool_row, first_row, rows);
+  };
+  if (fill.tables[0].data != nullptr) {
+    copy_tokens(copy(fill.tables[0]), fill.tables[0], begin + warp() * kTokensOfWarp);
+  }
+  if (fill.tables[1].data != nullptr) copy_pages(copy(fill.tables[1]), fill.tables[1], begin);
+}
+
+}  // namespace nsa
