@@ -16,6 +16,8 @@ class State:
     Attributes:
         adapter: how the fill is hooked into SGLang; None while SGLang fills itself.
         backend: the implementation; None until the draft-extend backend exists.
+        mqa_schedule: who makes DeepGEMM's schedule: the implementation, or "DeepGEMM" where its own is
+            another; None until the draft-extend backend exists.
         reason: why this adapter and implementation, or why none.
         captures: batch sizes whose fill was recorded in a CUDA graph.
         replays: draft-extend replays whose fill was in the graph.
@@ -28,6 +30,7 @@ class State:
 
     adapter: str | None = None
     backend: str | None = None
+    mqa_schedule: str | None = None
     reason: str = "not asked yet"
     captures: set[int] = field(default_factory=set)
     replays: int = 0
@@ -47,6 +50,7 @@ def record() -> dict[str, Any]:
         "version": version("sglang-nsa-plugin"),
         "adapter": STATE.adapter,
         "backend": STATE.backend,
+        "mqa_schedule": STATE.mqa_schedule,
         "reason": STATE.reason,
         "in_graph": bool(STATE.captures),
         "captures": sorted(STATE.captures),

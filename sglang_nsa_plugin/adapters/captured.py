@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin.adapters import mqa_schedule
 from sglang_nsa_plugin.adapters.checked import DIFFERENT, CheckedReplays
 from sglang_nsa_plugin.adapters.decision import count_fallback
 from sglang_nsa_plugin.fill_args import FillArgs
@@ -76,6 +77,8 @@ class DraftExtendFill:
     def __init__(self, backend: Any, choice: dispatch.Choice, check_every: int = 0) -> None:
         self.backend = backend
         self.bind = choice.bind
+        # of DeepGEMM's schedule; None leaves it to DeepGEMM
+        self.remainder_last = mqa_schedule.remainder_last(backend, choice.bind)
         self.captured: dict[int, CapturedFill] = {}
         self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
         self.is_enabled = True
@@ -173,15 +176,20 @@ class DraftExtendFill:
             ctx_lens=ctx_lens,
             page_table_1=metadata.page_table_1,
             real_page_table=metadata.real_page_table if metadata.page_size > 1 else None,
+            mqa_schedule=None if self.remainder_last is None else metadata.paged_mqa_schedule_metadata,
+            mqa_remainder_last=bool(self.remainder_last),
             enabled=self.enabled,
         )
 
     def refresh_derived(self, metadata: Any) -> None:
-        """SGLang's own functions, in the order of its own fill, into the tensors that it captured."""
+        """What the fill leaves to SGLang's own functions, in the order of its own fill."""
         backend = self.backend
-        if metadata.paged_mqa_schedule_metadata is not None:
+        if metadata.paged_mqa_schedule_metadata is not None and self.remainder_last is None:
             backend._refresh_paged_mqa_schedule_metadata(metadata, metadata.paged_mqa_ctx_lens_2d)
-        backend._refresh_topk_v2_plan(metadata)
+        if metadata.topk_v2_plan is not None:
+            # The plan as it is made, not a copy of it: what the graph holds behind this reads the new one.
+            plan = backend._build_topk_v2_plan(metadata.dsa_seqlens_expanded)
+            object.__setattr__(metadata, "topk_v2_plan", plan)
         if metadata.flashmla_metadata is not None:
             metadata.flashmla_metadata.copy_(
                 backend._compute_flashmla_metadata(

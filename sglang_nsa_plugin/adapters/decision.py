@@ -12,20 +12,24 @@ from sglang_nsa_plugin.state import STATE
 logger = logging.getLogger(__name__)
 
 
-def take_over(choice: Choice) -> None:
+def take_over(choice: Choice, makes_schedule: bool = False) -> None:
     """Notes and logs the implementation that fills a backend's metadata.
 
-    A server may have several such backends, of adaptive speculation for example: they say it once.
+    ``makes_schedule`` says that the same launch makes DeepGEMM's schedule, which on CUDA DeepGEMM makes
+    otherwise. A server may have several such backends, of adaptive speculation for example: they say it
+    once.
     """
     if STATE.backend is not None:
         return
     STATE.backend, STATE.reason = choice.name, choice.reason
+    STATE.mqa_schedule = choice.name if makes_schedule else "DeepGEMM"
     logger.info(
-        "sglang-nsa-plugin %s: adapter %s, implementation %s: %s",
+        "sglang-nsa-plugin %s: adapter %s, implementation %s: %s; MQA schedule by %s",
         version("sglang-nsa-plugin"),
         STATE.adapter,
         choice.name,
         choice.reason,
+        STATE.mqa_schedule,
     )
 
 

@@ -7,8 +7,9 @@ there the fill and the tables that SGLang derives from it are recorded. At repla
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,8 +55,9 @@ def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
 
 
 def _take_over(backend: Any, choice: dispatch.Choice) -> None:
-    setattr(backend, ATTRIBUTE, DraftExtendFill(backend, choice, _check_every))
-    take_over(choice)
+    fill = DraftExtendFill(backend, choice, _check_every)
+    setattr(backend, ATTRIBUTE, fill)
+    take_over(choice, fill.remainder_last is not None)
 
 
 def uncovered(backend: Any, model_runner: Any) -> str | None:
@@ -82,9 +84,26 @@ def _init_cuda_graph_state(
     original: Callable[..., Any], backend: Any, max_bs: int, max_num_tokens: int
 ) -> Any:
     fill = getattr(backend, ATTRIBUTE, None)
-    if fill is not None:
-        fill.forget()
-    return original(backend, max_bs, max_num_tokens)
+    if fill is None:
+        return original(backend, max_bs, max_num_tokens)
+    fill.forget()
+    with _as_without_speculation(backend):
+        return original(backend, max_bs, max_num_tokens)
+
+
+@contextlib.contextmanager
+def _as_without_speculation(backend: Any) -> Iterator[None]:
+    """SGLang leaves out the token-wide page table where nothing reads it, but never with speculation.
+
+    That is for backends whose graphs hold target-verify or draft-decode. Those of draft-extend read it no
+    more than decode graphs do: all other conditions, the top-k's kernel among them, stay SGLang's to ask.
+    """
+    draft_tokens = backend.speculative_num_draft_tokens
+    backend.speculative_num_draft_tokens = None
+    try:
+        yield
+    finally:
+        backend.speculative_num_draft_tokens = draft_tokens
 
 
 def _out_graph(
@@ -154,7 +173,7 @@ HOOKS = (
 NEEDS = (
     Call(f"{_BACKEND}.set_dsa_prefill_impl", ("self", "forward_batch")),
     Call(f"{_BACKEND}._refresh_paged_mqa_schedule_metadata", ("self", "metadata", "seqlens_32_2d")),
-    Call(f"{_BACKEND}._refresh_topk_v2_plan", ("self", "metadata")),
+    Call(f"{_BACKEND}._build_topk_v2_plan", ("self", "seqlens_expanded")),
     Call(f"{_BACKEND}._compute_flashmla_metadata", ("self", "cache_seqlens", "seq_len_q")),
     Fields(
         _METADATA,

@@ -47,7 +47,10 @@ def fill(args: FillArgs) -> None:
     if args.row_count is not None:
         write(args.row_count, q.sum().clamp(max=args.rows).view(1))
     if args.mqa_schedule is not None:
-        write(args.mqa_schedule, _schedule(expanded, args.mqa_schedule.shape[0] - 1, args.mqa_remainder_last))
+        write(
+            args.mqa_schedule,
+            _schedule(expanded, args.mqa_schedule.shape[0] - 1, args.mqa_remainder_last),
+        )
     if args.page_table_1 is not None:
         _write_table(args, write, args.page_table_1, 1, request, in_use, length)
     if args.real_page_table is not None:
@@ -72,7 +75,9 @@ def _schedule(lengths: torch.Tensor, processors: int, remainder_last: bool) -> t
     total = ends[-1]
     p = torch.arange(processors + 1, device=lengths.device)
     longer = total % processors
-    longer_before = (p - processors + longer).clamp(min=0) if remainder_last else torch.minimum(p, longer)
+    longer_before = (
+        (p - processors + longer).clamp(min=0) if remainder_last else torch.minimum(p, longer)
+    )
     begin = p * (total // processors) + longer_before
     row = torch.searchsorted(ends[1:].contiguous(), begin, right=True)
     segment = torch.where(row < rows, begin - ends[row], 0)

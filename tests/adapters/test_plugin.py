@@ -243,8 +243,8 @@ HookRegistry.register(target, lambda original, *a, **k: original(*a, **k), HookT
     ("change", "said"),
     [
         (
-            "del dsa_backend.DeepseekSparseAttnBackend._refresh_topk_v2_plan",
-            "_refresh_topk_v2_plan is missing",
+            "del dsa_backend.DeepseekSparseAttnBackend._build_topk_v2_plan",
+            "_build_topk_v2_plan is missing",
         ),
         (
             "dsa_backend.DeepseekSparseAttnBackend.set_dsa_prefill_impl = lambda self, batch: None",

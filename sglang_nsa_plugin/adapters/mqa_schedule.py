@@ -1,0 +1,79 @@
+"""Whether DeepGEMM's schedule for paged MQA logits can come from the fill itself, found out at start-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from sglang_nsa_plugin.fill_args import FillArgs
+
+PAGE_SIZE = 64
+LONGEST = 163_840
+ROWS = (30, 512)  # of the ragged batches; DeepGEMM compiles one kernel for each 32 rows
+
+
+def remainder_last(backend: Any, bind: Callable[[FillArgs], Callable[[], None]]) -> bool | None:
+    """The ``mqa_remainder_last`` with which ``bind`` writes what the installed DeepGEMM writes.
+
+    DeepGEMM's releases and architectures deal out the segments that do not divide evenly in different
+    ways. None where neither way is its own, and on the CPU, where SGLang makes no schedule: then the
+    schedule is left to DeepGEMM.
+    """
+    if backend.req_to_token.device.type != "cuda":
+        return None
+    theirs = [(lengths, _of_deep_gemm(backend, lengths)) for lengths in _batches(backend)]
+    for last in (True, False):
+        if all(torch.equal(_of_fill(bind, lengths, like, last), like) for lengths, like in theirs):
+            return last
+    return None
+
+
+def _batches(backend: Any) -> list[torch.Tensor]:
+    """Lengths around a segment of 256 tokens, and ragged ones."""
+    random = torch.Generator().manual_seed(0)
+    edges = [[0], [1], [255], [256], [257], [0] * 5]
+    ragged = [torch.randint(0, LONGEST, (rows,), generator=random) for rows in ROWS]
+    ragged[-1][::7] = 0
+    batches = [*map(torch.tensor, edges), *ragged]
+    return [lengths.to(backend.req_to_token.device, torch.int32) for lengths in batches]
+
+
+def _of_deep_gemm(backend: Any, lengths: torch.Tensor) -> torch.Tensor:
+    """By SGLang's own call, which hands the schedule to whatever has none."""
+    metadata = SimpleNamespace(paged_mqa_schedule_metadata=None)
+    backend._refresh_paged_mqa_schedule_metadata(metadata, lengths.view(-1, 1))
+    schedule: torch.Tensor = metadata.paged_mqa_schedule_metadata
+    return schedule
+
+
+def _of_fill(
+    bind: Callable[[FillArgs], Callable[[], None]],
+    lengths: torch.Tensor,
+    like: torch.Tensor,
+    last: bool,
+) -> torch.Tensor:
+    def output(size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device=lengths.device)
+
+    rows = lengths.shape[0]
+    args = FillArgs(
+        seq_lens=lengths,
+        req_pool_indices=None,
+        req_to_token=None,
+        extend_lens=1,
+        index_topk=1,
+        page_size=PAGE_SIZE,
+        cache_seqlens=output(rows),
+        cu_seqlens_k=output(rows + 1),
+        seqlens_expanded=output(rows),
+        nsa_cache_seqlens=output(rows),
+        nsa_cu_seqlens_k=output(rows + 1),
+        mqa_schedule=torch.full_like(like, -1),
+        mqa_remainder_last=last,
+    )
+    bind(args)()
+    assert args.mqa_schedule is not None
+    return args.mqa_schedule
