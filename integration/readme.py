@@ -104,6 +104,7 @@ def figures() -> str:
             tokens(serve["parts"]),
             fence(serve["parts"]["fence"]),
             shadow(serve["parts"]),
+            *counted(serve["parts"]),
             checked(gpu["parts"]),
             source(serve, gpu),
         ]
@@ -207,6 +208,20 @@ def shadow(parts: dict[str, Any]) -> str:
         f"the check of the first replay found {planted['mismatches']}, the process went over to SGLang's own fill, "
         f"and the {parts['planted_error']['prompts_after']} prompts after it got the right tokens."
     )
+
+
+def counted(parts: dict[str, Any]) -> list[str]:
+    """One sentence; none while no server with metrics was asked."""
+    if "metrics" not in parts:
+        return []
+    moments = [parts["metrics"][moment] for moment in ("before", "after")]
+    by_place = {
+        "`/metrics`": [next(iter(moment["metrics"].values()))["replays"] for moment in moments],
+        "`/server_info`": [moment["server_info"]["replays"] for moment in moments],
+        "the scheduler's own record": [moment["scheduler"]["replays"] for moment in moments],
+    }
+    said = [f"{place} {before:,} and {after:,}" for place, (before, after) in by_place.items()]
+    return [f"Replays counted before and after a load: {', '.join(said)}."]
 
 
 def checked(parts: dict[str, Any]) -> str:

@@ -161,6 +161,7 @@ def test_no_color_takes_the_colours_away(arguments):
 def test_a_pipe_gets_neither(arguments):
     done = command(*arguments.split())
     assert done.returncode == 0
+    assert done.stdout.startswith("sglang-nsa-plugin ")
     assert "\x1b" not in done.stdout + done.stderr
     for waiting in WAITING[arguments]:
         assert waiting not in done.stdout + done.stderr
