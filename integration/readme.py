@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from install_sglang import release_key
 from releases import GENERATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,8 +61,22 @@ def releases() -> str:
         + f"\n\nGenerations of SGLang's code: {generations()}. *Host µs* and *launches*: what SGLang's own call costs before a draft-extend forward of 8 requests "
         "of 32k tokens, and ours; from `sglang-nsa-plugin bench` on an H200, both in one run. All values "
         f"compared were equal. From `integration/results/` (`releases.json`: {matrix['date'][:10]}, commit "
-        f"{matrix['commit'][:7]}; `gpu-test-VERSION.json`, `serve-VERSION.json`)."
+        f"{matrix['commit'][:7]}; `gpu-test-VERSION.json`, `serve-VERSION.json`).\n\n{gpus()}"
     )
+
+
+def gpus() -> str:
+    """One row for each GPU and driver that a result file names, with the releases of those files."""
+    found: dict[str, set[str]] = {}
+    for path in (*RESULTS.glob("gpu-test-*.json"), *RESULTS.glob("serve-*.json")):
+        run = json.loads(path.read_text())
+        for gpu in run["gpus"]:
+            found.setdefault(gpu, set()).add(run["versions"]["sglang"])
+    rows = [
+        f"| {gpu.replace(', ', ' | ')} | {', '.join(sorted(tested, key=release_key))} |"
+        for gpu, tested in sorted(found.items())
+    ]
+    return "| GPU | driver | SGLang releases tried on it |\n|---|---|---|\n" + "\n".join(rows)
 
 
 def generations() -> str:
@@ -221,7 +236,7 @@ def counted(parts: dict[str, Any]) -> list[str]:
         "the scheduler's own record": [moment["scheduler"]["replays"] for moment in moments],
     }
     said = [f"{place} {before:,} and {after:,}" for place, (before, after) in by_place.items()]
-    return [f"Replays counted before and after a load: {', '.join(said)}."]
+    return [f"Replays counted before and after a load: {'; '.join(said)}."]
 
 
 def checked(parts: dict[str, Any]) -> str:
