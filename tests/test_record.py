@@ -102,8 +102,11 @@ def test_committed_recordings_fit_their_width_and_are_plain(path):
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in COMMITTED}), ids=lambda f: f.name)
 def test_a_machines_recordings_are_whole_and_name_their_origin(folder):
-    names = {path.name for path in folder.glob("*.txt")}
-    assert names == {f"{name}-{columns}.txt" for name in record.RECORDINGS for columns in record.COLUMNS}
+    recorded = {path.stem.rpartition("-")[0] for path in folder.glob("*.txt")}
+    assert recorded >= {"verify", "demo"}
+    assert recorded == set(record.RECORDINGS) or folder.name == "cpu"
+    for name in recorded:
+        assert all((folder / f"{name}-{columns}.txt").is_file() for columns in record.COLUMNS)
     origin = json.loads((folder / "origin.json").read_text())
     assert bool(origin["gpus"]) == (folder.name == "gpu")
     assert len(origin["commit"]) >= 40
