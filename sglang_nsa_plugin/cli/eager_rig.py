@@ -19,8 +19,7 @@ import torch
 
 from sglang_nsa_plugin.adapters.eager_names import Names, names_of_generation
 from sglang_nsa_plugin.cli.batches import Inputs, make_inputs, table_width
-from sglang_nsa_plugin.cli.rig import NEEDS_CUDA
-from sglang_nsa_plugin.cli.stand_ins import check_device, check_interpreter, model_runner, on_cpu
+from sglang_nsa_plugin.cli.stand_ins import check_device, model_runner, on_cpu
 
 DP_SIZE = 2  # of the data-parallel ranks that a batch with global_num_tokens belongs to
 
@@ -48,14 +47,7 @@ class EagerRig:
     ) -> None:
         self.device = torch.device(device)
         self.draft_tokens = draft_tokens
-        check_device(self.device)
-        if self.device.type == "cpu":
-            check_interpreter()
-            if decode_impl in NEEDS_CUDA:
-                raise ValueError(
-                    f"decode_impl: {', '.join(NEEDS_CUDA)} call CUDA libraries, got {decode_impl} "
-                    "for the CPU; use flashmla_sparse there"
-                )
+        check_device(self.device, decode_impl)
         if inputs is None:
             width = table_width(context_len, draft_tokens, page_size)
             inputs = make_inputs(self.device, max_bs, pool_size, width, page_size)

@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from sglang_nsa_plugin import options, plugin
 from sglang_nsa_plugin.adapters import eager
 from sglang_nsa_plugin.adapters.eager_names import CTX_LENS, Names
 from sglang_nsa_plugin.cli.eager_rig import EagerRig
 from sglang_nsa_plugin.cli.replay import Comparison
+from sglang_nsa_plugin.cli.stand_ins import activate_plugin
 from sglang_nsa_plugin.dispatch import POISON
 from sglang_nsa_plugin.state import STATE
 
@@ -48,10 +47,7 @@ class EagerTwin:
         **rig: Any,
     ) -> None:
         self.batch_sizes = sorted(batch_sizes)
-        server_args = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa")
-        setattr(server_args, options.ATTRIBUTE, backend)
-        setattr(server_args, options.CHECK_ATTRIBUTE, check_every)
-        plugin.activate(server_args)
+        activate_plugin(backend, check_every)
         self.ours = EagerRig(device, max_bs=self.batch_sizes[-1], **rig)
         self.inputs = self.ours.inputs
         self.theirs = EagerRig(device, inputs=self.inputs, **rig)

@@ -11,15 +11,14 @@ import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from sglang_nsa_plugin import options, plugin
 from sglang_nsa_plugin.adapters import in_graph
 from sglang_nsa_plugin.adapters.captured import CapturedFill, DraftExtendFill
 from sglang_nsa_plugin.cli.rig import BackendRig, sglang_fused_fill
+from sglang_nsa_plugin.cli.stand_ins import activate_plugin
 from sglang_nsa_plugin.dispatch import POISON
 from sglang_nsa_plugin.state import STATE
 
@@ -74,10 +73,7 @@ class Twin:
     ) -> None:
         self.batch_sizes = sorted(batch_sizes)
         max_bs = self.batch_sizes[-1]
-        server_args = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa")
-        setattr(server_args, options.ATTRIBUTE, backend)
-        setattr(server_args, options.CHECK_ATTRIBUTE, check_every)
-        plugin.activate(server_args)
+        activate_plugin(backend, check_every)
         self.ours = BackendRig(device, max_bs=max_bs, **rig)
         self.inputs = self.ours.inputs
         self.theirs = BackendRig(device, max_bs=max_bs, inputs=self.inputs, **rig)

@@ -20,9 +20,6 @@ import torch
 from sglang_nsa_plugin.cli import stand_ins
 from sglang_nsa_plugin.cli.batches import PADDED_SEQ_LEN, Inputs, make_inputs, table_width
 
-# Values of decode_impl with which making the backend or its metadata takes a CUDA library.
-NEEDS_CUDA = ("flashmla_kv", "trtllm")
-
 # Where releases keep fused_dsa_draft_extend_metadata, newest first.
 FUSED_FILL_MODULES = (
     "sglang.kernels.ops.attention.dsa.metadata",  # 0.5.23
@@ -58,15 +55,8 @@ class BackendRig:
         self.draft_tokens = draft_tokens
         self.index_topk = index_topk
         self.page_size = page_size
-        stand_ins.check_device(self.device)
+        stand_ins.check_device(self.device, decode_impl)
         _fused_fill()  # older releases have other backends: better told here than by a missing name
-        if self.device.type == "cpu":
-            stand_ins.check_interpreter()
-            if decode_impl in NEEDS_CUDA:
-                raise ValueError(
-                    f"decode_impl: {', '.join(NEEDS_CUDA)} call CUDA libraries, got {decode_impl} "
-                    "for the CPU; use flashmla_sparse there"
-                )
         if inputs is not None and inputs.page_size != page_size:
             raise ValueError(f"inputs: page_size must be the rig's, {page_size}, got {inputs.page_size}")
         if inputs is None:

@@ -18,7 +18,11 @@ from unittest import mock
 
 import torch
 
+from sglang_nsa_plugin import options, plugin
 from sglang_nsa_plugin.cli.batches import Inputs
+
+# Values of decode_impl with which making the backend or its metadata takes a CUDA library.
+NEEDS_CUDA = ("flashmla_kv", "trtllm")
 
 
 def parameters(function: Callable[..., Any]) -> set[str]:
@@ -26,7 +30,15 @@ def parameters(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
-def check_device(device: torch.device) -> None:
+def activate_plugin(backend: str, check_every: int) -> None:
+    """What the plugin does at the start of a server with these flags."""
+    server_args = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa")
+    setattr(server_args, options.ATTRIBUTE, backend)
+    setattr(server_args, options.CHECK_ATTRIBUTE, check_every)
+    plugin.activate(server_args)
+
+
+def check_device(device: torch.device, decode_impl: str) -> None:
     """SGLang chooses its path by what the process sees, not by the tensors: the two must agree."""
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: must be cpu or cuda, got {device}")
@@ -36,6 +48,13 @@ def check_device(device: torch.device) -> None:
             "SGLang fills where the process sees a GPU: use cuda there, else hide the GPU with an "
             "empty CUDA_VISIBLE_DEVICES and use cpu"
         )
+    if device.type == "cpu":
+        check_interpreter()
+        if decode_impl in NEEDS_CUDA:
+            raise ValueError(
+                f"decode_impl: {', '.join(NEEDS_CUDA)} call CUDA libraries, got {decode_impl} "
+                "for the CPU; use flashmla_sparse there"
+            )
 
 
 def missing_for(decode_impl: str) -> str | None:
