@@ -88,6 +88,8 @@ def _kernel_obstacle(result: dict[str, Any]) -> str | None:
         asked = result["setting"]["backend"]
         why_not = reasons.get(asked)
         return f"Not active: {options.VARIABLE} asks for {asked}: {why_not}" if why_not else None
+    if reasons[best] == result["no_gpu"]:
+        return f"Not active: {result['no_gpu']}: {result['no_gpu_remedy']}"
     runs = [name for name in KERNELS if reasons[name] is None]
     if result["no_gpu"] is not None or not runs:
         return f"Not active: {reasons[best]}"
