@@ -29,6 +29,7 @@ def test_version_is_the_newest_of_the_changelog() -> None:
     assert newest is not None
     assert project is not None
     assert newest[1] == project[1] == version("sglang-nsa-plugin")
+    assert f"sglang-nsa-plugin {newest[1]}: adapter" in (ROOT / "README.md").read_text()
 
 
 def test_make_targets_of_the_readme_exist() -> None:
@@ -62,7 +63,7 @@ RUN_BY = {
     "make gpu-test": "needs a GPU",
     "make serve-test": "needs a GPU",
     "make bench": "needs a GPU",
-    "make wheel": "test_wheel.py builds the same way, for the time it takes",
+    "make wheel": "test_wheel.py",
     "integration/gpu_host.sh": "needs a GPU host",
     "integration/gpu_test.py": "needs a GPU",
     "python3 docs/record.py": "test_record.py",
@@ -74,8 +75,9 @@ RUN_BY = {
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_every_command_of_the_documents_is_accounted_for(document: str) -> None:
     text = (ROOT / document).read_text()
+    programs = r"(?:\w+=\S+ )*(?:pip|make|sglang-nsa-plugin|python3|integration/\S+)"
     written = re.findall(
-        r"^    (?!sglang-nsa-plugin \d)((?:\w+=\S+ )*(?:pip|make|sglang-nsa-plugin) .*)", text, re.M
+        rf"^    (?:NSA_COMMIT=\$\(.*?\) )?((?!sglang-nsa-plugin \d){programs} .*)", text, re.M
     )
     written += re.findall(r"`((?:make|python3|curl|pip|sglang-nsa-plugin) [^`]+)`", text)
     written += re.findall(r"`(\S+\.(?:py|sh) [^`]+)`", text)
