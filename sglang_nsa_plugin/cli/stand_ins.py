@@ -119,9 +119,12 @@ def on_cpu(launcher: Callable[..., Any]) -> Callable[..., Any]:
 def publish_server_args(**fields: Any) -> Any:
     """A ServerArgs with these fields, made this process's configuration."""
     from sglang.srt import server_args as module
-    from sglang.srt.runtime_context import get_context
 
-    context = get_context()
+    context: Any = None
+    with contextlib.suppress(ModuleNotFoundError):  # up to 0.5.13
+        from sglang.srt.runtime_context import get_context
+
+        context = get_context()
     if hasattr(context, "override_server_args"):
         return context.override_server_args(**fields).install()
     server_args = module.ServerArgs(model_path="dummy")
@@ -139,7 +142,7 @@ def model_runner(
     page_size: int,
     index_topk: int,
     decode_impl: str,
-    index_kpool: int = 1,
+    index_kpool: int,
 ) -> SimpleNamespace:
     """A draft runner of DeepSeek-V3.2's geometry: the attributes that the constructor reads."""
     fp8 = decode_impl == "flashmla_kv"
@@ -170,7 +173,10 @@ def model_runner(
             kv_lora_rank=512,
         ),
         token_to_kv_pool=SimpleNamespace(
-            dtype=dtype, dsa_kv_cache_store_fp8=fp8, kv_cache_dim=656 if fp8 else 576
+            dtype=dtype,
+            dsa_kv_cache_store_fp8=fp8,
+            nsa_kv_cache_store_fp8=fp8,  # up to 0.5.12
+            kv_cache_dim=656 if fp8 else 576,
         ),
         req_to_token_pool=SimpleNamespace(
             size=inputs.req_to_token.shape[0] - 1, req_to_token=inputs.req_to_token
