@@ -32,6 +32,23 @@ def test_version_is_the_newest_of_the_changelog() -> None:
     assert f"sglang-nsa-plugin {newest[1]}: adapter" in (ROOT / "README.md").read_text()
 
 
+def test_order_of_the_readme() -> None:
+    """What it does in three sentences and a picture; then what a new user asks, one after the other."""
+    opening, *sections = (ROOT / "README.md").read_text().split("\n## ")
+    text, _, picture = opening.partition("![")
+    assert len(re.findall(r"[a-z]\.\s", text)) == 3
+    assert picture.endswith("(docs/host-time.svg)\n")
+    assert [section.partition("\n")[0] for section in sections] == [
+        "Install and use",
+        "Prove it",
+        "What it costs and saves",
+        "Tested releases and GPUs",
+        "When something is not as expected",
+        "How it works",
+        "Build and develop",
+    ]
+
+
 def test_make_targets_of_the_readme_exist() -> None:
     named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text()))
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
