@@ -6,7 +6,7 @@
 Run it with the Python that has sglang-nsa-plugin and SGLang. A command runs on a terminal of its own;
 what stands on the screen in the end is written to MACHINE/NAME-COLUMNS.txt, colours left out, where
 MACHINE is gpu or cpu. Standard error, where SGLang logs, is left out, and shown here if a command fails.
-MACHINE/origin.json names the machine, the versions, the date and the commit.
+MACHINE/origin.json names the machine, the versions, the date and the commit of each NAME.
 """
 
 from __future__ import annotations
@@ -49,12 +49,9 @@ def main() -> int:
         parser.error(f"NAME: must be one of {', '.join(RECORDINGS)}, got {', '.join(unknown)}")
     folder = arguments.into / machine()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "origin.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    codes = [
-        record(name, columns, folder)
-        for name in arguments.names or RECORDINGS
-        for columns in arguments.columns
-    ]
+    names = arguments.names or list(RECORDINGS)
+    codes = [record(name, columns, folder) for name in names for columns in arguments.columns]
+    keep_origin(names, folder / "origin.json")
     return 1 if any(codes) else 0
 
 
@@ -72,6 +69,12 @@ def record(name: str, columns: int, folder: Path) -> int:
     path.write_text(text)
     print(f"{path}: {len(text.splitlines())} lines, exit code {code}", flush=True)
     return code
+
+
+def keep_origin(names: list[str], path: Path) -> None:
+    """Writes where these recordings come from, beside what is known of the others in the folder."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**known, **dict.fromkeys(names, environment())}, indent=2) + "\n")
 
 
 def on_terminal(program: list[str], arguments: str, columns: int, **variables: str) -> tuple[int, str]:

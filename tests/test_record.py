@@ -72,8 +72,10 @@ def test_recordings_are_written_for_each_width(tmp_path, monkeypatch, capsys):
         lines = (folder / f"verify-{width}.txt").read_text().splitlines()
         assert lines[0] == "$ sglang-nsa-plugin verify --help"
         assert 70 < max(len(line) for line in lines) <= width
+    record.keep_origin(["demo"], folder / "origin.json")
     origin = json.loads((folder / "origin.json").read_text())
-    assert origin["versions"]["sglang-nsa-plugin"] == version("sglang-nsa-plugin")
+    assert list(origin) == ["verify", "demo"]
+    assert origin["verify"]["versions"]["sglang-nsa-plugin"] == version("sglang-nsa-plugin")
     assert capsys.readouterr().out.count("exit code 0") == 2
 
 
@@ -107,9 +109,11 @@ def test_a_machines_recordings_are_whole_and_name_their_origin(folder):
     assert recorded == set(record.RECORDINGS) or folder.name == "cpu"
     for name in recorded:
         assert all((folder / f"{name}-{columns}.txt").is_file() for columns in record.COLUMNS)
-    origin = json.loads((folder / "origin.json").read_text())
-    assert bool(origin["gpus"]) == (folder.name == "gpu")
-    assert len(origin["commit"]) >= 40
+    origins = json.loads((folder / "origin.json").read_text())
+    assert set(origins) == recorded
+    for origin in origins.values():
+        assert bool(origin["gpus"]) == (folder.name == "gpu")
+        assert len(origin["commit"]) >= 40
 
 
 def test_there_are_recordings():
