@@ -24,7 +24,7 @@ help:
 	@echo "make gpu-test    tests, sanitizers and timings on an NVIDIA GPU; writes integration/results/"
 	@echo "make serve-test  real SGLang servers with and without the plugin; writes integration/results/"
 	@echo "make bench       time of one fill, SGLang's own and ours, in one run"
-	@echo "make wheel       the wheel, into dist/"
+	@echo "make wheel       the wheel and the source distribution, into dist/"
 
 # PYTHONSAFEPATH: the installed package runs, not the source tree, which has no compiled library.
 demo: $(READY)
@@ -55,9 +55,11 @@ serve-test: $(READY)
 bench: $(READY)
 	PYTHONSAFEPATH=1 $(PYTHON) -m sglang_nsa_plugin bench
 
-wheel: $(VENV)/.torch
+# Each is built in an environment of its own, the wheel from the source distribution.
+wheel:
+	python3 -m venv $(VENV)
 	$(PIP) build
-	$(VENV)/bin/python -m build --wheel --outdir dist .
+	$(VENV)/bin/python -m build --outdir dist .
 
 # torch, Triton and NumPy are named first so that nothing below chooses them.
 $(VENV)/.torch:

@@ -1,11 +1,12 @@
-"""Record what the commands show on a terminal, as text, for docs/.
+"""Record what the commands show on a terminal, as text, for docs/terminal/.
 
     python docs/record.py                  # every command at 80 and at 120 columns
     python docs/record.py verify --columns 100 --into /tmp
 
 Run it with the Python that has sglang-nsa-plugin and SGLang. A command runs on a terminal of its own;
-what stands on the screen in the end is written to docs/NAME-COLUMNS.txt, colours left out. A command
-that needs a GPU is left out where there is none.
+what stands on the screen in the end is written to MACHINE/NAME-COLUMNS.txt, colours left out, where
+MACHINE is gpu or cpu. Standard error, where SGLang logs, is left out, and shown here if a command fails.
+MACHINE/origin.json names the machine, the versions, the date and the commit of each NAME.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
+import json
 import os
 import re
 import shlex
@@ -20,83 +22,85 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 from pathlib import Path
-from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "integration"))
+from results import environment  # noqa: E402
+
 PROGRAM = "sglang-nsa-plugin"
+RECORDINGS = {"verify": "verify", "demo": "demo", "bench": "bench --quick"}
+FOLDER = ROOT / "docs" / "terminal"
+COLUMNS = (80, 120)
 LINES = 50
-
-
-class Recording(NamedTuple):
-    """A command line after the program's name, and whether it needs a GPU."""
-
-    command: str
-    needs_gpu: bool = False
-
-
-RECORDINGS = {
-    "verify": Recording("verify"),
-    "demo": Recording("demo --steps 100"),
-    "bench": Recording("bench --quick", needs_gpu=True),
-}
 
 
 def main() -> int:
     """Records what was asked for; returns 1 when a command failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECORDINGS)}; else all")
-    parser.add_argument("--columns", type=int, nargs="+", default=[80, 120])
-    parser.add_argument("--into", type=Path, default=HERE, metavar="FOLDER")
+    parser.add_argument("--columns", type=int, nargs="+", default=COLUMNS)
+    parser.add_argument("--into", type=Path, default=FOLDER, metavar="FOLDER")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.names if name not in RECORDINGS]
     if unknown:
         parser.error(f"NAME: must be one of {', '.join(RECORDINGS)}, got {', '.join(unknown)}")
-    failed = [
-        name
-        for name in arguments.names or RECORDINGS
-        if not record(name, arguments.columns, arguments.into)
-    ]
-    return 1 if failed else 0
+    folder = arguments.into / machine()
+    folder.mkdir(parents=True, exist_ok=True)
+    names = arguments.names or list(RECORDINGS)
+    codes = [record(name, columns, folder) for name in names for columns in arguments.columns]
+    keep_origin(names, folder / "origin.json")
+    return 1 if any(codes) else 0
 
 
-def record(name: str, columns: list[int], folder: Path) -> bool:
-    """Writes one command's recordings; whether it succeeded at every width."""
-    recording = RECORDINGS[name]
-    if recording.needs_gpu and shutil.which("nvidia-smi") is None:
-        print(f"{name}: left out, it needs an NVIDIA GPU")
-        return True
-    codes = []
-    for width in columns:
-        code, raw = on_terminal([sys.executable, "-m", "sglang_nsa_plugin"], recording.command, width)
-        text = f"$ {PROGRAM} {recording.command}\n{on_screen(raw)}\n"
-        path = folder / f"{name}-{width}.txt"
-        path.write_text(text)
-        print(f"{path.name}: {len(text.splitlines())} lines, exit code {code}")
-        codes.append(code)
-    return not any(codes)
+def machine() -> str:
+    """The folder of this machine's recordings."""
+    return "cpu" if shutil.which("nvidia-smi") is None else "gpu"
 
 
-def on_terminal(program: list[str], arguments: str, columns: int) -> tuple[int, str]:
+def record(name: str, columns: int, folder: Path) -> int:
+    """Writes one recording; the command's exit code."""
+    program = [sys.executable, "-m", "sglang_nsa_plugin"]
+    code, raw = on_terminal(program, RECORDINGS[name], columns)
+    text = f"$ {PROGRAM} {RECORDINGS[name]}\n{on_screen(raw)}\n"
+    path = folder / f"{name}-{columns}.txt"
+    path.write_text(text)
+    print(f"{path}: {len(text.splitlines())} lines, exit code {code}", flush=True)
+    return code
+
+
+def keep_origin(names: list[str], path: Path) -> None:
+    """Writes where these recordings come from, beside what is known of the others in the folder."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**known, **dict.fromkeys(names, environment())}, indent=2) + "\n")
+
+
+def on_terminal(program: list[str], arguments: str, columns: int, **variables: str) -> tuple[int, str]:
     """Exit code and output, control sequences and all, of a command on a terminal of that width."""
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, columns, 0, 0))
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
-    process = subprocess.Popen(
-        [*program, *shlex.split(arguments)],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=subprocess.DEVNULL,
-        # The installed package runs, not a source tree in this folder.
-        env={**environment, "TERM": "xterm-256color", "PYTHONSAFEPATH": "1"},
-    )
-    os.close(theirs)
-    chunks = []
-    while chunk := _read(ours):
-        chunks.append(chunk)
-    os.close(ours)
-    return process.wait(), b"".join(chunks).decode(errors="replace")
+    inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [*program, *shlex.split(arguments)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=errors,
+            # The installed package runs, not a source tree in this folder.
+            env={**inherited, "TERM": "xterm-256color", "PYTHONSAFEPATH": "1", **variables},
+        )
+        os.close(theirs)
+        chunks = []
+        while chunk := _read(ours):
+            chunks.append(chunk)
+        os.close(ours)
+        code = process.wait()
+        if code != 0:
+            errors.seek(0)
+            print(errors.read().decode(errors="replace"), file=sys.stderr)
+    return code, b"".join(chunks).decode(errors="replace")
 
 
 def _read(terminal: int) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-from readme import RESULTS, SHOWN_CASE, parts
+from readme import RESULTS, SHOWN_CASE, shown_case
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "host-time.svg"
 COLOURS = {"sglang": "#9aa5b1", "ours": "#1f6feb"}
@@ -47,9 +47,10 @@ def measured() -> dict[str, dict[str, dict[str, float]]]:
     """The shown case of each release with timings, oldest first."""
     found = {}
     for path in sorted(RESULTS.glob("gpu-test-*.json"), key=lambda path: path.stem):
-        for case in parts(path.name).get("bench", {}).get("cases", []):
-            if SHOWN_CASE.items() <= case.items():
-                found[path.stem.removeprefix("gpu-test-")] = case
+        version = path.stem.removeprefix("gpu-test-")
+        case = shown_case(version)
+        if case is not None:
+            found[version] = case
     return found
 
 

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from install_sglang import release_key
 from releases import GENERATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,8 +61,22 @@ def releases() -> str:
         + f"\n\nGenerations of SGLang's code: {generations()}. *Host µs* and *launches*: what SGLang's own call costs before a draft-extend forward of 8 requests "
         "of 32k tokens, and ours; from `sglang-nsa-plugin bench` on an H200, both in one run. All values "
         f"compared were equal. From `integration/results/` (`releases.json`: {matrix['date'][:10]}, commit "
-        f"{matrix['commit'][:7]}; `gpu-test-VERSION.json`, `serve-VERSION.json`)."
+        f"{matrix['commit'][:7]}; `gpu-test-VERSION.json`, `serve-VERSION.json`).\n\n{gpus()}"
     )
+
+
+def gpus() -> str:
+    """One row for each GPU and driver that a result file names, with the releases of those files."""
+    found: dict[str, set[str]] = {}
+    for path in (*RESULTS.glob("gpu-test-*.json"), *RESULTS.glob("serve-*.json")):
+        run = json.loads(path.read_text())
+        for gpu in run["gpus"]:
+            found.setdefault(gpu, set()).add(run["versions"]["sglang"])
+    rows = [
+        f"| {gpu.replace(', ', ' | ')} | {', '.join(sorted(tested, key=release_key))} |"
+        for gpu, tested in sorted(found.items())
+    ]
+    return "| GPU | driver | SGLang releases tried on it |\n|---|---|---|\n" + "\n".join(rows)
 
 
 def generations() -> str:
@@ -71,8 +86,7 @@ def generations() -> str:
 def release(version: str, row: dict[str, Any]) -> str:
     gpu, serve = parts(f"gpu-test-{version}.json"), parts(f"serve-{version}.json")
     tokens = serve.get("tokens_one_at_a_time")
-    cases = gpu.get("bench", {}).get("cases", [])
-    shown = next((c for c in cases if SHOWN_CASE.items() <= c.items()), None)
+    shown = shown_case(version)
     cells = [
         version,
         row["generation"],
@@ -85,6 +99,12 @@ def release(version: str, row: dict[str, Any]) -> str:
         f"{shown['launches']['sglang']} → {shown['launches']['ours']}" if shown else "-",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def shown_case(version: str) -> dict[str, Any] | None:
+    """The timed case that stands for a release; None where it was not timed."""
+    cases = parts(f"gpu-test-{version}.json").get("bench", {}).get("cases", [])
+    return next((case for case in cases if SHOWN_CASE.items() <= case.items()), None)
 
 
 def parts(name: str) -> dict[str, Any]:
@@ -104,6 +124,7 @@ def figures() -> str:
             tokens(serve["parts"]),
             fence(serve["parts"]["fence"]),
             shadow(serve["parts"]),
+            *counted(serve["parts"]),
             checked(gpu["parts"]),
             source(serve, gpu),
         ]
@@ -143,12 +164,34 @@ def full_size(parts: dict[str, Any]) -> str:
         parts["host_time"][arm]["before_replay_us"]["median"] for arm in ("plugin", "sglang")
     )
     saved = (theirs - ours) / 1000
-    least, most = (100 * saved / step for step in reversed(FULL_STEP_MS))
     return (
         f"The host time saved is {saved:.2f} ms a step and rank. On DeepSeek-V3.2 at full size a step takes "
-        f"{FULL_STEP_MS[0]} to {FULL_STEP_MS[1]} ms, so that is {least:.0f} to {most:.0f} % of a step at "
-        "most, and less where the GPU is the slower side and the host's time is hidden behind it. The two "
+        f"{FULL_STEP_MS[0]} to {FULL_STEP_MS[1]} ms, so that is {share_of_step(saved)} of a step at "
+        "most, and less where the GPU is the slower side and the host's time is hidden behind it. "
+        f"{more_where_eager()} The two "
         "last rows are of a tiny model, whose steps differ from pair to pair by more than the gain."
+    )
+
+
+def share_of_step(saved_ms: float) -> str:
+    least, most = (100 * saved_ms / step for step in reversed(FULL_STEP_MS))
+    return f"{least:.0f} to {most:.0f} %"
+
+
+def more_where_eager() -> str:
+    """From the newest release that plans eagerly and was timed."""
+    matrix = json.loads((RESULTS / "releases.json").read_text())["parts"]
+    timed = {
+        version: case
+        for version, row in matrix.items()
+        if row["adapter"] == "eager" and (case := shown_case(version)) is not None
+    }
+    version = max(timed, key=release_key)
+    theirs, ours = (timed[version]["host_us"][who] / 1000 for who in ("sglang", "ours"))
+    return (
+        f"It is more where SGLang plans each step eagerly, up to 0.5.14: with {version} planning {SHOWN_CASE['requests']} "
+        f"requests of {SHOWN_CASE['length']:,} tokens took {theirs:.2f} ms of the host's time and with the plugin "
+        f"{ours:.2f} ms, {share_of_step(theirs - ours)} of such a step at most; and with models whose steps are shorter."
     )
 
 
@@ -207,6 +250,20 @@ def shadow(parts: dict[str, Any]) -> str:
         f"the check of the first replay found {planted['mismatches']}, the process went over to SGLang's own fill, "
         f"and the {parts['planted_error']['prompts_after']} prompts after it got the right tokens."
     )
+
+
+def counted(parts: dict[str, Any]) -> list[str]:
+    """One sentence; none while no server with metrics was asked."""
+    if "metrics" not in parts:
+        return []
+    moments = [parts["metrics"][moment] for moment in ("before", "after")]
+    by_place = {
+        "`/metrics`": [next(iter(moment["metrics"].values()))["replays"] for moment in moments],
+        "`/server_info`": [moment["server_info"]["replays"] for moment in moments],
+        "the scheduler's own record": [moment["scheduler"]["replays"] for moment in moments],
+    }
+    said = [f"{place} {before:,} and {after:,}" for place, (before, after) in by_place.items()]
+    return [f"Replays counted before and after a load: {'; '.join(said)}."]
 
 
 def checked(parts: dict[str, Any]) -> str:

@@ -321,7 +321,11 @@ class Arm:
 
 @contextmanager
 def start_arms(
-    arms: Mapping[str, Mapping[str, str | None]], model: Path, folder: Path, limit_s: float
+    arms: Mapping[str, Mapping[str, str | None]],
+    model: Path,
+    folder: Path,
+    limit_s: float,
+    *options: str,
 ) -> Iterator[dict[str, Arm]]:
     """Starts one server for each name in ``arms`` together, on one GPU, and yields them ready.
 
@@ -330,13 +334,15 @@ def start_arms(
         model: the checkpoint.
         folder: for logs (``NAME.log``) and probe files (``NAME-probe/``).
         limit_s: until all are ready, from the start.
+        options: further ones of every server.
 
     Yields:
         ``{name: Arm}``. On leaving, all are ended.
     """
     with ExitStack() as stack:
         running = {
-            name: stack.enter_context(_arm(name, env, model, folder)) for name, env in arms.items()
+            name: stack.enter_context(_arm(name, env, model, folder, options))
+            for name, env in arms.items()
         }
         for arm in running.values():
             arm.server.wait_ready(limit_s)
@@ -344,7 +350,9 @@ def start_arms(
 
 
 @contextmanager
-def _arm(name: str, env: Mapping[str, str | None], model: Path, folder: Path) -> Iterator[Arm]:
+def _arm(
+    name: str, env: Mapping[str, str | None], model: Path, folder: Path, options: Sequence[str]
+) -> Iterator[Arm]:
     probe_dir = (folder / f"{name}-probe").resolve()
     probe_dir.mkdir(parents=True)
     with_probe = {
@@ -352,7 +360,7 @@ def _arm(name: str, env: Mapping[str, str | None], model: Path, folder: Path) ->
         "NSA_PROBE_DIR": str(probe_dir),
         **env,
     }
-    args = ["--model-path", str(Path(model).resolve()), *serve_args()]
+    args = ["--model-path", str(Path(model).resolve()), *serve_args(), *options]
     with Server(args, with_probe, log_path=folder / f"{name}.log", name=name) as server:
         yield Arm(server, probe_dir)
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import exposition
 import pytest
 import server
 from server import Arm
-from test_serving import NEW_TOKENS, prompts, read_record
+from test_serving import NEW_TOKENS, prompts, read_record, scheduler_figures
 
 FIELD = "real_page_table"
 CHECKED = {**server.PLUGIN_ENV, "SGLANG_NSA_METADATA_CHECK": "1"}
@@ -28,12 +29,14 @@ ARMS: dict[str, dict[str, str | None]] = {
 AT_ONCE = (1, 3, 7, 16)
 LONGEST = 3_000
 LENGTHS = (5, 64, 300, 1_500)
+STEPS = 1_000
 Report = Callable[[str, dict[str, Any]], None]
 
 
 @pytest.fixture(scope="module")
 def servers(model: Path, folder: Path) -> Iterator[dict[str, Arm]]:
-    with server.start_arms(ARMS, model, folder, server.START_LIMIT_S) as running:
+    options = ("--enable-metrics",)
+    with server.start_arms(ARMS, model, folder, server.START_LIMIT_S, *options) as running:
         yield running
 
 
@@ -53,6 +56,37 @@ def test_a_planted_error_is_found_and_sglang_takes_over(servers: dict[str, Arm],
     assert record["checks"] <= record["replays"] < 10
     assert "the shadow check found a difference" in corrupted.log()
     assert [a == b for a, b in answers] == [True] * len(LENGTHS)
+
+
+def test_metrics_and_server_info_say_what_the_scheduler_counted(
+    servers: dict[str, Arm], report: Report
+) -> None:
+    """Before and after 1,000 replays, and in the server whose check has found a difference."""
+    checked = servers["checked"]
+    found = {"before": reported(checked)}
+    begin = steps(found["before"]["server_info"])
+    while steps(read_record(checked.server)) < begin + STEPS:
+        checked.server.generate_at_once(prompts([64] * max(AT_ONCE), seed=5), NEW_TOKENS)
+    found |= {"after": reported(checked), "with_mismatches": reported(servers["corrupted"])}
+    report("metrics", found)
+    for name, each in found.items():
+        assert each["server_info"] == each["scheduler"], name
+        assert list(each["metrics"].values()) == [exposition.expected(each["scheduler"])], name
+    assert steps(found["after"]["scheduler"]) >= begin + STEPS
+    assert found["with_mismatches"]["scheduler"]["fallbacks"]
+
+
+def reported(arm: Arm) -> dict[str, Any]:
+    """One server's state in three places; the scheduler's own file is written once steps have paused."""
+    return {
+        "scheduler": scheduler_figures(arm)["plugin_record"],
+        "server_info": read_record(arm.server),
+        "metrics": exposition.read(arm.server.url),
+    }
+
+
+def steps(record: dict[str, Any]) -> int:
+    return int(record["replays"] + record["launches"])
 
 
 def test_every_replay_under_mixed_load_is_checked(

@@ -154,9 +154,6 @@ def small_case(device: torch.device, ragged: bool, times: int = 1) -> FillArgs:
     def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.tensor(values * times, dtype=dtype, device=device)
 
-    def poisoned(*shape: int) -> torch.Tensor:
-        return torch.full(shape, POISON, dtype=torch.int32, device=device)
-
     args = FillArgs(
         seq_lens=tensor([1, 37, 0, 90]),
         req_pool_indices=tensor([2, 0, 1, 9]),
@@ -164,18 +161,32 @@ def small_case(device: torch.device, ragged: bool, times: int = 1) -> FillArgs:
         extend_lens=3,
         index_topk=36,
         page_size=page,
-        cache_seqlens=poisoned(bs),
-        cu_seqlens_k=poisoned(bs + 1),
-        seqlens_expanded=poisoned(rows),
-        nsa_cache_seqlens=poisoned(rows),
-        nsa_cu_seqlens_k=poisoned(rows + 1),
-        ctx_lens=poisoned(rows, 1),
-        page_table_1=poisoned(rows, width),
-        real_page_table=poisoned(rows, width // page),
-        mqa_schedule=poisoned(6, 2),
+        **poisoned_outputs(bs, rows, width, page, device),
+        mqa_schedule=torch.full((6, 2), POISON, dtype=torch.int32, device=device),
         mqa_remainder_last=times > 1,
     )
     if not ragged:
         return args
+    row_count = torch.full((1,), POISON, dtype=torch.int32, device=device)
     widths = tensor([2, 4, 0, 3], torch.int32)
-    return replace(args, extend_lens=widths, row_count=poisoned(1), mqa_schedule=None)
+    return replace(args, extend_lens=widths, row_count=row_count, mqa_schedule=None)
+
+
+def poisoned_outputs(
+    requests: int, rows: int, width: int, page_size: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Every output of a fill by its name in FillArgs, :data:`POISON` in each cell."""
+    shapes = {
+        "cache_seqlens": (requests,),
+        "cu_seqlens_k": (requests + 1,),
+        "seqlens_expanded": (rows,),
+        "nsa_cache_seqlens": (rows,),
+        "nsa_cu_seqlens_k": (rows + 1,),
+        "ctx_lens": (rows, 1),
+        "page_table_1": (rows, width),
+        "real_page_table": (rows, width // page_size),
+    }
+    return {
+        name: torch.full(shape, POISON, dtype=torch.int32, device=device)
+        for name, shape in shapes.items()
+    }

@@ -51,10 +51,10 @@ class FillArgs:
 
     ``mqa_schedule`` is DeepGEMM's for paged MQA logits. Row t has ``ceil(seqlens_expanded[t] / 256)``
     segments, n are there in all, and processor p begins behind the first
-    ``p * (n // P) + min(p, n % P)`` of them; with ``mqa_remainder_last`` the last processors take what does
-    not divide evenly, not the first: ``p * (n // P) + max(p - P + n % P, 0)``. At the end of the segments
-    stands ``(rows, 0)``. Rows longer than ``256 * ((2**31 - 1) // rows)`` count as long as that. It needs
-    a number in ``extend_lens``.
+    ``p * (n // P) + min(p, n % P)`` of them; with ``mqa_remainder_last`` the last processors take what
+    does not divide evenly, not the first: ``p * (n // P) + max(p - P + n % P, 0)``. At the end of the
+    segments stands ``(rows, 0)``. Rows longer than ``256 * ((2**31 - 1) // rows)`` count as long as that.
+    It needs a number in ``extend_lens``.
 
     Rows: a number in ``extend_lens`` asks for exactly ``bs * extend_lens`` rows. With a tensor the
     outputs say how many rows there are; rows behind the last request get length 0 and requests that
@@ -257,8 +257,8 @@ def _check_schedule(args: FillArgs) -> None:
         return
     if args.mqa_schedule.shape[0] < 2 or args.mqa_schedule.shape[1] != 2:
         raise ValueError(
-            "mqa_schedule: must have 2 columns and a row for each processor, one or more, and one behind "
-            f"them, got shape {tuple(args.mqa_schedule.shape)}"
+            "mqa_schedule: must have 2 columns and a row for each processor, one or more, and one "
+            f"behind them, got shape {tuple(args.mqa_schedule.shape)}"
         )
     if isinstance(args.extend_lens, torch.Tensor):
         raise TypeError("mqa_schedule: needs an int in extend_lens, got a tensor")

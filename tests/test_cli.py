@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
-from commands import command, program
+from commands import command, needs_sglang, program
+from conftest import ROOT
 
 from sglang_nsa_plugin.cli import main
+
+sys.path.append(str(ROOT / "docs"))
+import record
 
 COMMANDS = ("verify", "demo", "bench")
 
@@ -110,3 +115,53 @@ def test_ctrl_c_ends_without_a_traceback():
     done = program(RAISE.format(error="KeyboardInterrupt"), "verify")
     assert done.returncode == 130
     assert done.stderr == ""
+
+
+# On a terminal
+
+
+def on_terminal(arguments: str, **variables: str) -> str:
+    code, raw = record.on_terminal(
+        [sys.executable, "-m", "sglang_nsa_plugin"], arguments, 80, **variables
+    )
+    assert code == 0
+    return raw
+
+
+WAITING = {
+    "verify": ["looking around", "filling"],
+    "demo --steps 3": ["loading SGLang", "draft-extend steps"],
+}
+COLOUR = re.compile(r"\x1b\[[\d;]*3\d")
+
+
+@needs_sglang
+@pytest.mark.parametrize("arguments", WAITING)
+def test_a_terminal_gets_a_bar_and_a_coloured_verdict(arguments):
+    raw = on_terminal(arguments)
+    screen = record.on_screen(raw)
+    for waiting in WAITING[arguments]:
+        assert waiting in raw
+        assert waiting not in screen
+    assert "\x1b[1;32m" in raw
+    assert screen.startswith("sglang-nsa-plugin ")
+    assert max(len(line) for line in screen.splitlines()) <= 80
+
+
+@needs_sglang
+@pytest.mark.parametrize("arguments", WAITING)
+def test_no_color_takes_the_colours_away(arguments):
+    raw = on_terminal(arguments, NO_COLOR="1")
+    assert WAITING[arguments][0] in raw
+    assert not COLOUR.search(raw)
+
+
+@needs_sglang
+@pytest.mark.parametrize("arguments", WAITING)
+def test_a_pipe_gets_neither(arguments):
+    done = command(*arguments.split())
+    assert done.returncode == 0
+    assert done.stdout.startswith("sglang-nsa-plugin ")
+    assert "\x1b" not in done.stdout + done.stderr
+    for waiting in WAITING[arguments]:
+        assert waiting not in done.stdout + done.stderr

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from importlib.metadata import version
 
 import pytest
-from commands import needs_sglang
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "docs"))
@@ -60,36 +62,59 @@ def test_an_unknown_control_sequence_is_told():
         record.on_screen("\x1b[5;5H")
 
 
-@needs_sglang
-def test_verify_on_a_terminal_has_colour_and_a_progress_bar():
-    code, raw = record.on_terminal([sys.executable, "-m", "sglang_nsa_plugin"], "verify", 80)
-    assert code == 0
-    assert "looking around" in raw
-    assert "\x1b[1;32m" in raw
-    lines = record.on_screen(raw).splitlines()
-    assert lines[0].startswith("sglang-nsa-plugin ")
-    assert max(len(line) for line in lines) <= 80
-    assert "\x1b" not in "".join(lines)
-
-
-def test_recordings_are_written_for_each_width(tmp_path, monkeypatch):
-    monkeypatch.setitem(record.RECORDINGS, "verify", record.Recording("verify --help"))
+def test_recordings_are_written_for_each_width(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(record.RECORDINGS, "verify", "verify --help")
     arguments = ["record.py", "verify", "--columns", "80", "120", "--into", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     assert record.main() == 0
+    folder = tmp_path / record.machine()
     for width in (80, 120):
-        lines = (tmp_path / f"verify-{width}.txt").read_text().splitlines()
+        lines = (folder / f"verify-{width}.txt").read_text().splitlines()
         assert lines[0] == "$ sglang-nsa-plugin verify --help"
         assert 70 < max(len(line) for line in lines) <= width
+    record.keep_origin(["demo"], folder / "origin.json")
+    origin = json.loads((folder / "origin.json").read_text())
+    assert list(origin) == ["verify", "demo"]
+    assert origin["verify"]["versions"]["sglang-nsa-plugin"] == version("sglang-nsa-plugin")
+    assert capsys.readouterr().out.count("exit code 0") == 2
 
 
-def test_a_command_that_needs_a_gpu_is_left_out_without_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(record.shutil, "which", lambda name: None)
-    assert record.record("bench", [80], tmp_path)
-    assert capsys.readouterr().out == "bench: left out, it needs an NVIDIA GPU\n"
-    assert list(tmp_path.iterdir()) == []
+def test_a_command_that_fails_is_told(tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(record.RECORDINGS, "demo", "demo --steps 0")
+    monkeypatch.setattr(sys, "argv", ["record.py", "demo", "--columns", "80", "--into", str(tmp_path)])
+    assert record.main() == 1
+    printed = capfd.readouterr()
+    assert "exit code 2" in printed.out
+    assert "--steps: must be a whole number" in printed.err
 
 
-def test_recordings_are_those_of_the_commands():
-    commands = [recording.command.split()[0] for recording in record.RECORDINGS.values()]
-    assert commands == ["verify", "demo", "bench"]
+COMMITTED = sorted(record.FOLDER.glob("*/*.txt"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_recordings_fit_their_width_and_are_plain(path):
+    name, _, columns = path.stem.rpartition("-")
+    text = path.read_text()
+    assert text.startswith(f"$ sglang-nsa-plugin {record.RECORDINGS[name]}\n")
+    assert max(len(line) for line in text.splitlines()) <= int(columns)
+    assert len(text.splitlines()) > 10
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", text), "control characters"
+    assert not re.search(r"""(?:^|[\s'"(])/\w+/""", text, re.MULTILINE), "a path of one machine"
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in COMMITTED}), ids=lambda f: f.name)
+def test_a_machines_recordings_are_whole_and_name_their_origin(folder):
+    recorded = {path.stem.rpartition("-")[0] for path in folder.glob("*.txt")}
+    assert recorded >= {"verify", "demo"}
+    assert recorded == set(record.RECORDINGS) or folder.name == "cpu"
+    for name in recorded:
+        assert all((folder / f"{name}-{columns}.txt").is_file() for columns in record.COLUMNS)
+    origins = json.loads((folder / "origin.json").read_text())
+    assert set(origins) == recorded
+    for origin in origins.values():
+        assert bool(origin["gpus"]) == (folder.name == "gpu")
+        assert len(origin["commit"]) >= 40
+
+
+def test_there_are_recordings():
+    assert COMMITTED

@@ -6,9 +6,13 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from commands import needs_sglang
+
+from sglang_nsa_plugin import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +29,24 @@ def test_version_is_the_newest_of_the_changelog() -> None:
     assert newest is not None
     assert project is not None
     assert newest[1] == project[1] == version("sglang-nsa-plugin")
+    assert f"sglang-nsa-plugin {newest[1]}: adapter" in (ROOT / "README.md").read_text()
+
+
+def test_order_of_the_readme() -> None:
+    """What it does in three sentences and a picture; then what a new user asks, one after the other."""
+    opening, *sections = (ROOT / "README.md").read_text().split("\n## ")
+    text, _, picture = opening.partition("![")
+    assert len(re.findall(r"[a-z]\.\s", text)) == 3
+    assert picture.endswith("(docs/host-time.svg)\n")
+    assert [section.partition("\n")[0] for section in sections] == [
+        "Install and use",
+        "Prove it",
+        "What it costs and saves",
+        "Tested releases and GPUs",
+        "When something is not as expected",
+        "How it works",
+        "Build and develop",
+    ]
 
 
 def test_make_targets_of_the_readme_exist() -> None:
@@ -48,6 +70,9 @@ RUN_BY = {
     "NSA_CUDA=ON pip install .": "test_build.py",
     "NSA_CUDA=OFF pip install .": "test_wheel.py",
     "sglang-nsa-plugin verify": "test_verify.py",
+    "sglang-nsa-plugin demo": "test_cli.py",
+    "sglang-nsa-plugin bench": "needs a GPU",
+    "curl localhost:30000/server_info": "needs a server: integration/test_serving.py",
     "make lint": ".ci/run",
     "make test": ".ci/run",
     "make demo": ".ci/run",
@@ -56,8 +81,10 @@ RUN_BY = {
     "make gpu-test": "needs a GPU",
     "make serve-test": "needs a GPU",
     "make bench": "needs a GPU",
-    "make wheel": "test_wheel.py builds the same way, for the time it takes",
+    "make wheel": "test_wheel.py",
     "integration/gpu_host.sh": "needs a GPU host",
+    "integration/gpu_test.py": "needs a GPU",
+    "python3 docs/record.py": "test_record.py",
     "python3 integration/readme.py": "test_repository.py, with --check",
     "python3 integration/plot.py": "needs matplotlib, which nothing else here does",
 }
@@ -66,10 +93,12 @@ RUN_BY = {
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_every_command_of_the_documents_is_accounted_for(document: str) -> None:
     text = (ROOT / document).read_text()
+    programs = r"(?:\w+=\S+ )*(?:pip|make|sglang-nsa-plugin|python3|integration/\S+)"
     written = re.findall(
-        r"^    (?!sglang-nsa-plugin \d)((?:\w+=\S+ )*(?:pip|make|sglang-nsa-plugin) .*)", text, re.M
+        rf"^    (?:NSA_COMMIT=\$\(.*?\) )?((?!sglang-nsa-plugin \d){programs} .*)", text, re.M
     )
-    written += re.findall(r"`((?:make|python3) [^`]+)`", text)
+    written += re.findall(r"`((?:make|python3|curl|pip|sglang-nsa-plugin) [^`]+)`", text)
+    written += re.findall(r"`(\S+\.(?:py|sh) [^`]+)`", text)
     commands = [re.split(r"\s{2,}#|\s{3,}", line)[0].strip() for line in written]
     assert commands
     assert [
@@ -85,15 +114,61 @@ def test_what_runs_the_commands_is_there() -> None:
             assert f"\n{command}" in (ROOT / ".ci" / "run").read_text(), command
 
 
-def test_files_of_the_readme_exist() -> None:
+# Where the documents name files from, and what exists elsewhere or only once it is made.
+FOLDERS = ("", "integration/results", "sglang_nsa_plugin")
+NOT_HERE = {"dist/": "made by `make wheel`", "unpack.sh": "a GPU host's own"}
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_paths_of_the_documents_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
     paths = set(
-        re.findall(
-            r"`((?:sglang_nsa_plugin|integration|tests|csrc)/[\w./-]*)`",
-            (ROOT / "README.md").read_text(),
-        )
+        re.findall(r"[`(\s](\w[\w./-]*(?:/|\.(?:py|md|json|sh|svg)))(?=[`):,;\s]|$)", text, re.M)
     )
-    assert paths
-    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+    assert len(paths) > 5
+    missing = {
+        path
+        for path in paths - set(NOT_HERE)
+        if "VERSION" not in path and not any((ROOT / folder / path).exists() for folder in FOLDERS)
+    }
+    assert missing == set()
+
+
+# Flags and variables that are not this repository's own.
+OF_SGLANG = {
+    "--disable-cuda-graph",
+    "--enable-metrics",
+    "SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
+    "SGLANG_PLUGINS",
+}
+OF_PYTEST = {"PYTEST_ADDOPTS"}
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_flags_and_variables_of_the_documents_exist(document: str) -> None:
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"--[a-z][a-z-]+\b|\b[A-Z]+_[A-Z_]+\b", text))
+    assert named
+    files = [ROOT / "pyproject.toml"]
+    files += [*(ROOT / "sglang_nsa_plugin").rglob("*.py"), *(ROOT / "integration").rglob("*.py")]
+    files += (ROOT / "docs").glob("*.py")
+    ours = "\n".join(path.read_text() for path in files)
+    unknown = {name for name in named if not re.search(rf"(?<![\w-]){name}(?![\w-])", ours)}
+    assert unknown <= OF_SGLANG | OF_PYTEST
+
+
+@needs_sglang
+def test_flags_and_variables_of_sglang_exist() -> None:
+    (package,) = find_spec("sglang").submodule_search_locations  # type: ignore[union-attr]
+    files = ("server_args.py", "environ.py", "plugins/__init__.py")
+    text = "\n".join((Path(package) / "srt" / name).read_text() for name in files)
+    assert [name for name in sorted(OF_SGLANG) if name not in text] == []
+
+
+def test_metrics_of_the_documents_exist() -> None:
+    """Counters by name; their labels: tests/adapters/test_metrics.py."""
+    named = set(re.findall(r"`(?:sglang_nsa_plugin:)?(\w+)_total\b", (ROOT / "README.md").read_text()))
+    assert named == {*metrics.COUNTERS, "fallbacks"}
 
 
 def test_tests_named_in_the_table_of_known_failures_exist() -> None:

@@ -229,3 +229,67 @@ def test_variables_are_set_and_removed(monkeypatch):
     assert "SGLANG_PLUGINS" not in changed
     assert changed["NEW"] == "1"
     assert changed["PYTHONPATH"] == os.path.abspath("here")
+
+
+# A scheduler's metrics, and what SGLang's HTTP process makes of those in the folder.
+RANK = """
+import json, sys
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from sglang_nsa_plugin import metrics, state
+rank = int(sys.argv[1])
+state.STATE = metrics.STATE = state.State(
+    adapter="in-graph" if rank else None, backend="cuda" if rank else None, replays=1000 + rank,
+    checks=7, mismatches=4, fallbacks=state.Counter({'a reason, "quoted"': 3, "another": 1}))
+metrics.export({"model_name": "a model", "tp_rank": rank, "pp_rank": 0})
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+print(json.dumps([generate_latest(registry).decode(), state.record()]))
+"""
+
+
+def metrics_and_record(rank, folder):
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-c", RANK, str(rank)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_metrics_are_told_apart_by_rank_and_agree_with_the_record(tmp_path):
+    import exposition
+
+    _, idle = metrics_and_record(0, tmp_path)
+    text, record = metrics_and_record(1, tmp_path)
+    shown = exposition.shown(text)
+    assert set(shown) == {"pp_rank=0 tp_rank=0", "pp_rank=0 tp_rank=1"}
+    assert shown["pp_rank=0 tp_rank=1"] == exposition.expected(record)
+    assert shown["pp_rank=0 tp_rank=1"]["fallbacks"] == {'a reason, "quoted"': 3, "another": 1}
+    # a rank that the plugin leaves alone shows what runs and no counters
+    assert shown["pp_rank=0 tp_rank=0"] == {
+        "fallbacks": {},
+        "info": exposition.expected(idle)["info"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("replays", 5), ("checks", 5), ("fallbacks", {}), ("version", "0"), ("backend", "triton")],
+)
+def test_a_metric_that_differs_from_the_record_is_seen(name, value, tmp_path):
+    import exposition
+
+    text, record = metrics_and_record(1, tmp_path)
+    (shown,) = exposition.shown(text).values()
+    assert shown != exposition.expected({**record, name: value})
+
+
+def test_a_server_without_metrics_is_an_error(tmp_path):
+    import exposition
+    import requests
+
+    with stand_in(tmp_path) as server:
+        server.wait_ready(limit_s=30)
+        with pytest.raises(requests.HTTPError):
+            exposition.read(server.url)

@@ -515,7 +515,7 @@ def test_schedules(fill_backend: Backend, processors: int, remainder_last: bool)
 
 
 def test_a_schedule_begins_where_the_segments_say(fill_backend: Backend) -> None:
-    """Rows of 256, 257 and 258 tokens are 1 + 2 + 2 segments; three processors take 2 + 2 + 1 of them."""
+    """Rows of 256, 257, 258 tokens: 1 + 2 + 2 segments, of which three processors take 2 + 2 + 1."""
     case = Case(seq_lens=[258], extend_lens=3, processors=3)
     assert values_of(fill_backend.check(case))["mqa_schedule"] == [[0, 0], [1, 1], [2, 1], [3, 0]]
     last = replace(case, remainder_last=True)

@@ -194,7 +194,7 @@ fills._case = case
     result = outcome(program(wrong, "verify", "--json"))
     for name in ("torch", "cpu"):
         assert result["implementations"][name]["reason"] == (
-            "it filled page_table_1 with other values than the torch reference"
+            "it filled page_table_1 with other values than the torch reference; please report it"
         )
     assert not result["works"]
 
@@ -218,6 +218,7 @@ GPU_HOST: dict[str, Any] = {
     "gpu": "NVIDIA H200",
     "driver": "580.1",
     "no_gpu": None,
+    "no_gpu_remedy": None,
     "sglang": {"version": "0.5.17", "tested": True, "newest_tested": "0.5.23"},
     "discovery": {"loads": True},
     "setting": {"backend": "auto", "problem": None},
@@ -276,9 +277,10 @@ def test_verdicts_of_a_gpu_host_where_the_kernel_runs():
             # a driver and a GPU, and a torch that cannot use them
             {
                 "no_gpu": "torch 2 is built without CUDA",
+                "no_gpu_remedy": "install another",
                 "implementations__cuda__reason": "torch 2 is built without CUDA",
             },
-            "Not active: torch 2 is built without CUDA",
+            "Not active: torch 2 is built without CUDA: install another",
         ),
     ],
 )
@@ -294,18 +296,21 @@ def test_80_columns_are_enough_and_nothing_is_coloured(plain):
     assert long.stderr == ""
 
 
+DRIVER = f"install a driver that serves CUDA {torch.version.cuda}"
+
+
 @pytest.mark.parametrize(
-    ("driver", "hidden", "said"),
+    ("driver", "hidden", "reason", "remedy"),
     [
-        ("580.1", "", "CUDA_VISIBLE_DEVICES is '' and hides the GPU"),
-        ("580.1", None, f"torch {torch.__version__} sees no NVIDIA GPU"),
-        (None, "0", f"torch {torch.__version__} sees no NVIDIA GPU"),
+        ("580.1", "", "CUDA_VISIBLE_DEVICES is '' and hides the GPU", "unset CUDA_VISIBLE_DEVICES"),
+        ("580.1", None, f"torch {torch.__version__} sees no NVIDIA GPU", DRIVER),
+        (None, "0", f"torch {torch.__version__} sees no NVIDIA GPU", DRIVER),
     ],
 )
-def test_why_a_torch_with_cuda_has_no_gpu(driver, hidden, said, monkeypatch):
+def test_why_a_torch_with_cuda_has_no_gpu(driver, hidden, reason, remedy, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert found._no_gpu(driver) == said
+    assert found._no_gpu(driver) == (reason, remedy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import configparser
 import email
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -21,7 +22,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "sglang_nsa_plugin"
-NOT_SOURCE = (".git", ".venv", ".releases", "build", "dist", "__pycache__", ".*_cache", ".hypothesis")
+NOT_SOURCE = (
+    "*.so",
+    ".git",
+    ".venv",
+    ".releases",
+    "build",
+    "dist",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+)
 MEGABYTES = 5
 # A run prints: the wheel's own version, what filled, and the values.
 USE = """
@@ -34,21 +45,22 @@ print(Path(sglang_nsa_plugin.__file__).parent, bound.backend, args.cache_seqlens
 """
 
 
-def run(*command: object, cwd: Path | None = None, **environment: str) -> str:
+def run(*command: object, cwd: Path | None = None, code: int = 0, **variables: str) -> str:
+    """Standard output of a command that sees nothing of this source tree."""
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": "", **variables},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
-def pip(*arguments: object, **environment: str) -> str:
-    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, **environment)
+def pip(*arguments: object, **variables: str) -> str:
+    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, **variables)
 
 
 @pytest.fixture(scope="session")
@@ -59,26 +71,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as `pip install .` builds it: with CUDA where there is nvcc."""
-    return built_wheel(source, tmp_path_factory.mktemp("wheel"))
+def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make wheel` leaves in dist/, from a clean copy and with a .venv of its own."""
+    venv = tmp_path_factory.mktemp("make") / "venv"
+    run("make", "wheel", f"VENV={venv}", cwd=source, MAKEFLAGS="")
+    return source / "dist"
 
 
 @pytest.fixture(scope="session")
-def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by the backend that pyproject.toml names, called as a front end calls it."""
-    backend, folder = tmp_path_factory.mktemp("backend"), tmp_path_factory.mktemp("sdist")
-    pip("install", "--quiet", "--target", backend, "scikit-build-core>=0.11")
-    program = f"import scikit_build_core.build as b; print(b.build_sdist({str(folder)!r}))"
-    run(sys.executable, "-c", program, cwd=source, PYTHONPATH=str(backend))
-    (archive,) = folder.iterdir()
-    return archive
+def wheel(made: Path) -> Path:
+    (path,) = made.glob("*.whl")
+    return path
 
 
-def built_wheel(source: Path, folder: Path, **environment: str) -> Path:
-    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source, **environment)
-    (made,) = folder.iterdir()
-    return made
+@pytest.fixture(scope="session")
+def sdist(made: Path) -> Path:
+    (path,) = made.glob("*.tar.gz")
+    return path
 
 
 def metadata(wheel: Path) -> email.message.Message:
@@ -107,6 +116,17 @@ def test_files_of_the_wheel(wheel: Path, source: Path) -> None:
     described = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
     library = f"{NAME}/lib/nsa_metadata.so"
     assert members(wheel) == modules | {library} | {f"{info}/{name}" for name in described}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which compiles the CUDA kernel")
+def test_the_library_has_code_for_the_gpus_that_the_readme_names(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.read(f"{NAME}/lib/nsa_metadata.so")
+    # ptxas leaves its options in each piece of machine code
+    compiled_for = {found.decode() for found in re.findall(rb"-arch (sm_\d+)", library)}
+    assert compiled_for == {"sm_90", "sm_100", "sm_120"}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "machine code for sm_90, sm_100 and sm_120" in readme
 
 
 def test_size_of_the_wheel(wheel: Path) -> None:
@@ -202,13 +222,24 @@ def test_the_command_without_source_and_compiler(venv: Path, tmp_path: Path) -> 
     assert "demo" in printed
 
 
+def test_verify_without_source_and_compiler(venv: Path, tmp_path: Path) -> None:
+    """It fills with what the wheel brings, and says that SGLang is not there."""
+    command = (venv / "bin/sglang-nsa-plugin", "verify", "--json")
+    result = json.loads(run(*command, cwd=tmp_path, code=1, PATH=str(venv / "bin")))
+    assert result["plugin"] == version()
+    assert result["discovery"]["plugins"] == ["nsa"]
+    assert result["implementations"]["cpu"]["reason"] is None
+    assert result["implementations"]["cpu"]["us"] > 0
+    assert result["verdict"].startswith("Not active: SGLang is not installed here: pip install sglang==")
+
+
 def test_sglang_is_not_lent(venv: Path, tmp_path: Path) -> None:
     """Else the tests above would not show that the package works without it."""
     program = "from importlib.util import find_spec as f; print(f('sglang'), f('torch') is not None)"
     assert run(venv / "bin/python", "-c", program, cwd=tmp_path).split() == ["None", "True"]
 
 
-# The source distribution
+# The source distribution, and the wheel without it
 
 
 def test_files_of_the_source_distribution(sdist: Path) -> None:
@@ -219,7 +250,9 @@ def test_files_of_the_source_distribution(sdist: Path) -> None:
     assert {name for name in files if name.endswith((".so", ".whl", ".pyc"))} == set()
 
 
-def test_a_wheel_from_the_source_distribution(sdist: Path, wheel: Path, tmp_path: Path) -> None:
-    from_sdist = built_wheel(sdist, tmp_path, NSA_CUDA="OFF")
-    assert members(from_sdist) == members(wheel)
-    assert metadata(from_sdist).items() == metadata(wheel).items()
+def test_pip_builds_the_same_from_the_source(source: Path, wheel: Path, tmp_path: Path) -> None:
+    """As `pip install .` does. `make wheel` has built the other one from the source distribution."""
+    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source, NSA_CUDA="OFF")
+    (from_source,) = tmp_path.iterdir()
+    assert members(from_source) == members(wheel)
+    assert metadata(from_source).items() == metadata(wheel).items()

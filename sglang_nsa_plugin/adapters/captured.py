@@ -187,7 +187,7 @@ class DraftExtendFill:
         if metadata.paged_mqa_schedule_metadata is not None and self.remainder_last is None:
             backend._refresh_paged_mqa_schedule_metadata(metadata, metadata.paged_mqa_ctx_lens_2d)
         if metadata.topk_v2_plan is not None:
-            # The plan as it is made, not a copy of it: what the graph holds behind this reads the new one.
+            # The plan itself, not a copy: what the graph holds behind this reads the new one.
             plan = backend._build_topk_v2_plan(metadata.dsa_seqlens_expanded)
             object.__setattr__(metadata, "topk_v2_plan", plan)
         if metadata.flashmla_metadata is not None:

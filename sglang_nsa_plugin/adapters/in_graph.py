@@ -95,8 +95,8 @@ def _init_cuda_graph_state(
 def _as_without_speculation(backend: Any) -> Iterator[None]:
     """SGLang leaves out the token-wide page table where nothing reads it, but never with speculation.
 
-    That is for backends whose graphs hold target-verify or draft-decode. Those of draft-extend read it no
-    more than decode graphs do: all other conditions, the top-k's kernel among them, stay SGLang's to ask.
+    That is for backends whose graphs hold target-verify or draft-decode. Those of draft-extend read it
+    no more than decode graphs do: all other conditions, the top-k's kernel among them, stay SGLang's.
     """
     draft_tokens = backend.speculative_num_draft_tokens
     backend.speculative_num_draft_tokens = None

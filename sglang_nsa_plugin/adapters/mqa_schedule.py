@@ -1,4 +1,4 @@
-"""Whether DeepGEMM's schedule for paged MQA logits can come from the fill itself, found out at start-up."""
+"""Whether the fill can make DeepGEMM's schedule for paged MQA logits, found out at start-up."""
 
 from __future__ import annotations
 

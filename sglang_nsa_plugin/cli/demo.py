@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from sglang_nsa_plugin.cli import terminal
+
 BATCH_SIZES = (1, 2, 4, 8, 16)
 DRAFT_TOKENS = 4
 
 
 def run(steps: int, seed: int, json_path: str | None) -> int:
     """Runs the demo, prints a table and a verdict; returns 0 when every value was equal."""
-    console = Console()
-    device = _device()
-    result = _discover_and_compare(device, steps, seed, console)
+    console = terminal.console()
+    with terminal.progress(console) as progress:
+        result = _discover_and_compare(steps, seed, progress)
     _print(console, result)
     if json_path:
         Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
@@ -37,29 +41,27 @@ def _device() -> Any:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     os.environ["TRITON_INTERPRET"] = "1"
+    warnings.filterwarnings(
+        "ignore", module=r"sglang\."
+    )  # a line for each of its parts that wants a GPU
     return torch.device("cpu")
 
 
-def _discover_and_compare(device: Any, steps: int, seed: int, console: Console) -> dict[str, Any]:
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.plugins.hook_registry import HookRegistry
+def _discover_and_compare(steps: int, seed: int, progress: Progress) -> dict[str, Any]:
+    task = progress.add_task("loading SGLang", total=None)
+    device = _device()  # before SGLang, and with it Triton, is imported
+    _discover()
 
     from sglang_nsa_plugin.adapters import hooks
-    from sglang_nsa_plugin.state import record
-
-    load_plugins()
-    discovered = "sglang.srt.server_args.ServerArgs.add_cli_args" in HookRegistry._patched
-    if not discovered:
-        raise SystemExit(
-            "sglang-nsa-plugin demo: SGLang did not load the plugin; SGLANG_PLUGINS must be unset or "
-            f"contain nsa, got {os.environ.get('SGLANG_PLUGINS')!r}"
-        )
     from sglang_nsa_plugin.cli.replay import Comparison
     from sglang_nsa_plugin.cli.twins import make_twin
+    from sglang_nsa_plugin.state import record
 
     twin = make_twin(device, BATCH_SIZES, draft_tokens=DRAFT_TOKENS)
     comparison = Comparison()
-    _replay_random_batches(twin, comparison, steps, seed, console)
+    progress.update(task, description="draft-extend steps")
+    for bs in progress.track(_random_batches(twin, steps, seed), total=steps, task_id=task):
+        twin.step(bs, comparison)
     state = record()
     ours = state["replays"] + state["launches"]
     passed = comparison.first is None and ours == steps and not state["fallbacks"]
@@ -80,19 +82,32 @@ def _discover_and_compare(device: Any, steps: int, seed: int, console: Console) 
     }
 
 
-def _replay_random_batches(twin: Any, comparison: Any, steps: int, seed: int, console: Console) -> None:
+def _discover() -> None:
+    """SGLang's own loader finds the plugin, or this ends the command."""
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    load_plugins()
+    if "sglang.srt.server_args.ServerArgs.add_cli_args" not in HookRegistry._patched:
+        raise RuntimeError(
+            "SGLang did not load the plugin; SGLANG_PLUGINS must be unset or contain nsa, got "
+            f"{os.environ.get('SGLANG_PLUGINS')!r}"
+        )
+
+
+def _random_batches(twin: Any, steps: int, seed: int) -> Iterator[int]:
+    """Writes random batches into the twin's inputs, one after the other; yields the size of each."""
     import torch
 
     from sglang_nsa_plugin.cli.batches import random_step
 
     rng = torch.Generator().manual_seed(seed)
     longest = twin.inputs.req_to_token.shape[1]
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for _ in progress.track(range(steps), description="draft-extend steps"):
-            raw_bs = int(torch.randint(1, twin.batch_sizes[-1] + 1, (), generator=rng))
-            bs = twin.bucket(raw_bs)
-            random_step(twin.inputs, rng, raw_bs, bs, DRAFT_TOKENS, longest)
-            twin.step(bs, comparison)
+    for _ in range(steps):
+        raw_bs = int(torch.randint(1, twin.batch_sizes[-1] + 1, (), generator=rng))
+        bs = twin.bucket(raw_bs)
+        random_step(twin.inputs, rng, raw_bs, bs, DRAFT_TOKENS, longest)
+        yield bs
 
 
 def _device_name(device: Any) -> str:
@@ -103,28 +118,40 @@ def _device_name(device: Any) -> str:
 
 def _print(console: Console, result: dict[str, Any]) -> None:
     state = result["state"]
-    ours = state["replays"] + state["launches"]
-    table = Table(title="SGLang's draft-extend metadata, SGLang's own fill against the plugin's")
+    graphs = "CUDA graphs" if result["cuda_graphs"] else "no CUDA graphs"
+    terminal.print_facts(
+        console,
+        [
+            ("sglang-nsa-plugin", f"{state['version']}, found by SGLang's load_plugins()"),
+            ("SGLang", f"{result['sglang']}, torch {result['torch']}"),
+            ("device", f"{result['device']}, {graphs}"),
+            ("adapter", state["adapter"]),
+            ("implementation", f"{state['backend']}: {state['reason']}"),
+        ],
+    )
+    console.print()
+    console.print(_compared(result))
+    console.print()
+    terminal.print_verdict(console, _verdict(result), result["verdict"] == "equal")
+
+
+def _compared(result: dict[str, Any]) -> Table:
+    table = Table(title="SGLang's own fill against the plugin's, by tensor", title_justify="left")
     table.add_column("tensor")
     table.add_column("values compared", justify="right")
     table.add_column("different", justify="right")
     for name, count in result["compared"].items():
         table.add_row(name, f"{count:,}", f"{result['different'][name]:,}")
-    console.print(
-        f"SGLang {result['sglang']}, torch {result['torch']}, {result['device']}, "
-        f"plugin {state['version']} found by SGLang's load_plugins()"
-    )
-    console.print(
-        f"adapter {state['adapter']}, implementation {state['backend']} ({state['reason']}), "
-        f"{'CUDA graphs' if result['cuda_graphs'] else 'no CUDA graphs'}"
-    )
-    console.print(table)
+    return table
+
+
+def _verdict(result: dict[str, Any]) -> str:
     total = sum(result["compared"].values())
     if result["verdict"] == "equal":
-        console.print(f"EQUAL: {total:,} values in {result['steps']:,} steps, none different")
-    else:
-        console.print(
-            f"DIFFERENT: {sum(result['different'].values()):,} of {total:,} values; first: "
-            f"{result['first_difference']}; ours {ours} of {result['steps']}, "
-            f"fallbacks {state['fallbacks']}"
-        )
+        return f"EQUAL: {total:,} values in {result['steps']:,} steps, none different"
+    state = result["state"]
+    return (
+        f"DIFFERENT: {sum(result['different'].values()):,} of {total:,} values; first: "
+        f"{result['first_difference']}; ours {state['replays'] + state['launches']} of "
+        f"{result['steps']}, fallbacks {state['fallbacks']}"
+    )

@@ -8,6 +8,7 @@ None.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -18,78 +19,31 @@ from unittest import mock
 import torch
 
 from sglang_nsa_plugin.adapters.eager_names import Names, names_of_generation
-from sglang_nsa_plugin.cli.batches import Inputs, make_inputs, table_width
-from sglang_nsa_plugin.cli.rig import NEEDS_CUDA
-from sglang_nsa_plugin.cli.stand_ins import check_device, check_interpreter, model_runner, on_cpu
+from sglang_nsa_plugin.cli.base_rig import Rig
+from sglang_nsa_plugin.cli.stand_ins import on_cpu
 
 DP_SIZE = 2  # of the data-parallel ranks that a batch with global_num_tokens belongs to
 
 
-class EagerRig:
-    """A draft worker's backend, made by its constructor, so that hooks on it fire.
+class EagerRig(Rig):
+    """A :class:`Rig` whose backend is made by its constructor, as a draft worker makes it."""
 
-    inputs may be another rig's, to compare two backends on one batch. Making a rig publishes its
-    settings as this process's SGLang configuration, in place of what was there.
-    """
-
-    def __init__(
-        self,
-        device: torch.device | str,
-        *,
-        max_bs: int = 8,
-        draft_tokens: int = 4,
-        context_len: int = 4096,
-        pool_size: int = 32,
-        page_size: int = 64,
-        index_topk: int = 2048,
-        decode_impl: str = "flashmla_sparse",
-        inputs: Inputs | None = None,
-        **server_args: Any,
-    ) -> None:
-        self.device = torch.device(device)
-        self.draft_tokens = draft_tokens
-        check_device(self.device)
-        if self.device.type == "cpu":
-            check_interpreter()
-            if decode_impl in NEEDS_CUDA:
-                raise ValueError(
-                    f"decode_impl: {', '.join(NEEDS_CUDA)} call CUDA libraries, got {decode_impl} "
-                    "for the CPU; use flashmla_sparse there"
-                )
-        if inputs is None:
-            width = table_width(context_len, draft_tokens, page_size)
-            inputs = make_inputs(self.device, max_bs, pool_size, width, page_size)
-        self.inputs = inputs
-        self.max_bs = inputs.max_bs
-        self.names = names_of_generation()
-        settings = {
-            "page_size": page_size,
-            "speculative_algorithm": "EAGLE",
-            "speculative_num_steps": draft_tokens - 1,
-            "speculative_eagle_topk": 1,
-            "speculative_num_draft_tokens": draft_tokens,
-            f"{self.names.prefix}_prefill_backend": decode_impl,
-            f"{self.names.prefix}_decode_backend": decode_impl,
-            **server_args,
-        }
-        self.runner = model_runner(
-            self.device,
-            _publish_server_args(settings),
-            inputs,
-            context_len,
-            page_size,
-            index_topk,
-            decode_impl,
-        )
-        # NSA's spelling, where it is NSA
-        self.runner.token_to_kv_pool.nsa_kv_cache_store_fp8 = decode_impl == "flashmla_kv"
-        module, _, name = self.names.backend.rpartition(".")
-        with self.stand_ins():
-            self.backend = getattr(importlib.import_module(module), name)(self.runner)
+    @functools.cached_property
+    def names(self) -> Names:
+        """How this release spells what it renamed."""
+        return names_of_generation()
 
     def stand_ins(self) -> contextlib.AbstractContextManager[None]:
         """To be entered around calls of SGLang's code; changes nothing on CUDA but the topology."""
         return _stand_ins(self.device, self.names)
+
+    def _backend_settings(self, decode_impl: str) -> dict[str, str]:
+        prefix = self.names.prefix
+        return {f"{prefix}_prefill_backend": decode_impl, f"{prefix}_decode_backend": decode_impl}
+
+    def _make_backend(self) -> Any:
+        module, _, name = self.names.backend.rpartition(".")
+        return getattr(importlib.import_module(module), name)(self.model_runner)
 
     def batch(self, bs: int, global_num_tokens: list[int] | None = None) -> Any:
         """A draft-extend batch of the first bs requests, in tensors of its own, as SGLang makes it."""
@@ -114,7 +68,7 @@ class EagerRig:
             extend_prefix_lens_cpu=[max(length - n, 0) for length in seq_lens_cpu.tolist()],
             global_num_tokens_cpu=global_num_tokens,
         )
-        batch.req_to_token_pool = self.runner.req_to_token_pool  # where 0.5.12 and before look
+        batch.req_to_token_pool = self.model_runner.req_to_token_pool  # where 0.5.12 and before look
         return batch
 
     def plan(self, batch: Any) -> None:
@@ -176,17 +130,6 @@ def _ragged_mode() -> Any:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     return ForwardMode.DRAFT_EXTEND
-
-
-def _publish_server_args(settings: dict[str, Any]) -> Any:
-    """A ServerArgs with what the backend reads, made this process's configuration."""
-    from sglang.srt import server_args as module
-
-    server_args = module.ServerArgs(model_path="dummy")
-    for name, value in settings.items():
-        setattr(server_args, name, value)
-    module.set_global_server_args_for_scheduler(server_args)
-    return server_args
 
 
 @contextlib.contextmanager

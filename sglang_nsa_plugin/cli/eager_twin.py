@@ -6,19 +6,17 @@ it is.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from sglang_nsa_plugin import options, plugin
 from sglang_nsa_plugin.adapters import eager
 from sglang_nsa_plugin.adapters.eager_names import CTX_LENS, Names
 from sglang_nsa_plugin.cli.eager_rig import EagerRig
 from sglang_nsa_plugin.cli.replay import Comparison
+from sglang_nsa_plugin.cli.twins import TwoBackends
 from sglang_nsa_plugin.dispatch import POISON
 from sglang_nsa_plugin.state import STATE
 
@@ -27,38 +25,19 @@ SHAPES = "shapes and dtypes"
 PLAIN = "fields without tensors"
 
 
-class EagerTwin:
-    """A taken-over backend and an untouched one over the same inputs.
+class EagerTwin(TwoBackends[EagerRig]):
+    """:class:`TwoBackends` whose eager steps have any size; ragged replays one of the batch sizes."""
 
-    Args:
-        device: where the tensors lie.
-        batch_sizes: the largest is as many requests as the inputs hold; ragged replays have one of
-            them, eager steps any size.
-        backend: implementation to fill with, as ``--nsa-metadata-backend``.
-        check_every: as ``--nsa-metadata-check``.
-        rig: further arguments of :class:`EagerRig`.
-    """
+    make_rig = EagerRig
 
-    def __init__(
-        self,
-        device: torch.device,
-        batch_sizes: Iterable[int],
-        backend: str = "auto",
-        check_every: int = 0,
-        **rig: Any,
-    ) -> None:
-        self.batch_sizes = sorted(batch_sizes)
-        server_args = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa")
-        setattr(server_args, options.ATTRIBUTE, backend)
-        setattr(server_args, options.CHECK_ATTRIBUTE, check_every)
-        plugin.activate(server_args)
-        self.ours = EagerRig(device, max_bs=self.batch_sizes[-1], **rig)
-        self.inputs = self.ours.inputs
-        self.theirs = EagerRig(device, inputs=self.inputs, **rig)
-        for attribute in (eager.ATTRIBUTE, eager.RAGGED_ATTRIBUTE):
-            vars(self.theirs.backend).pop(attribute, None)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if not hasattr(self.ours.backend, eager.ATTRIBUTE):
             raise RuntimeError(f"the plugin did not take over SGLang's backend: {STATE.reason}")
+
+    def _hand_back(self, backend: Any) -> None:
+        for attribute in (eager.ATTRIBUTE, eager.RAGGED_ATTRIBUTE):
+            vars(backend).pop(attribute, None)
 
     def bucket(self, raw_bs: int) -> int:
         """An eager step has as many requests as there are."""
@@ -90,10 +69,6 @@ class EagerTwin:
         """The same call of the untouched backend, which passes the hook by."""
         batch = self.theirs.batch(bs)
         return lambda: self.theirs.backend.init_forward_metadata(batch)
-
-    def stand_ins(self) -> contextlib.AbstractContextManager[None]:
-        """What SGLang's code lacks outside a launched process, for calls that are timed."""
-        return self.ours.stand_ins()
 
     def capture_setup(self, bs: int) -> None:
         """Makes the metadata objects of a ragged graph."""

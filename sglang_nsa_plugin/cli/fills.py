@@ -44,7 +44,8 @@ def _fill(name: str, device: torch.device) -> dict[str, Any]:
     fill()
     for output, tensor in actual.outputs().items():
         if not torch.equal(tensor, expected.outputs()[output]):
-            return {"reason": f"it filled {output} with other values than the torch reference"}
+            why_not = f"it filled {output} with other values than the torch reference; please report it"
+            return {"reason": why_not}
     return {"us": round(_microseconds(fill, device), 1)}
 
 
@@ -70,10 +71,6 @@ def _case(device: torch.device) -> FillArgs:
     rng = torch.Generator().manual_seed(0)
     random_step(inputs, rng, REQUESTS, REQUESTS, DRAFT_TOKENS, CONTEXT)
     rows = REQUESTS * DRAFT_TOKENS
-
-    def poisoned(*shape: int) -> torch.Tensor:
-        return torch.full(shape, dispatch.POISON, dtype=torch.int32, device=device)
-
     return FillArgs(
         seq_lens=inputs.seq_lens,
         req_pool_indices=inputs.req_pool_indices,
@@ -81,11 +78,5 @@ def _case(device: torch.device) -> FillArgs:
         extend_lens=DRAFT_TOKENS,
         index_topk=TOPK,
         page_size=PAGE,
-        cache_seqlens=poisoned(REQUESTS),
-        cu_seqlens_k=poisoned(REQUESTS + 1),
-        seqlens_expanded=poisoned(rows),
-        nsa_cache_seqlens=poisoned(rows),
-        nsa_cu_seqlens_k=poisoned(rows + 1),
-        page_table_1=poisoned(rows, CONTEXT),
-        real_page_table=poisoned(rows, CONTEXT // PAGE),
+        **dispatch.poisoned_outputs(REQUESTS, rows, CONTEXT, PAGE, device),
     )

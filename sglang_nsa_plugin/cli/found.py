@@ -17,11 +17,14 @@ VARIABLE = "SGLANG_PLUGINS"
 
 
 def machine() -> dict[str, Any]:
-    """Versions and the GPU; ``no_gpu`` says why torch has none, None where it has one."""
+    """Versions and the GPU; ``no_gpu`` says why torch has none, ``no_gpu_remedy`` what to do about it.
+
+    Both are None where torch has a GPU.
+    """
     import torch
 
     driver, name = _nvidia_smi()
-    no_gpu = _no_gpu(driver)
+    no_gpu, remedy = _no_gpu(driver)
     return {
         "plugin": version("sglang-nsa-plugin"),
         "python": platform.python_version(),
@@ -30,6 +33,7 @@ def machine() -> dict[str, Any]:
         "driver": driver,
         "gpu": name if no_gpu else torch.cuda.get_device_name(),
         "no_gpu": no_gpu,
+        "no_gpu_remedy": remedy,
         "tvm_ffi": distribution("apache-tvm-ffi"),
     }
 
@@ -56,19 +60,23 @@ def _nvidia_smi() -> tuple[str | None, str | None]:
     return driver or None, name or None
 
 
-def _no_gpu(driver: str | None) -> str | None:
+def _no_gpu(driver: str | None) -> tuple[str | None, str | None]:
+    """Why torch has no NVIDIA GPU, and the one thing to do on a machine that has one."""
     import torch
 
     if torch.version.hip is not None:
-        return f"torch {torch.__version__} is a ROCm build; the CUDA kernel needs an NVIDIA GPU"
+        reason = f"torch {torch.__version__} is a ROCm build; the CUDA kernel needs an NVIDIA GPU"
+        return reason, "install a torch that is built with CUDA"
     if torch.cuda.is_available():
-        return None
+        return None, None
     if not torch.backends.cuda.is_built():
-        return f"torch {torch.__version__} is built without CUDA"
+        reason = f"torch {torch.__version__} is built without CUDA"
+        return reason, "install a torch that is built with CUDA"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if driver is not None and hidden is not None:
-        return f"CUDA_VISIBLE_DEVICES is {hidden!r} and hides the GPU"
-    return f"torch {torch.__version__} sees no NVIDIA GPU"
+        return f"CUDA_VISIBLE_DEVICES is {hidden!r} and hides the GPU", "unset CUDA_VISIBLE_DEVICES"
+    reason = f"torch {torch.__version__} sees no NVIDIA GPU"
+    return reason, f"install a driver that serves CUDA {torch.version.cuda}"
 
 
 def sglang() -> dict[str, Any]:

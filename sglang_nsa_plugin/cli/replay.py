@@ -7,19 +7,17 @@ by SGLang's own code. Every live value of every tensor is compared.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from sglang_nsa_plugin import options, plugin
 from sglang_nsa_plugin.adapters import in_graph
 from sglang_nsa_plugin.adapters.captured import CapturedFill, DraftExtendFill
 from sglang_nsa_plugin.cli.rig import BackendRig, sglang_fused_fill
+from sglang_nsa_plugin.cli.twins import TwoBackends
 from sglang_nsa_plugin.dispatch import POISON
 from sglang_nsa_plugin.state import STATE
 
@@ -53,35 +51,13 @@ class Comparison:
             self.first = f"{name}{list(where)}: SGLang {int(theirs[where])}, ours {int(ours[where])}"
 
 
-class Twin:
-    """A taken-over backend and an untouched one over the same inputs.
+class Twin(TwoBackends[BackendRig]):
+    """:class:`TwoBackends` with a captured fill for each of the batch sizes."""
 
-    Args:
-        device: where the tensors lie.
-        batch_sizes: captured batch sizes.
-        backend: implementation to fill with, as ``--nsa-metadata-backend``.
-        check_every: as ``--nsa-metadata-check``.
-        rig: further arguments of :class:`BackendRig`.
-    """
+    make_rig = BackendRig
 
-    def __init__(
-        self,
-        device: torch.device,
-        batch_sizes: Iterable[int],
-        backend: str = "auto",
-        check_every: int = 0,
-        **rig: Any,
-    ) -> None:
-        self.batch_sizes = sorted(batch_sizes)
-        max_bs = self.batch_sizes[-1]
-        server_args = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa")
-        setattr(server_args, options.ATTRIBUTE, backend)
-        setattr(server_args, options.CHECK_ATTRIBUTE, check_every)
-        plugin.activate(server_args)
-        self.ours = BackendRig(device, max_bs=max_bs, **rig)
-        self.inputs = self.ours.inputs
-        self.theirs = BackendRig(device, max_bs=max_bs, inputs=self.inputs, **rig)
-        vars(self.theirs.backend).pop(in_graph.ATTRIBUTE, None)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._replays: dict[int, Callable[[], None]] = {}
         for one in (self.ours, self.theirs):
             one.init_state()
@@ -89,6 +65,9 @@ class Twin:
             self.ours.capture_setup(bs)
             self.theirs.capture_setup(bs)
             self._replays[bs] = self._capture(bs)
+
+    def _hand_back(self, backend: Any) -> None:
+        vars(backend).pop(in_graph.ATTRIBUTE, None)
 
     def bucket(self, raw_bs: int) -> int:
         """The smallest captured batch size that holds so many requests."""
@@ -147,10 +126,6 @@ class Twin:
             raise RuntimeError("check_every: was 0, so nothing was checked")
         values: list[int] = checked.check.report.on_device.tolist()
         return values
-
-    def stand_ins(self) -> contextlib.AbstractContextManager[None]:
-        """What SGLang's code lacks outside a launched process, for calls that are timed."""
-        return self.ours.stand_ins()
 
     def _taken_over(self) -> DraftExtendFill:
         fill = getattr(self.ours.backend, in_graph.ATTRIBUTE, None)

@@ -18,10 +18,8 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin.cli import stand_ins
-from sglang_nsa_plugin.cli.batches import PADDED_SEQ_LEN, Inputs, make_inputs, table_width
-
-# Values of decode_impl with which making the backend or its metadata takes a CUDA library.
-NEEDS_CUDA = ("flashmla_kv", "trtllm")
+from sglang_nsa_plugin.cli.base_rig import Rig
+from sglang_nsa_plugin.cli.batches import PADDED_SEQ_LEN, Inputs
 
 # Where releases keep fused_dsa_draft_extend_metadata, newest first.
 FUSED_FILL_MODULES = (
@@ -31,75 +29,34 @@ FUSED_FILL_MODULES = (
 )
 
 
-class BackendRig:
-    """SGLang's own draft-extend backend around a minimal model runner.
-
-    backend is made by SGLang's DraftBackendFactory, so hooks on the factory and on the backend
-    class fire. inputs may be another rig's, to compare two backends on one batch. Making a rig
-    publishes its settings as this process's SGLang configuration, in place of what was there.
-    index_kpool is the model's pooling of indexer keys, which releases from 0.5.20 on know.
-    """
-
-    def __init__(
-        self,
-        device: torch.device | str,
-        *,
-        max_bs: int = 8,
-        draft_tokens: int = 4,
-        context_len: int = 4096,
-        pool_size: int = 32,
-        page_size: int = 64,
-        index_topk: int = 2048,
-        decode_impl: str = "flashmla_sparse",
-        index_kpool: int = 1,
-        inputs: Inputs | None = None,
-    ) -> None:
-        self.device = torch.device(device)
-        self.draft_tokens = draft_tokens
-        self.index_topk = index_topk
-        self.page_size = page_size
-        stand_ins.check_device(self.device)
-        _fused_fill()  # older releases have other backends: better told here than by a missing name
-        if self.device.type == "cpu":
-            stand_ins.check_interpreter()
-            if decode_impl in NEEDS_CUDA:
-                raise ValueError(
-                    f"decode_impl: {', '.join(NEEDS_CUDA)} call CUDA libraries, got {decode_impl} "
-                    "for the CPU; use flashmla_sparse there"
-                )
-        if inputs is not None and inputs.page_size != page_size:
-            raise ValueError(f"inputs: page_size must be the rig's, {page_size}, got {inputs.page_size}")
-        if inputs is None:
-            width = table_width(context_len, draft_tokens, page_size)
-            inputs = make_inputs(self.device, max_bs, pool_size, width, page_size)
-        self.inputs = inputs
-        self.max_bs = inputs.max_bs
-        self.server_args = stand_ins.publish_server_args(
-            attention_backend="dsa",
-            page_size=page_size,
-            speculative_algorithm="EAGLE",
-            speculative_num_steps=draft_tokens - 1,
-            speculative_eagle_topk=1,
-            speculative_num_draft_tokens=draft_tokens,
-            dsa_prefill_backend=decode_impl,
-            dsa_decode_backend=decode_impl,
-        )
-        self.model_runner = stand_ins.model_runner(
-            self.device,
-            self.server_args,
-            inputs,
-            context_len,
-            page_size,
-            index_topk,
-            decode_impl,
-            index_kpool,
-        )
-        with self.stand_ins():
-            self.backend = _make_backend(self.server_args, self.model_runner, draft_tokens)
+class BackendRig(Rig):
+    """A :class:`Rig` whose backend is made by SGLang's DraftBackendFactory, so that hooks on it fire."""
 
     def stand_ins(self) -> contextlib.AbstractContextManager[None]:
         """To be entered around calls of SGLang's code; changes nothing on CUDA but the topology."""
         return stand_ins.stand_ins(self.device)
+
+    def _backend_settings(self, decode_impl: str) -> dict[str, str]:
+        _fused_fill()  # older releases have other backends: better told here than by a missing name
+        return {
+            "attention_backend": "dsa",
+            "dsa_prefill_backend": decode_impl,
+            "dsa_decode_backend": decode_impl,
+        }
+
+    def _make_backend(self) -> Any:
+        """By the method with which SGLang makes the one of its draft-extend graphs."""
+        from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+        arguments = {
+            "draft_model_runner": self.model_runner,
+            "topk": 1,
+            "speculative_num_steps": self.draft_tokens - 1,
+        }
+        if "server_args" in stand_ins.parameters(DraftBackendFactory):
+            arguments["server_args"] = self.server_args
+        made = DraftBackendFactory(**arguments)._create_dsa_prefill_backend()
+        return made[1] if isinstance(made, tuple) else made
 
     def init_state(self) -> None:
         """Allocate the graph buffers, as the runner does once before it captures."""
@@ -242,14 +199,3 @@ def _draft_extend_mode() -> Any:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     return ForwardMode.DRAFT_EXTEND_V2
-
-
-def _make_backend(server_args: Any, runner: SimpleNamespace, draft_tokens: int) -> Any:
-    """The backend, by the method with which SGLang makes the one of its draft-extend graphs."""
-    from sglang.srt.speculative.draft_utils import DraftBackendFactory
-
-    arguments = {"draft_model_runner": runner, "topk": 1, "speculative_num_steps": draft_tokens - 1}
-    if "server_args" in stand_ins.parameters(DraftBackendFactory):
-        arguments["server_args"] = server_args
-    made = DraftBackendFactory(**arguments)._create_dsa_prefill_backend()
-    return made[1] if isinstance(made, tuple) else made

@@ -18,7 +18,11 @@ from unittest import mock
 
 import torch
 
+from sglang_nsa_plugin import options, plugin
 from sglang_nsa_plugin.cli.batches import Inputs
+
+# Values of decode_impl with which making the backend or its metadata takes a CUDA library.
+NEEDS_CUDA = ("flashmla_kv", "trtllm")
 
 
 def parameters(function: Callable[..., Any]) -> set[str]:
@@ -26,7 +30,15 @@ def parameters(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
-def check_device(device: torch.device) -> None:
+def activate_plugin(backend: str, check_every: int) -> None:
+    """What the plugin does at the start of a server with these flags."""
+    server_args = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa")
+    setattr(server_args, options.ATTRIBUTE, backend)
+    setattr(server_args, options.CHECK_ATTRIBUTE, check_every)
+    plugin.activate(server_args)
+
+
+def check_device(device: torch.device, decode_impl: str) -> None:
     """SGLang chooses its path by what the process sees, not by the tensors: the two must agree."""
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: must be cpu or cuda, got {device}")
@@ -36,6 +48,13 @@ def check_device(device: torch.device) -> None:
             "SGLang fills where the process sees a GPU: use cuda there, else hide the GPU with an "
             "empty CUDA_VISIBLE_DEVICES and use cpu"
         )
+    if device.type == "cpu":
+        check_interpreter()
+        if decode_impl in NEEDS_CUDA:
+            raise ValueError(
+                f"decode_impl: {', '.join(NEEDS_CUDA)} call CUDA libraries, got {decode_impl} "
+                "for the CPU; use flashmla_sparse there"
+            )
 
 
 def missing_for(decode_impl: str) -> str | None:
@@ -100,9 +119,12 @@ def on_cpu(launcher: Callable[..., Any]) -> Callable[..., Any]:
 def publish_server_args(**fields: Any) -> Any:
     """A ServerArgs with these fields, made this process's configuration."""
     from sglang.srt import server_args as module
-    from sglang.srt.runtime_context import get_context
 
-    context = get_context()
+    context: Any = None
+    with contextlib.suppress(ModuleNotFoundError):  # up to 0.5.13
+        from sglang.srt.runtime_context import get_context
+
+        context = get_context()
     if hasattr(context, "override_server_args"):
         return context.override_server_args(**fields).install()
     server_args = module.ServerArgs(model_path="dummy")
@@ -120,7 +142,7 @@ def model_runner(
     page_size: int,
     index_topk: int,
     decode_impl: str,
-    index_kpool: int = 1,
+    index_kpool: int,
 ) -> SimpleNamespace:
     """A draft runner of DeepSeek-V3.2's geometry: the attributes that the constructor reads."""
     fp8 = decode_impl == "flashmla_kv"
@@ -151,7 +173,10 @@ def model_runner(
             kv_lora_rank=512,
         ),
         token_to_kv_pool=SimpleNamespace(
-            dtype=dtype, dsa_kv_cache_store_fp8=fp8, kv_cache_dim=656 if fp8 else 576
+            dtype=dtype,
+            dsa_kv_cache_store_fp8=fp8,
+            nsa_kv_cache_store_fp8=fp8,  # up to 0.5.12
+            kv_cache_dim=656 if fp8 else 576,
         ),
         req_to_token_pool=SimpleNamespace(
             size=inputs.req_to_token.shape[0] - 1, req_to_token=inputs.req_to_token

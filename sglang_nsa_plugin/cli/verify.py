@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from sglang_nsa_plugin import options
-from sglang_nsa_plugin.cli import found
+from sglang_nsa_plugin.cli import found, terminal
 
 STDOUT = "-"
 KERNELS = {"cuda": "CUDA", "triton": "Triton", "torch": "PyTorch"}
@@ -24,7 +23,7 @@ WAYS = {
 
 def run(json_path: str | None) -> int:
     """Checks everything, prints it and a verdict; returns 0 when nothing stands in the way."""
-    console = Console(markup=False, highlight=False)
+    console = terminal.console()
     result = _find(console)
     if json_path == STDOUT:
         print(json.dumps(result, indent=2))
@@ -37,7 +36,7 @@ def run(json_path: str | None) -> int:
 
 def _find(console: Console) -> dict[str, Any]:
     begin = time.monotonic()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with terminal.progress(console) as progress:
         task = progress.add_task("looking around", total=None)
         from sglang_nsa_plugin.cli import fills, fit  # torch comes with them and takes seconds
 
@@ -89,6 +88,8 @@ def _kernel_obstacle(result: dict[str, Any]) -> str | None:
         asked = result["setting"]["backend"]
         why_not = reasons.get(asked)
         return f"Not active: {options.VARIABLE} asks for {asked}: {why_not}" if why_not else None
+    if reasons[best] == result["no_gpu"]:
+        return f"Not active: {result['no_gpu']}: {result['no_gpu_remedy']}"
     runs = [name for name in KERNELS if reasons[name] is None]
     if result["no_gpu"] is not None or not runs:
         return f"Not active: {reasons[best]}"
@@ -116,18 +117,15 @@ def success(result: dict[str, Any]) -> str:
 
 
 def _print(console: Console, result: dict[str, Any]) -> None:
-    console.print(_facts(result))
+    terminal.print_facts(console, _facts(result))
     console.print()
     console.print(_fills(result))
     console.print()
-    console.print(result["verdict"], style="bold green" if result["works"] else "bold red")
+    terminal.print_verdict(console, result["verdict"], result["works"])
 
 
-def _facts(result: dict[str, Any]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in (
+def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
         ("sglang-nsa-plugin", result["plugin"]),
         ("Python", result["python"]),
         ("torch", f"{result['torch']}, {_or_none('CUDA', result['cuda'])}"),
@@ -137,9 +135,7 @@ def _facts(result: dict[str, Any]) -> Table:
         ("plugin loaded", _loads(result["discovery"])),
         ("backend", _backend(result["setting"])),
         ("adapter", _adapter(result["adapter"])),
-    ):
-        table.add_row(name, value)
-    return table
+    ]
 
 
 def _or_none(name: str, value: str | None) -> str:

@@ -280,7 +280,7 @@ def test_backends_that_plan_no_draft_extend_are_left_alone(twin, runner_or_steps
     from sglang_nsa_plugin.adapters import eager
 
     arguments = dict(runner_or_steps)
-    runner = SimpleNamespace(**vars(twin.ours.runner))
+    runner = SimpleNamespace(**vars(twin.ours.model_runner))
     runner.is_draft_worker = arguments.pop("is_draft_worker", True)
     with twin.stand_ins():
         backend = type(twin.ours.backend)(runner, **arguments)
@@ -323,7 +323,7 @@ def test_a_backend_without_an_attribute_is_declined(twin):
     from sglang_nsa_plugin.adapters import eager
 
     del twin.theirs.backend.real_page_size
-    refusal = eager.uncovered(twin.theirs.backend, twin.theirs.runner, NAMES)
+    refusal = eager.uncovered(twin.theirs.backend, twin.theirs.model_runner, NAMES)
     assert refusal == f"{type(twin.theirs.backend).__name__} has no attribute real_page_size"
 
 
@@ -569,7 +569,7 @@ def test_a_new_field_of_the_metadata_is_declined(twin, monkeypatch):
     fields = type(make_metadata(twin)).__dataclass_fields__
     monkeypatch.setitem(fields, "new_plan", fields["seq_lens_sum"])
     monkeypatch.setattr(fields["seq_lens_sum"], "name", "new_plan")
-    refusal = eager.uncovered(twin.ours.backend, twin.ours.runner, NAMES)
+    refusal = eager.uncovered(twin.ours.backend, twin.ours.model_runner, NAMES)
     assert refusal == f"{NAMES.metadata} has further fields: new_plan"
 
 
