@@ -12,6 +12,7 @@ import importlib
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -174,8 +175,8 @@ def small_case(device: torch.device, ragged: bool, times: int = 1) -> FillArgs:
 
 def poisoned_outputs(
     requests: int, rows: int, width: int, page_size: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Every output of a fill by its name in FillArgs, :data:`POISON` in each cell."""
+) -> dict[str, Any]:
+    """The lengths and tables of a fill by their names in FillArgs, :data:`POISON` in each cell."""
     shapes = {
         "cache_seqlens": (requests,),
         "cu_seqlens_k": (requests + 1,),

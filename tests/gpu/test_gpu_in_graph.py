@@ -56,6 +56,50 @@ def test_every_value_equals_sglangs_fill(decode_impl):
     assert (result.compared["flashmla num_splits"] > 0) == (decode_impl == "flashmla_kv")
 
 
+@pytest.mark.parametrize(("topk_backend", "is_left_out"), [("sgl-kernel", True), ("flashinfer", False)])
+def test_the_wide_table_is_left_out_where_nothing_reads_it(topk_backend, is_left_out):
+    from sglang_nsa_plugin.cli.replay import Comparison
+
+    twin = make_twin("flashmla_sparse", dsa_topk_backend=topk_backend)
+    backend, result = twin.ours.backend, Comparison()
+    assert (backend.decode_cuda_graph_metadata["page_table"] is None) == is_left_out
+    assert twin.theirs.backend.decode_cuda_graph_metadata["page_table"] is not None
+    assert backend.speculative_num_draft_tokens == DRAFT_TOKENS
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(20):
+        twin.step(random_batch(twin, generator), result)
+    assert result.first is None, result.first
+    assert (result.compared["page_table_1"] == 0) == is_left_out
+    assert result.compared["real_page_table"] > 0
+
+
+@pytest.mark.parametrize(("decode_impl", "most"), [("flashmla_sparse", 3), ("flashmla_kv", 6)])
+def test_nodes_of_the_recorded_refresh(decode_impl, most):
+    """The fill, the event behind it and SGLang's top-k plan; FlashMLA's own tables where it decodes."""
+    from sglang_nsa_plugin.cli.timing import graph_nodes
+    from sglang_nsa_plugin.state import STATE
+
+    twin = make_twin(decode_impl)
+    batch = twin.ours.capture_batch(8)
+    nodes = graph_nodes(lambda: twin.ours.backend.init_forward_metadata_in_graph(batch))
+    assert STATE.mqa_schedule == "cuda"
+    assert sum(nodes.values()) <= most, nodes
+
+
+def test_a_schedule_unlike_deep_gemms_stays_with_deep_gemm(monkeypatch):
+    from sglang_nsa_plugin.adapters import mqa_schedule
+    from sglang_nsa_plugin.cli.replay import Comparison
+
+    right = mqa_schedule._of_fill
+    monkeypatch.setattr(mqa_schedule, "_of_fill", lambda *arguments: right(*arguments) + 1)
+    twin = make_twin("flashmla_sparse")
+    assert twin._taken_over().remainder_last is None
+    result = Comparison()
+    twin.step(random_batch(twin, torch.Generator().manual_seed(8)), result)
+    assert result.first is None, result.first
+    assert result.compared["paged_mqa_schedule_metadata"] > 0
+
+
 def test_long_contexts_reach_the_top_k_plan():
     """Lengths over 65,536 put items into the plan, which short ones leave empty."""
     from sglang_nsa_plugin.cli.replay import Comparison
@@ -151,7 +195,8 @@ def test_fence_covers_the_read(event):
     random_batch(twin, torch.Generator().manual_seed(6))
     twin.inputs.seq_lens.fill_(4_000)
     twin.inputs.req_pool_indices.copy_(torch.arange(1, twin.inputs.max_bs + 1))
-    expected = twin.inputs.req_to_token[1 : bs + 1, :4_000].repeat_interleave(DRAFT_TOKENS, 0)
+    pages = twin.inputs.req_to_token[1 : bs + 1, :4_000:64] // 64
+    expected = pages.repeat_interleave(DRAFT_TOKENS, 0)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -177,6 +222,6 @@ def test_fence_covers_the_read(event):
     overlapped = not forward_done.query()
     torch.cuda.synchronize()
 
-    table = backend.decode_cuda_graph_metadata[bs].page_table_1[:, :4_000]
+    table = backend.decode_cuda_graph_metadata[bs].real_page_table[:, : pages.shape[1]]
     assert overlapped
     assert torch.equal(table, expected) == (event == "in_graph")

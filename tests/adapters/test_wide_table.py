@@ -1,0 +1,94 @@
+"""The token-wide page table, which draft-extend graphs do without where nothing reads it.
+
+SGLang itself decides when: it leaves the table out of decode graphs whose top-k reads the paged one. The
+adapter only lets it ask the same of draft-extend.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from graph_twin import make_twin, on_the_cpu
+
+pytestmark = on_the_cpu
+
+FIELD, GETTER = "page_table_1", "get_page_table_1"
+# Who reads the table, and why a draft-extend graph without it does not come by.
+READERS = {
+    "DSAIndexerMetadata.get_page_table_1": "called by the indexer's HIP path alone, see below",
+    "IndexerKPool._kpool_fused_topk_mapping": "k-pooling, which the adapter declines",
+    "DSAMetadataManagementMixin._copy_base_replay_buffers": "precomputed draft-decode",
+    "DSATopKBackend.topk_transform": "not in its v2 branch, which SGLang's condition asks for",
+    "DeepseekSparseAttnBackend._apply_cuda_graph_metadata": "SGLang's own fill; it takes None",
+    "DeepseekSparseAttnBackend._graph_page_table_width": "asks whether it is there",
+    "DeepseekSparseAttnBackend._forward_trtllm": "with unfused top-k alone",
+    "DeepseekSparseAttnBackend.forward_decode": "with unfused top-k alone",
+    "DeepseekSparseAttnBackend.forward_extend": "with unfused top-k alone",
+    "DeepseekSparseAttnBackend.init_forward_metadata_replay_cuda_graph_from_precomputed": "draft-decode",
+    "DeepseekSparseAttnBackend.prepare_mtp_seed_indices": "ragged prefill, planned eagerly",
+    "DeepseekSparseAttnBackendMTPPrecomputeMixin._precompute_decode_mode": "draft-decode",
+    "DeepseekSparseAttnBackendMTPPrecomputeMixin._precompute_target_verify_mode": "target-verify",
+    "DeepseekSparseAttnMultiStepBackend.init_forward_metadata_out_graph": "draft-decode",
+}
+CALLERS = {
+    "Indexer._get_topk_paged": "on HIP alone",
+    "Indexer._get_topk_ragged": "on HIP alone",
+}
+
+
+def test_every_reader_of_the_wide_table_is_known() -> None:
+    """A new one has to be looked at: does it run on draft-extend where SGLang left the table out?"""
+    readers, callers = set(), set()
+    for path in attention_sources():
+        tree = ast.parse(path.read_text())
+        readers |= set(functions_with(tree, FIELD))
+        callers |= set(functions_with(tree, GETTER))
+    assert readers - set(READERS) == set()
+    assert callers - set(CALLERS) == set()
+    assert "DSATopKBackend.topk_transform" in readers, "the search finds nothing any more"
+
+
+def test_sglang_decides_as_if_there_were_no_speculation() -> None:
+    twin = make_twin()
+    backend, seen = twin.ours.backend, []
+
+    class Watched(type(backend)):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "dsa_drop_wide_page_table":
+                seen.append(self.speculative_num_draft_tokens)
+            super().__setattr__(name, value)
+
+    backend.__class__ = Watched
+    twin.ours.init_state()
+    assert seen == [None]
+    assert backend.speculative_num_draft_tokens == twin.ours.draft_tokens
+
+
+def test_an_error_leaves_the_backend_as_it_was() -> None:
+    twin = make_twin()
+    backend = twin.ours.backend
+    tokens = backend.speculative_num_draft_tokens
+    with pytest.raises(TypeError), twin.stand_ins():
+        backend.init_cuda_graph_state(None, None)
+    assert backend.speculative_num_draft_tokens == tokens
+
+
+def attention_sources() -> Iterator[Path]:
+    import sglang
+
+    root = Path(sglang.__file__).parent / "srt" / "layers" / "attention"
+    return (path for path in root.rglob("*.py") if "dsa" in path.as_posix())
+
+
+def functions_with(tree: ast.AST, attribute: str, within: tuple[str, ...] = ()) -> Iterator[str]:
+    """Names of the functions that read this attribute of something."""
+    for node in ast.iter_child_nodes(tree):
+        named = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        inside = (*within, node.name) if named else within
+        is_read = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        if is_read and node.attr == attribute:
+            yield ".".join(inside)
+        yield from functions_with(node, attribute, inside)
