@@ -84,7 +84,7 @@ ffi::Function launcher(int (*launch)(const Bound&, void*), const Bound& bound, i
 
 ffi::Function bind_on_cuda(const Fill& fill, int device, int64_t max_blocks) {
   const int multiprocessors = multiprocessors_of(device);
-  if (is_ragged(fill)) {
+  if (fill.is_ragged) {
     return launcher(fill_ragged_on_cuda, ragged_fill(fill, multiprocessors, max_blocks), device);
   }
   return launcher(fill_static_on_cuda, static_fill(fill, multiprocessors), device);
@@ -133,6 +133,7 @@ ffi::Function bind(int64_t max_blocks, TensorView seq_lens, MaybeTensor req_pool
   fill.req_to_token = index_table(req_to_token);
   fill.extend_lens = index_vector(extend_lens);
   fill.static_extend_len = static_extend_len;
+  fill.is_ragged = extend_lens.has_value();
   fill.requests = seq_lens.size(0);
   fill.rows = seqlens_expanded.size(0);
   fill.index_topk = index_topk;

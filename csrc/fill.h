@@ -78,9 +78,10 @@ constexpr int kPageTables = 2;
 struct Fill {
   IndexVector seq_lens;
   IndexVector req_pool_indices;
-  IndexVector extend_lens;  // null: every request has `static_extend_len` rows
+  IndexVector extend_lens;  // of a ragged batch; else every request has `static_extend_len` rows
   IndexTable req_to_token;
   int64_t static_extend_len;
+  bool is_ragged;  // a tensor without elements has no address that would tell
   int64_t requests;
   int64_t rows;
   int64_t index_topk;
@@ -139,11 +140,9 @@ NSA_INLINE int32_t length_of(const Fill& fill, int64_t r) {
   return low_word(fill.seq_lens, r);
 }
 
-NSA_INLINE bool is_ragged(const Fill& fill) { return fill.extend_lens.data != nullptr; }
-
 // q, 0 to 2^31 - 1.
 NSA_INLINE int64_t extend_len_of(const Fill& fill, int64_t r) {
-  return is_ragged(fill) ? clamp(load(fill.extend_lens, r), 0, INT32_MAX) : fill.static_extend_len;
+  return fill.is_ragged ? clamp(load(fill.extend_lens, r), 0, INT32_MAX) : fill.static_extend_len;
 }
 
 // seqlens_expanded of a row with `behind` rows of its request behind it: max(L - behind, 0).

@@ -54,10 +54,8 @@ __device__ void load_tile(const Fill& fill, int64_t first, const Ends& carry, Ti
   if (r < fill.requests) {
     const Request request = request_at(fill, r);
     tile.requests[threadIdx.x] = request;
-    if (fill.req_to_token.data != nullptr) {
-      tile.pool_rows[threadIdx.x] = static_cast<int32_t>(pool_row_of(fill, r));
-    }
     own = Ends{sums_of(fill, request), chunks_of(fill, request.length)};
+    if (own.chunks > 0) tile.pool_rows[threadIdx.x] = static_cast<int32_t>(pool_row_of(fill, r));
   }
   scan_tile(fill, carry, own, tile);
 }
@@ -131,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
 // As many blocks as the largest batch of these shapes can use.
 int64_t most_blocks(const Fill& fill) {
   const int64_t chunks = fill.requests * ceil_div(fill.req_to_token.columns, kTokensOfBlock);
-  return maximum(ceil_div(fill.rows, kThreads), fill.req_to_token.data == nullptr ? 0 : chunks);
+  return maximum(ceil_div(fill.rows, kThreads), chunks);
 }
 
 }  // namespace

@@ -125,7 +125,6 @@ __device__ inline void copy_pages(const Copy& copy, const PageTable& table, uint
 
 // The live tokens of a request come in chunks of kTokensOfBlock, one for a block at a time.
 __device__ inline uint32_t chunks_of(const Fill& fill, int32_t length) {
-  if (fill.req_to_token.data == nullptr) return 0;
   const uint32_t tokens = static_cast<uint32_t>(clamp(length, 0, fill.req_to_token.columns));
   return (tokens + kTokensOfBlock - 1) / kTokensOfBlock;
 }

@@ -245,7 +245,7 @@ def test_sglang_is_not_lent(venv: Path, tmp_path: Path) -> None:
 def test_files_of_the_source_distribution(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
-    built_from = {"pyproject.toml", "LICENSE", "README.md", "csrc/CMakeLists.txt", "csrc/fill_cuda.cu"}
+    built_from = {"pyproject.toml", "LICENSE", "README.md", "csrc/CMakeLists.txt", "csrc/fill_static.cu"}
     assert built_from <= files
     assert {name for name in files if name.endswith((".so", ".whl", ".pyc"))} == set()
 
