@@ -81,7 +81,7 @@ class Twin:
         self.ours = BackendRig(device, max_bs=max_bs, **rig)
         self.inputs = self.ours.inputs
         self.theirs = BackendRig(device, max_bs=max_bs, inputs=self.inputs, **rig)
-        vars(self.theirs.backend).pop(in_graph.ATTRIBUTE, None)
+        in_graph.hand_back(self.theirs.backend)
         self._replays: dict[int, Callable[[], None]] = {}
         for one in (self.ours, self.theirs):
             one.init_state()
