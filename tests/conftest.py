@@ -88,6 +88,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="random batches for each implementation and test of test_fuzz.py; without it, see there",
     )
 
+    parser.addoption(
+        "--sanitized", action="store_true", help="skip what cannot run in compute-sanitizer"
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
@@ -122,6 +126,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         missing = _missing_gpu()
         if missing is not None:
             pytest.skip(missing)
+    unsanitized = item.get_closest_marker("unsanitized")
+    if unsanitized and item.config.getoption("--sanitized"):
+        (reason,) = unsanitized.args
+        pytest.skip(f"not under compute-sanitizer: {reason}")
 
 
 def _missing_gpu() -> str | None:

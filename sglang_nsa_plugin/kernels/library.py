@@ -32,7 +32,7 @@ def load() -> Any:
             f"the compiled library {LIBRARY} is missing; install the wheel, or build it with "
             "`pip install .`"
         )
-    missing = _missing_bytes(LIBRARY)
+    missing = _missing_bytes(LIBRARY.read_bytes())
     if missing > 0:
         raise LibraryUnavailableError(
             f"the compiled library {LIBRARY} is truncated, its last {missing} bytes are missing; "
@@ -53,18 +53,16 @@ def load() -> Any:
         ) from error
 
 
-def _missing_bytes(path: Path) -> int:
+def _missing_bytes(elf: bytes) -> int:
     """How much of an ELF file is not there; loading such a one ends the process with a bus error.
 
     The table of sections is the last thing in the file.
     """
-    with path.open("rb") as file:
-        header = file.read(ELF_HEADER_BYTES)
-    if len(header) < ELF_HEADER_BYTES or not header.startswith(b"\x7fELF"):
+    if len(elf) < ELF_HEADER_BYTES or not elf.startswith(b"\x7fELF"):
         return 0  # no library at all, which the loader refuses in words
-    (table,) = struct.unpack_from("<Q", header, 0x28)
-    entry_size, entries = struct.unpack_from("<HH", header, 0x3A)
-    return int(table + entry_size * entries - path.stat().st_size)
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", elf, 0x3A)
+    return int(table + entry_size * entries - len(elf))
 
 
 def has_cuda() -> bool:
