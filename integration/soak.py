@@ -32,12 +32,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--replays", type=int, default=1_000_000, help="of all processes together")
     parser.add_argument("--processes", type=int, default=len(SETTINGS))
+    parser.add_argument("--time-limit-s", type=float, default=500.0, help="longer is a hang, and fails")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     begin = time.monotonic()
     each = -(-arguments.replays // arguments.processes)
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        runs = pool.starmap(soak, [(number, each) for number in range(arguments.processes)])
+        numbers = [(number, each) for number in range(arguments.processes)]
+        runs = pool.starmap_async(soak, numbers).get(arguments.time_limit_s)
     found = {
         "passed": all(run["passed"] for run in runs),
         "replays": sum(run["record"]["replays"] for run in runs),

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import server
-from server import Arm
+from server import Arm, Server
 from test_serving import NEW_TOKENS, prompts, read_record
 
 FIELD = "real_page_table"
@@ -25,7 +25,6 @@ ARMS: dict[str, dict[str, str | None]] = {
     "checked": CHECKED,
     "corrupted": {**CHECKED, "NSA_PROBE_CORRUPT": FIELD},
 }
-AT_ONCE = (1, 3, 7, 16)
 LONGEST = 3_000
 LENGTHS = (5, 64, 300, 1_500)
 Report = Callable[[str, dict[str, Any]], None]
@@ -59,16 +58,27 @@ def test_every_replay_under_mixed_load_is_checked(
     servers: dict[str, Arm], report: Report, request: pytest.FixtureRequest
 ) -> None:
     target = servers["checked"].server
-    source = random.Random(4)
-    begin, requests = time.monotonic(), 0
-    while time.monotonic() - begin < request.config.getoption("--load-s"):
-        count = source.choice(AT_ONCE)
-        lengths = [source.randint(1, LONGEST) for _ in range(count)]
-        batch = prompts(lengths, seed=source.randrange(1 << 30))
-        answers, _ = target.generate_at_once(batch, source.choice((32, NEW_TOKENS)))
-        requests += len(answers)
+    requests = mixed_load(target, request.config.getoption("--load-s"), seed=4)
     record = read_record(target)
     report("shadow_checked_load", {"requests": requests, "record": record})
     assert record["checks"] == record["replays"] > 0
     assert record["mismatches"] == 0
     assert record["fallbacks"] == {}
+
+
+def mixed_load(
+    target: Server,
+    seconds: float,
+    seed: int,
+    at_once: Sequence[int] = (1, 3, 7, 16),
+    new_tokens: Sequence[int] = (32, NEW_TOKENS),
+) -> int:
+    """Requests of random lengths, so many at once, for so long; returns how many were answered."""
+    source = random.Random(seed)
+    begin, requests = time.monotonic(), 0
+    while time.monotonic() - begin < seconds:
+        lengths = [source.randint(1, LONGEST) for _ in range(source.choice(at_once))]
+        batch = prompts(lengths, seed=source.randrange(1 << 30))
+        answers, _ = target.generate_at_once(batch, source.choice(new_tokens))
+        requests += len(answers)
+    return requests

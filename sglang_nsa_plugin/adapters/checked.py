@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin.shadow import Comparison, Difference, Pair, Report
+from sglang_nsa_plugin.shadow import Comparison, Difference, Field, Pair, Report
 from sglang_nsa_plugin.state import STATE
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class ShadowCheck:
         self._every = every
         self._steps = 0
         self._latest: Comparison | None = None
+        self._values = 0
 
     def is_due(self) -> bool:
         """Whether the step that is being planned is to be checked."""
@@ -51,6 +52,9 @@ class ShadowCheck:
     def failed(self) -> bool:
         """Whether a difference has become known; the first time it is logged and counted."""
         if self.difference is None and self._latest is not None and self.report.arrived():
+            values = self.report.values[Field.VALUES]
+            STATE.values_checked += values - self._values
+            self._values = values
             self.difference = self._latest.difference()
             if self.difference is not None:
                 self._tell(self.difference)
