@@ -1,6 +1,6 @@
 """``make gpu-test``: the GPU tests, the sanitizers and the timings, into one committed result file.
 
-    python integration/gpu_test.py [--only tests|adapters|fuzz|sanitizers|demo|bench|soak ...]
+    python integration/gpu_test.py [--only PART ...]    # --help names the parts
 
 Needs an NVIDIA GPU, torch, pytest, hypothesis and the installed package; SGLang, whichever release is
 installed, for the adapter tests, the demo and the timings; compute-sanitizer for the sanitizers. Writes
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,11 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import results
+import sanitizers
 
 ROOT = Path(__file__).resolve().parent.parent
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# One fill of each kind under the sanitizers: they slow a kernel down a hundredfold.
-SANITIZED = "tests/gpu/sanitized_fill.py"
 TIME_LIMIT_S = 540
 
 
@@ -37,14 +33,15 @@ def main() -> int:
         "tests": lambda: run_tests("tests", "--deselect", "tests/test_fuzz.py"),
         "fuzz": lambda: run_tests("tests/test_fuzz.py"),
         "adapters": lambda: run_tests("tests/gpu/test_gpu_in_graph.py", "tests/gpu/test_gpu_eager.py"),
-        "sanitizers": run_sanitizers,
+        **sanitizers.parts(),
         "demo": lambda: run_command("demo"),
         "bench": lambda: run_command("bench"),
         "soak": run_soak,
     }
     parser.add_argument("--only", choices=parts, action="append")
-    # tests has those of adapters, too; a soak takes minutes and is asked for by name
-    only = parser.parse_args().only or [name for name in parts if name not in ("adapters", "soak")]
+    # tests has those of adapters, too; what takes many minutes is asked for by name
+    by_name = ("adapters", "sanitized_tests", "soak")
+    only = parser.parse_args().only or [name for name in parts if name not in by_name]
     outcome: dict[str, Any] = {}
     for name in only:
         outcome[name] = parts[name]()
@@ -64,41 +61,10 @@ def run_tests(*arguments: str) -> dict[str, Any]:
         for line in run.stdout:  # shown as it comes: a run that is ended half-way has said what it did
             print(line, end="", flush=True)
             output += line
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", output)}
     return {
         "passed": run.returncode == 0,
-        "counts": counts,
-        "failed": re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE),
-        "seconds": round(time.monotonic() - begin, 1),
-    }
-
-
-def run_sanitizers() -> dict[str, Any]:
-    """compute-sanitizer's four tools over one fill of every kind."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return {
-            "passed": False,
-            "reason": "compute-sanitizer is not on PATH; install the CUDA toolkit",
-        }
-    findings = {name: _sanitize(tool, name) for name in SANITIZERS}
-    return {"passed": all(f["errors"] == 0 for f in findings.values()), **findings}
-
-
-def _sanitize(tool: str, name: str) -> dict[str, Any]:
-    begin = time.monotonic()
-    command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, SANITIZED]
-    run = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
-    )
-    output = run.stdout + run.stderr
-    print(f"--- {name}\n{output[-1500:]}")
-    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
-    fills = re.search(r"sanitized fills: (\d+)", output)
-    ran = summary is not None and fills is not None and run.returncode == 0
-    return {
-        "errors": int(summary[1]) if ran and summary else None,
-        "fills": int(fills[1]) if fills else 0,
+        "counts": results.counts_of_tests(output),
+        "failed": results.failed_tests(output),
         "seconds": round(time.monotonic() - begin, 1),
     }
 

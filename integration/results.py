@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,22 @@ def merge(name: str, command: str, parts: dict[str, Any]) -> Path:
     kept = old.get("parts", {}) if old.get("commit") == header["commit"] else {}
     path.write_text(json.dumps({**header, "parts": {**kept, **parts}}, indent=2) + "\n")
     return path
+
+
+def counts_of_tests(output: str) -> dict[str, int]:
+    """How many tests pytest's closing line, or those of several runs together, say passed and so on."""
+    counts: Counter[str] = Counter()
+    for line in re.findall(
+        r"^.*\b(?:passed|failed|errors?|skipped)\b.* in [\d.]+s.*$", output, re.MULTILINE
+    ):
+        for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", line):
+            counts[word] += int(count)
+    return dict(counts)
+
+
+def failed_tests(output: str) -> list[str]:
+    """The tests that pytest names at its end."""
+    return re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
 
 
 def environment() -> dict[str, Any]:

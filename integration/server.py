@@ -36,12 +36,6 @@ POLL_S = 0.25
 PORTS = range(20_000, 30_000)
 
 # Two servers share one GPU: each gets a third of its memory and a KV cache of fixed size.
-SPECULATIVE_ARGS = (
-    *("--speculative-algorithm", "EAGLE"),
-    *("--speculative-num-steps", "3"),
-    *("--speculative-eagle-topk", "1"),
-    *("--speculative-num-draft-tokens", "4"),
-)
 SHARED_GPU_ARGS = (
     *("--mem-fraction-static", "0.3"),
     *("--max-total-tokens", "200000"),
@@ -67,9 +61,10 @@ class ServerError(RuntimeError):
     """A server that ended, refused or did not answer in time; the message ends with its log."""
 
 
-def serve_args(decode_backend: str = "flashmla_sparse") -> list[str]:
+def serve_args(decode_backend: str = "flashmla_sparse", draft_tokens: int = 4) -> list[str]:
     """The options of a small server, spelled as the installed SGLang spells them.
 
+    The last verified token is one of the draft tokens, so there is a step less than there are of them.
     The graphs of prefill take minutes to capture and have nothing to do with draft-extend.
     """
     installed = release_key(version("sglang"))
@@ -78,7 +73,10 @@ def serve_args(decode_backend: str = "flashmla_sparse") -> list[str]:
         "--disable-piecewise-cuda-graph" if installed < (0, 5, 14) else "--disable-prefill-cuda-graph"
     )
     return [
-        *SPECULATIVE_ARGS,
+        *("--speculative-algorithm", "EAGLE"),
+        *("--speculative-num-steps", str(draft_tokens - 1)),
+        *("--speculative-eagle-topk", "1"),
+        *("--speculative-num-draft-tokens", str(draft_tokens)),
         *(f"--{sparse}-prefill-backend", decode_backend),
         *(f"--{sparse}-decode-backend", decode_backend),
         *SHARED_GPU_ARGS,

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import exposition
 import pytest
 import server
-from server import Arm
+from server import Arm, Server
 from test_serving import NEW_TOKENS, prompts, read_record, scheduler_figures
 
 FIELD = "real_page_table"
@@ -66,7 +66,7 @@ def test_metrics_and_server_info_say_what_the_scheduler_counted(
     found = {"before": reported(checked)}
     begin = steps(found["before"]["server_info"])
     while steps(read_record(checked.server)) < begin + STEPS:
-        checked.server.generate_at_once(prompts([64] * max(AT_ONCE), seed=5), NEW_TOKENS)
+        checked.server.generate_at_once(prompts([64] * AT_ONCE[-1], seed=5), NEW_TOKENS)
     found |= {"after": reported(checked), "with_mismatches": reported(servers["corrupted"])}
     report("metrics", found)
     for name, each in found.items():
@@ -93,16 +93,27 @@ def test_every_replay_under_mixed_load_is_checked(
     servers: dict[str, Arm], report: Report, request: pytest.FixtureRequest
 ) -> None:
     target = servers["checked"].server
-    source = random.Random(4)
-    begin, requests = time.monotonic(), 0
-    while time.monotonic() - begin < request.config.getoption("--load-s"):
-        count = source.choice(AT_ONCE)
-        lengths = [source.randint(1, LONGEST) for _ in range(count)]
-        batch = prompts(lengths, seed=source.randrange(1 << 30))
-        answers, _ = target.generate_at_once(batch, source.choice((32, NEW_TOKENS)))
-        requests += len(answers)
+    requests = mixed_load(target, request.config.getoption("--load-s"), seed=4)
     record = read_record(target)
     report("shadow_checked_load", {"requests": requests, "record": record})
     assert record["checks"] == record["replays"] > 0
     assert record["mismatches"] == 0
     assert record["fallbacks"] == {}
+
+
+def mixed_load(
+    target: Server,
+    seconds: float,
+    seed: int,
+    at_once: Sequence[int] = AT_ONCE,
+    new_tokens: Sequence[int] = (32, NEW_TOKENS),
+) -> int:
+    """Requests of random lengths, so many at once, for so long; returns how many were answered."""
+    source = random.Random(seed)
+    begin, requests = time.monotonic(), 0
+    while time.monotonic() - begin < seconds:
+        lengths = [source.randint(1, LONGEST) for _ in range(source.choice(at_once))]
+        batch = prompts(lengths, seed=source.randrange(1 << 30))
+        answers, _ = target.generate_at_once(batch, source.choice(new_tokens))
+        requests += len(answers)
+    return requests

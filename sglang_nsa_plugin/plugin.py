@@ -7,6 +7,7 @@ when the Scheduler is made; registering imports none of them and starts no CUDA 
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -24,8 +25,12 @@ _SCHEDULER = f"{_SCHEDULER_MODULE}.Scheduler"
 RECORD_KEY = "nsa_metadata"
 
 
+@functools.cache
 def register() -> None:
-    """Called by SGLang's ``load_plugins()`` through the entry point ``sglang.srt.plugins``."""
+    """Called by SGLang's ``load_plugins()`` through the entry point ``sglang.srt.plugins``.
+
+    A second call changes nothing: flags that are added twice would end the start.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     options.check_environment()

@@ -24,6 +24,7 @@ class State:
         launches: draft-extend steps whose fill was one launch from Python.
         fallbacks: draft-extend steps that SGLang filled although the adapter was there, by reason.
         checks: steps that the shadow check compared with SGLang's own fill.
+        values_checked: values that those steps compared, as far as the device has told.
         mismatches: values that differed in the check that found some; it is the last one.
         first_mismatch: the first of them, in words.
     """
@@ -37,6 +38,7 @@ class State:
     launches: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     checks: int = 0
+    values_checked: int = 0
     mismatches: int = 0
     first_mismatch: str | None = None
 
@@ -58,6 +60,7 @@ def record() -> dict[str, Any]:
         "launches": STATE.launches,
         "fallbacks": dict(STATE.fallbacks),
         "checks": STATE.checks,
+        "values_checked": STATE.values_checked,
         "mismatches": STATE.mismatches,
         "first_mismatch": STATE.first_mismatch,
         "pid": os.getpid(),

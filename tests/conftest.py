@@ -88,6 +88,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="random batches for each implementation and test of test_fuzz.py; without it, see there",
     )
 
+    parser.addoption(
+        "--sanitized", action="store_true", help="skip what cannot run in compute-sanitizer"
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
@@ -100,8 +104,10 @@ def pytest_configure(config: pytest.Config) -> None:
 OF_GRAPHS = (
     "test_in_graph.py",
     "test_declined.py",
+    "test_ranks.py",
     "test_runner.py",
     "test_shadow_check.py",
+    "test_start_faults.py",
     "test_wide_table.py",
 )
 OF_EAGER = ("test_eager.py",)
@@ -121,6 +127,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         missing = _missing_gpu()
         if missing is not None:
             pytest.skip(missing)
+    unsanitized = item.get_closest_marker("unsanitized")
+    if unsanitized and item.config.getoption("--sanitized"):
+        (reason,) = unsanitized.args
+        pytest.skip(f"not under compute-sanitizer: {reason}")
 
 
 def _missing_gpu() -> str | None:

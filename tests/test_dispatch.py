@@ -134,12 +134,20 @@ def raise_in_fill(error: Exception) -> Callable[[FillArgs], Callable[[], None]]:
 
 
 @pytest.mark.parametrize("bind", [raise_in_bind, raise_in_fill])
-def test_a_candidate_that_raises(monkeypatch: pytest.MonkeyPatch, bind: Callable) -> None:
-    monkeypatch.setattr(cpu, "bind", bind(RuntimeError("no kernel image")))
+@pytest.mark.parametrize(
+    "error",
+    [
+        "no kernel image is available for execution on the device",
+        "CUDA driver version is insufficient for CUDA runtime version",
+    ],
+)
+def test_a_candidate_that_raises(monkeypatch: pytest.MonkeyPatch, bind: Callable, error: str) -> None:
+    """What CUDA says on a GPU that the library has no code for, and with a driver that is too old."""
+    monkeypatch.setattr(cpu, "bind", bind(RuntimeError(error)))
     choice = dispatch.choose("auto", CPU)
     assert choice.name == "torch"
-    assert choice.refused == {"cpu": "its self-test failed: no kernel image"}
-    assert refused_by_name("cpu") == BY_NAME.format("cpu", "its self-test failed: no kernel image")
+    assert choice.refused == {"cpu": f"its self-test failed: {error}"}
+    assert refused_by_name("cpu") == BY_NAME.format("cpu", f"its self-test failed: {error}")
 
 
 @pytest.mark.parametrize(
@@ -221,13 +229,46 @@ def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert refused_by_name("cpu") == BY_NAME.format("cpu", why)
 
 
-def test_a_library_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    broken = tmp_path / "nsa_metadata.so"
-    broken.write_bytes(b"no library")
-    monkeypatch.setattr(library, "LIBRARY", broken)
+OURS = library.LIBRARY.read_bytes()
+E_MACHINE, AARCH64 = 0x12, b"\xb7\x00"
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (b"no library", "file too short"),
+        (b"no library" * 20, "invalid ELF header"),
+        (OURS[:E_MACHINE] + AARCH64 + OURS[E_MACHINE + 2 :], "cannot open shared object file"),
+        (
+            OURS.replace(b"TVMFFIGetTypeInfo", b"TVMFFIOfTomorrow?"),
+            "undefined symbol: TVMFFIOfTomorrow?",
+        ),
+    ],
+    ids=["text", "longer text", "another processor", "another TVM FFI"],
+)
+def test_a_library_that_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: bytes, said: str
+) -> None:
+    path = tmp_path / "nsa_metadata.so"
+    path.write_bytes(broken)
+    monkeypatch.setattr(library, "LIBRARY", path)
     why = dispatch.choose("auto", CPU).refused["cpu"]
-    assert why.startswith(f"the compiled library {broken} does not load with apache-tvm-ffi ")
+    assert why.startswith(f"the compiled library {path} does not load with apache-tvm-ffi ")
+    assert said in why
     assert why.endswith("; reinstall sglang-nsa-plugin")
+
+
+@pytest.mark.parametrize("kept", [64, 4096, len(OURS) // 2, len(OURS) - 1])
+def test_a_truncated_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: int) -> None:
+    """Loading it would end the process with a bus error."""
+    path = tmp_path / "nsa_metadata.so"
+    path.write_bytes(OURS[:kept])
+    monkeypatch.setattr(library, "LIBRARY", path)
+    missing = len(OURS) - kept
+    assert dispatch.choose("auto", CPU).refused["cpu"] == (
+        f"the compiled library {path} is truncated, its last {missing} bytes are missing; reinstall "
+        "sglang-nsa-plugin"
+    )
 
 
 def test_tvm_ffi_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

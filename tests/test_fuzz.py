@@ -96,6 +96,7 @@ def test_any_batch(fill_backend: Backend, scale: Scale, asked_for: int | None) -
 # Offsets above 2**31
 
 
+@pytest.mark.unsanitized("17 GB in each of the four tools at once, and what they note about it")
 def test_any_batch_with_a_tensor_that_spans_2_to_the_31(
     fill_backend: Backend, scale: Scale, asked_for: int | None
 ) -> None:

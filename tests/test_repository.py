@@ -183,6 +183,21 @@ def test_tests_named_in_the_table_of_known_failures_exist() -> None:
     assert missing == []
 
 
+def test_every_row_of_readmes_fault_table_names_its_tests() -> None:
+    rows = _rows("README.md", "## When something is not as expected")
+    shown = _rows("tests/README.md", "## README's table of what is not as expected")
+    assert len(rows) > 10
+    assert [situation for situation, _ in shown] == [situation for situation, _ in rows]
+    assert [situation for situation, tests in shown if not re.search(r"`[\w/]+\.py::\w+`", tests)] == []
+
+
+def _rows(document: str, heading: str) -> list[tuple[str, str]]:
+    """The rows of the table of two columns under a heading, without its head."""
+    section = (ROOT / document).read_text().partition(heading)[2].partition("\n## ")[0]
+    rows = [(row[0], row[1]) for row in re.findall(r"^\| (.+?) \| (.+) \|$", section, re.M)]
+    return rows[1:]
+
+
 def test_every_known_failure_has_its_line() -> None:
     lines = re.findall(r"^\| ([FP]\d+) \| .+ \| .+ \|$", (ROOT / "tests/README.md").read_text(), re.M)
     assert lines == [*(f"F{n}" for n in range(1, 35)), *(f"P{n}" for n in range(1, 9))]

@@ -267,6 +267,7 @@ def test_no_values_make_a_bound_fill_leave_its_tensors(
         guarded.check(lambda _: bound())
 
 
+@pytest.mark.unsanitized("a time limit")
 def test_a_fill_of_hostile_lengths_takes_no_longer(fill_backend: Backend) -> None:
     """Work is bounded by the tensors: 2**31 - 1 tokens and rows a request would take minutes."""
     case = Case(

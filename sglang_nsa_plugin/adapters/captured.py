@@ -90,20 +90,29 @@ class DraftExtendFill:
         if self.checked is not None:
             self.checked.forget()
 
+    def retire(self) -> None:
+        """Leaves every batch size to SGLang for good; graphs captured so far still read ``enabled``."""
+        self._switch(on=False)
+
     def record(self, batch: Any) -> None:
         """Runs the fill and the derived tables on the current stream, which may be capturing."""
         captured = self._captured(batch)
+        self._run(captured)
+        # on the CPU there are no graphs: there each fill counts as one that a graph would hold
+        if captured.args.device.type == "cpu" or is_capturing():
+            STATE.captures.add(batch.batch_size)
+
+    def _run(self, captured: CapturedFill) -> None:
         captured.run()
         if captured.read_done is not None:
             captured.read_done.record()
         self.refresh_derived(captured.metadata)
-        if _is_capturing(captured.args.device):
-            STATE.captures.add(batch.batch_size)
 
-    def replay(self, batch: Any, sglang_fill: Callable[[], object]) -> bool:
+    def replay(self, batch: Any, sglang_fill: Callable[[Any, Any], object]) -> bool:
         """Points the backend at the captured tensors; False when SGLang has to fill instead.
 
-        ``sglang_fill`` is what SGLang would do; a shadow check does it later, into other tensors.
+        ``sglang_fill`` is SGLang's method, of a backend and a batch; a shadow check calls it behind the
+        replay, for other tensors.
         """
         captured = self.captured.get(batch.batch_size)
         if captured is None:
@@ -123,7 +132,7 @@ class DraftExtendFill:
         backend.forward_metadata = captured.metadata
         STATE.replays += 1
         if self.checked is not None:
-            self.checked.plan(batch.batch_size, sglang_fill)
+            self.checked.plan(batch, sglang_fill)
         return True
 
     def read_done(self, bs: int) -> torch.cuda.Event | None:
@@ -150,10 +159,22 @@ class DraftExtendFill:
         if captured is None or captured.metadata is not metadata:
             args = self._args(batch, metadata)
             captured = CapturedFill(metadata, args, self.bind(args))
-            self.captured[batch.batch_size] = captured
             if self.checked is not None:
                 self.checked.prepare(batch.batch_size, metadata)
+            if not self.captured:
+                self._rehearse(captured)
+            self.captured[batch.batch_size] = captured
         return captured
+
+    def _rehearse(self, captured: CapturedFill) -> None:
+        """Records a graph that is thrown away: an error inside SGLang's own capture cannot be undone."""
+        if captured.args.device.type == "cpu" or is_capturing():
+            return
+        self._run(captured)  # compiles and loads what it needs
+        graph = torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local")
+        # a capture that fails leaves its own stream as the current one
+        with torch.cuda.stream(torch.cuda.current_stream()), graph:
+            self._run(captured)
 
     def _args(self, batch: Any, metadata: Any) -> FillArgs:
         backend = self.backend
@@ -207,9 +228,9 @@ class DraftExtendFill:
                 captured.args.nsa_cu_seqlens_k[:1].zero_()
 
 
-def _is_capturing(device: torch.device) -> bool:
-    """On the CPU there are no graphs: there each fill counts as one that a graph would hold."""
-    return device.type == "cpu" or torch.cuda.is_current_stream_capturing()
+def is_capturing() -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _read_done(device: torch.device) -> torch.cuda.Event | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin.shadow import Comparison, Difference, Pair, Report
+from sglang_nsa_plugin.shadow import Comparison, Difference, Field, Pair, Report
 from sglang_nsa_plugin.state import STATE
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class ShadowCheck:
         self._every = every
         self._steps = 0
         self._latest: Comparison | None = None
+        self._values = 0
 
     def is_due(self) -> bool:
         """Whether the step that is being planned is to be checked."""
@@ -51,6 +52,9 @@ class ShadowCheck:
     def failed(self) -> bool:
         """Whether a difference has become known; the first time it is logged and counted."""
         if self.difference is None and self._latest is not None and self.report.arrived():
+            values = self.report.values[Field.VALUES]
+            STATE.values_checked += values - self._values
+            self._values = values
             self.difference = self._latest.difference()
             if self.difference is not None:
                 self._tell(self.difference)
@@ -94,7 +98,7 @@ class Scratch:
         return dataclasses.replace(metadata, **changed)
 
     def _copy(self, name: str, value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if not isinstance(value, torch.Tensor):
             parts = {f.name: getattr(value, f.name).clone() for f in dataclasses.fields(value)}
             return dataclasses.replace(value, **parts)
         if name not in TABLES:
@@ -119,7 +123,7 @@ class CheckedReplays:
         self.check = ShadowCheck(every, backend.req_to_token.device)
         self._scratch = Scratch()
         self._copies: dict[int, tuple[Any, Comparison]] = {}
-        self._planned: tuple[int, Callable[[], object]] | None = None
+        self._planned: tuple[Any, Callable[[Any, Any], object]] | None = None
 
     def forget(self) -> None:
         """The captured metadata is void, and its copies with it."""
@@ -131,20 +135,21 @@ class CheckedReplays:
         copy = self._scratch.like(metadata)
         self._copies[bs] = copy, compare(metadata, copy, "dsa", self.check)
 
-    def plan(self, bs: int, sglang_fill: Callable[[], object]) -> None:
-        """Before a replay: whether it is one to check."""
-        self._planned = (bs, sglang_fill) if self.check.is_due() else None
+    def plan(self, batch: Any, sglang_fill: Callable[[Any, Any], object]) -> None:
+        """Before the replay of a batch: whether it is one to check."""
+        self._planned = (batch, sglang_fill) if self.check.is_due() else None
 
     def run(self) -> torch.cuda.Event | None:
         """Behind the replay: SGLang's fill into the copy, and the comparison, where one was planned."""
         if self._planned is None:
             return None
-        (bs, sglang_fill), self._planned = self._planned, None
-        backend, (copy, comparison) = self.backend, self._copies[bs]
+        (batch, sglang_fill), self._planned = self._planned, None
+        backend, bs = self.backend, batch.batch_size
+        copy, comparison = self._copies[bs]
         metadata = backend.decode_cuda_graph_metadata[bs]
         backend.decode_cuda_graph_metadata[bs] = copy
         try:
-            sglang_fill()
+            sglang_fill(backend, batch)
         finally:
             backend.decode_cuda_graph_metadata[bs] = metadata
             backend.forward_metadata = metadata

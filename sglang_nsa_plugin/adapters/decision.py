@@ -11,6 +11,20 @@ from sglang_nsa_plugin.state import STATE
 
 logger = logging.getLogger(__name__)
 
+# What setting up a fill may raise where it cannot run; torch's out-of-memory error is a RuntimeError.
+START_ERRORS = (RuntimeError, ValueError, TypeError)
+
+
+class CaptureError(RuntimeError):
+    """The fill failed while SGLang captures a graph, which is broken by that."""
+
+    def __init__(self, batch_size: int, error: Exception) -> None:
+        super().__init__(
+            f"the draft-extend fill of batch size {batch_size} failed inside SGLang's capture: "
+            f"{type(error).__name__}: {error}. Start with {options.FLAG} off to serve with SGLang's "
+            "own fill"
+        )
+
 
 def take_over(choice: Choice, makes_schedule: bool = False) -> None:
     """Notes and logs the implementation that fills a backend's metadata.
@@ -35,7 +49,8 @@ def take_over(choice: Choice, makes_schedule: bool = False) -> None:
 
 def step_aside(reason: str) -> None:
     """Notes and logs that SGLang fills the metadata itself."""
-    STATE.adapter, STATE.reason = None, reason
+    STATE.adapter, STATE.backend, STATE.reason = None, None, reason
+    STATE.captures.clear()
     logger.info(
         "sglang-nsa-plugin %s: not used: %s; SGLang fills draft-extend metadata itself",
         version("sglang-nsa-plugin"),

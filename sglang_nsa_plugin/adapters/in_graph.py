@@ -8,7 +8,8 @@ there the fill and the tables that SGLang derives from it are recorded. At repla
 from __future__ import annotations
 
 import contextlib
-import functools
+import textwrap
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,13 +17,14 @@ import torch
 
 from sglang_nsa_plugin import dispatch
 from sglang_nsa_plugin.adapters import hooks
-from sglang_nsa_plugin.adapters.captured import DraftExtendFill
+from sglang_nsa_plugin.adapters.captured import DraftExtendFill, is_capturing
 from sglang_nsa_plugin.adapters.configuration import resolved
-from sglang_nsa_plugin.adapters.decision import decline, take_over
+from sglang_nsa_plugin.adapters.decision import START_ERRORS, CaptureError, decline, take_over
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook
 
 NAME = "in-graph"
 ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend whose draft-extend fill is ours
+RETIRED = "_nsa_retired_fill"  # on one that was handed back
 # The name of the event that frees req_to_token for the scheduler, from 0.5.18 on and before.
 FENCE_EVENTS = ("shared_read_done_event", "war_fastpath_read_done_event")
 # Set by the backend's constructor, so no class can be asked for them.
@@ -55,9 +57,34 @@ def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
 
 
 def _take_over(backend: Any, choice: dispatch.Choice) -> None:
-    fill = DraftExtendFill(backend, choice, _check_every)
+    try:
+        fill = DraftExtendFill(backend, choice, _check_every)
+    except START_ERRORS as error:
+        _give_up(error)
+        return
     setattr(backend, ATTRIBUTE, fill)
+    _taken_over.add(backend)
     take_over(choice, fill.remainder_last is not None)
+
+
+def _give_up(error: Exception) -> None:
+    """Hands every backend back to SGLang, or ends the start where the fill was asked for by name."""
+    global _asked_for
+    assert _asked_for is not None  # nothing is taken over before
+    why = textwrap.shorten(str(error), 300)
+    decline(_asked_for, f"the fill could not be set up: {type(error).__name__}: {why}")
+    _asked_for = None
+    for backend in list(_taken_over):
+        hand_back(backend)
+
+
+def hand_back(backend: Any) -> None:
+    """SGLang fills this backend from now on, whatever graphs of it were captured."""
+    _taken_over.discard(backend)
+    fill = vars(backend).pop(ATTRIBUTE, None)
+    if fill is not None:
+        fill.retire()
+        setattr(backend, RETIRED, fill)  # graphs hold its addresses
 
 
 def uncovered(backend: Any, model_runner: Any) -> str | None:
@@ -112,15 +139,21 @@ def _out_graph(
     fill = getattr(backend, ATTRIBUTE, None)  # first: every step of every other backend comes by
     if fill is None or in_capture or not forward_batch.forward_mode.is_draft_extend_v2():
         return original(backend, forward_batch, in_capture=in_capture)
-    sglang_fill = functools.partial(original, backend, forward_batch)
-    return None if fill.replay(forward_batch, sglang_fill) else sglang_fill()
+    return None if fill.replay(forward_batch, original) else original(backend, forward_batch)
 
 
 def _in_graph(original: Callable[..., Any], backend: Any, forward_batch: Any) -> Any:
     fill = getattr(backend, ATTRIBUTE, None)
     if fill is None or not forward_batch.forward_mode.is_draft_extend_v2():
         return original(backend, forward_batch)
-    fill.record(forward_batch)
+    capturing = is_capturing()
+    try:
+        fill.record(forward_batch)
+    except START_ERRORS as error:
+        if capturing:
+            raise CaptureError(forward_batch.batch_size, error) from error
+        _give_up(error)
+        return original(backend, forward_batch)
     return None
 
 
@@ -196,6 +229,7 @@ NEEDS = (
 
 _asked_for: str | None = None
 _check_every = 0
+_taken_over: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def is_generation() -> bool:

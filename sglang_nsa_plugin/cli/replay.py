@@ -67,7 +67,7 @@ class Twin(TwoBackends[BackendRig]):
             self._replays[bs] = self._capture(bs)
 
     def _hand_back(self, backend: Any) -> None:
-        vars(backend).pop(in_graph.ATTRIBUTE, None)
+        in_graph.hand_back(backend)
 
     def bucket(self, raw_bs: int) -> int:
         """The smallest captured batch size that holds so many requests."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from sglang_nsa_plugin.fill_args import FillArgs
 
+ELF_HEADER_BYTES = 64
 LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "nsa_metadata.so"
 
 
@@ -30,6 +32,12 @@ def load() -> Any:
             f"the compiled library {LIBRARY} is missing; install the wheel, or build it with "
             "`pip install .`"
         )
+    missing = _missing_bytes(LIBRARY.read_bytes())
+    if missing > 0:
+        raise LibraryUnavailableError(
+            f"the compiled library {LIBRARY} is truncated, its last {missing} bytes are missing; "
+            "reinstall sglang-nsa-plugin"
+        )
     try:
         import tvm_ffi
     except ImportError as error:
@@ -43,6 +51,18 @@ def load() -> Any:
             f"the compiled library {LIBRARY} does not load with apache-tvm-ffi "
             f"{tvm_ffi.__version__}: {error}; reinstall sglang-nsa-plugin"
         ) from error
+
+
+def _missing_bytes(elf: bytes) -> int:
+    """How much of an ELF file is not there; loading such a one ends the process with a bus error.
+
+    The table of sections is the last thing in the file.
+    """
+    if len(elf) < ELF_HEADER_BYTES or not elf.startswith(b"\x7fELF"):
+        return 0  # no library at all, which the loader refuses in words
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", elf, 0x3A)
+    return int(table + entry_size * entries - len(elf))
 
 
 def has_cuda() -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import stat
 
+import pytest
 from graph_twin import skip_unless_captured
 from isolated import run, run_fresh
-from test_plugin import ACTIVATE, SPARSE, last_line
+from test_plugin import ACTIVATE, PARSE, SPARSE, last_line
 
 BACKEND = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend"
 TARGET = f"{BACKEND}.init_forward_metadata_out_graph"
@@ -27,6 +28,15 @@ print(pkgutil.resolve_name({TARGET!r}) is ours)
         "import logging\n", "import logging\nfrom sglang.srt.plugins.hook_registry import HookType\n", 1
     )
     assert last_line(run(program, json.dumps(SPARSE))) == "True"
+
+
+@pytest.mark.parametrize("second", ["before", "after"])
+def test_registering_twice_changes_nothing(second):
+    """Two copies of the package on one path, say: a flag that is added twice would end the start."""
+    again = "from sglang_nsa_plugin import plugin\nplugin.register()\n"
+    load = "load_plugins()\n"
+    program = PARSE.replace(load, again + load if second == "before" else load + again, 1)
+    assert last_line(run(program, "--nsa-metadata-backend", "triton")) == "triton"
 
 
 def test_installing_twice_changes_nothing():

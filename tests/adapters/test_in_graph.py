@@ -202,6 +202,20 @@ def test_other_modes_stay_with_sglang(twin):
     assert len(seen) == 6
 
 
+def test_a_batch_size_without_a_graph_stays_with_sglang(twin, state):
+    """SGLang plans such a step eagerly; the adapter hooks nothing there; a stray call is SGLang's."""
+    from sglang_nsa_plugin.adapters import in_graph
+
+    assert not any(hook.target.endswith(".init_forward_metadata") for hook in in_graph.HOOKS)
+    view = twin.ours.replay_view(2)
+    view.batch_size = BATCH_SIZES[-1] + 1
+    seen = []
+    original = lambda backend, batch, **kwargs: seen.append(batch.batch_size)  # noqa: E731
+    in_graph._out_graph(original, twin.ours.backend, view)
+    assert seen == [BATCH_SIZES[-1] + 1]
+    assert state.replays == 0
+
+
 def test_backends_not_made_by_the_draft_extend_factory_are_left_alone(twin):
     from sglang_nsa_plugin.adapters import in_graph
 

@@ -88,8 +88,10 @@ print(json.dumps({"hooked": sorted(HookRegistry._patched), "loaded": loaded,
 )
 def test_sglang_plugins_selects_by_name(plugins, found):
     """A list of blanks is a list without names to SGLang; an empty variable is no list."""
-    program = LOAD + "print(bool(HookRegistry._patched))"
-    assert last_line(run(program, SGLANG_PLUGINS=plugins)) == str(found)
+    logged = "import logging, sys\nlogging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
+    done = run(f"{logged}{LOAD}print(bool(HookRegistry._patched))", SGLANG_PLUGINS=plugins)
+    assert last_line(done) == str(found)
+    assert ("Skipping plugin nsa (not in SGLANG_PLUGINS)" in done.stdout) == (not found)
 
 
 def test_scheduler_is_hooked_where_it_is_loaded():

@@ -171,7 +171,7 @@ def test_the_scheduler_waits_for_the_whole_forward_when_the_canary_reads(twin, r
 def test_a_backend_that_was_not_taken_over_keeps_sglangs_fence(twin, runner):
     from sglang_nsa_plugin.adapters import in_graph
 
-    del vars(twin.ours.backend)[in_graph.ATTRIBUTE]
+    in_graph.hand_back(twin.ours.backend)
     sglangs = runner.device_module.Event.return_value
     execute(twin, runner, torch.Generator().manual_seed(4), raw_bs=2)
     assert wait_of_the_scheduler(runner.model_runner) in (sglangs, "the whole forward")

@@ -3,19 +3,23 @@
 Each fill is compared with the reference on the CPU, too.
 
 Not a test of pytest: ``compute-sanitizer --tool memcheck python tests/gpu/sanitized_fill.py``. Ends with
-the number of fills; exit code 1 when a value differs or the comparison missed a difference.
+the number of fills; exit code 1 when a value differs or the comparison missed a difference. With
+``--planted`` fills read what was never written and then what was given back: tools that find nothing
+there watch other kernels. Each tensor has to be an allocation of its own for that
+(``PYTORCH_NO_CUDA_MEMORY_CACHING=1``).
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from dataclasses import replace
 
 import torch
 
 from sglang_nsa_plugin.dispatch import small_case
 from sglang_nsa_plugin.fill_args import FillArgs
-from sglang_nsa_plugin.kernels import cuda
+from sglang_nsa_plugin.kernels import cuda, library
 from sglang_nsa_plugin.kernels import torch as reference
 from sglang_nsa_plugin.shadow import Comparison, Field, Pair, Report
 
@@ -80,8 +84,22 @@ def finds_a_difference(args: FillArgs) -> bool:
     return equal and report.on_device.tolist()[Field.DIFFERENT] == 1
 
 
+def plant(generator: torch.Generator) -> None:
+    """A fill of lengths that were never written, and one of tensors that are gone."""
+    args = case(3, 193, 4, ragged=False, wide=True, generator=generator)
+    cuda.bind(replace(args, seq_lens=torch.empty_like(args.seq_lens)))()
+    torch.cuda.synchronize()
+    launch = library.bind(args)  # which holds addresses alone
+    del args
+    launch(torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+
+
 def main() -> int:
     generator = torch.Generator().manual_seed(0)
+    if "--planted" in sys.argv[1:]:
+        plant(generator)
+        return 0
     cases = [small_case(DEVICE, ragged) for ragged in (False, True)]
     kinds = itertools.product(BATCHES, WIDTHS, (1, 4), (False, True), (False, True))
     cases += [case(*kind, generator=generator) for kind in kinds]

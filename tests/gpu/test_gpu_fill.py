@@ -159,6 +159,7 @@ def test_a_bound_fill_allocates_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("bound_on", ["default stream", "another stream"])
+@pytest.mark.unsanitized("the tool waits for the kernels that it watches")
 def test_a_fill_runs_on_the_stream_that_is_current(backend: Backend, bound_on: str) -> None:
     """When it is called, not when it was bound: it waits for a slow producer on that stream."""
     guarded = Guarded(STATIC, GPU)

@@ -77,6 +77,7 @@ def test_the_wide_table_is_left_out_where_nothing_reads_it(topk_backend, is_left
 def test_nodes_of_the_recorded_refresh(decode_impl, most):
     """The fill, the event behind it and SGLang's top-k plan; FlashMLA's own tables where it decodes."""
     from sglang_nsa_plugin.cli.timing import graph_nodes
+
     from sglang_nsa_plugin.state import STATE
 
     twin = make_twin(decode_impl)
@@ -159,6 +160,43 @@ def test_replaced_inputs_go_through_sglang_and_are_not_overwritten():
     assert STATE.fallbacks[INPUTS_REPLACED] == fallbacks + 1
 
 
+@pytest.mark.parametrize("fault", ["in a capture", "in the last batch size"])
+def test_an_error_while_the_fill_is_set_up_leaves_every_graph_to_sglang(fault, monkeypatch):
+    """Also graphs that hold our fill; and a capture that it broke leaves nothing behind."""
+    from sglang_nsa_plugin.adapters import captured
+    from sglang_nsa_plugin.cli.replay import Comparison, compare
+    from sglang_nsa_plugin.state import STATE
+
+    refresh_derived = captured.DraftExtendFill.refresh_derived
+
+    def failing(fill, metadata):
+        if fault == "in a capture" and captured.is_capturing():
+            torch.cuda.synchronize()  # not allowed there
+        if fault != "in a capture" and metadata.cache_seqlens_int32.shape[0] == BATCH_SIZES[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        refresh_derived(fill, metadata)
+
+    monkeypatch.setattr(captured.DraftExtendFill, "refresh_derived", failing)
+    stream = torch.cuda.current_stream()
+    twin = make_twin("flashmla_sparse")
+    assert torch.cuda.current_stream() == stream
+    assert STATE.adapter is None
+    assert STATE.reason.startswith("the fill could not be set up: ")
+
+    generator, result = torch.Generator().manual_seed(7), Comparison()
+    for _ in range(20):
+        bs = random_batch(twin, generator)
+        twin.ours.replay(bs)
+        kept = twin.inputs.seq_lens.clone()
+        twin.inputs.seq_lens.fill_(777)  # what a fill that still ran would read
+        twin._replays[bs]()
+        twin.inputs.seq_lens.copy_(kept)
+        twin.theirs.sglang_fill(bs)
+        compare(*(r.backend.decode_cuda_graph_metadata[bs] for r in (twin.ours, twin.theirs)), result)
+    assert result.first is None, result.first
+
+
+@pytest.mark.unsanitized("the profiler and the tool cannot both be attached")
 def test_replay_launches_nothing_and_synchronises_nothing():
     twin = make_twin("flashmla_sparse")
     generator = torch.Generator().manual_seed(5)
@@ -182,6 +220,7 @@ def test_replay_launches_nothing_and_synchronises_nothing():
 
 
 @pytest.mark.parametrize("event", ["in_graph", "before_replay"])
+@pytest.mark.unsanitized("the tool waits for the kernels that it watches")
 def test_fence_covers_the_read(event):
     """The scheduler overwrites req_to_token behind the published event while the graph runs.
 

@@ -1,0 +1,160 @@
+"""compute-sanitizer's four tools over the GPU tests and over one fill of each kind; for gpu_test.py.
+
+All tools run at once, each over several processes: a GPU host has cores and memory for that.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import results
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Ours, in CUDA and in Triton: torch's and SGLang's kernels run at full speed.
+KERNELS = ("fill_kernel", "compare_kernel", "conclude_kernel")
+# A value that an unwatched kernel wrote would count as never written: this one watches all of them.
+UNFILTERED = "initcheck"
+TIME_LIMIT_S = 480
+SHARDS = (
+    ("tests/gpu",),
+    ("tests/test_values.py",),
+    ("tests", "--ignore=tests/gpu", "--ignore=tests/test_values.py"),
+)
+FUZZ_BATCHES = 200
+FILLS = "tests/gpu/sanitized_fill.py"
+PLANTED = ("memcheck", "initcheck")  # the tools that find what FILLS --planted does wrong
+# Each tensor is an allocation of its own: a read one cell behind it is found, and one of old memory.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+MISSING = {"passed": False, "reason": "compute-sanitizer is not on PATH; install the CUDA toolkit"}
+
+
+def sanitize_fills() -> dict[str, Any]:
+    """One fill of each kind under each tool; and what was done wrong on purpose is found."""
+    if shutil.which("compute-sanitizer") is None:
+        return MISSING
+    planted = tuple(f"planted, {tool}" for tool in PLANTED)
+    calls = [(tool, [FILLS], UNCACHED) for tool in TOOLS]
+    calls += [(tool, [FILLS, "--planted"], UNCACHED) for tool in PLANTED]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        runs = dict(zip(TOOLS + planted, pool.map(lambda call: _run(*call), calls), strict=True))
+    for run in runs.values():
+        fills = re.search(r"sanitized fills: (\d+)", run.pop("output"))
+        run["fills"] = int(fills[1]) if fills else 0
+    clean = all(runs[tool]["exit_code"] == 0 and runs[tool]["errors"] == 0 for tool in TOOLS)
+    found = {tool: runs.pop(f"planted, {tool}")["errors"] for tool in PLANTED}
+    return {"passed": clean and all(found.values()), **runs, "planted": found}
+
+
+def sanitize_tests() -> dict[str, Any]:
+    """The GPU tests under each tool, but those that say why they cannot run there."""
+    if shutil.which("compute-sanitizer") is None:
+        return MISSING
+    pytest = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--sanitized"]
+    pytest += ["--fuzz-batches", str(FUZZ_BATCHES)]
+    calls = [(tool, [*pytest, *shard], {}) for tool in TOOLS for shard in SHARDS]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        runs = list(pool.map(lambda call: _run(*call), calls))
+    found = {
+        tool: _sum([run for run, call in zip(runs, calls, strict=True) if call[0] == tool])
+        for tool in TOOLS
+    }
+    return {"passed": all(tool["passed"] for tool in found.values()), **found}
+
+
+def _sum(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One tool's result: that of its processes together."""
+    output = "".join(run["output"] for run in runs)
+    counts = results.counts_of_tests(output)
+    errors = [run["errors"] for run in runs]
+    return {
+        "passed": all(run["exit_code"] == 0 and run["errors"] == 0 for run in runs)
+        and "passed" in counts,
+        "errors": None if None in errors else sum(errors),
+        "of_other_kernels": sum(run["of_other_kernels"] for run in runs),
+        "tests": counts,
+        "failed": results.failed_tests(output),
+        "left_out": _left_out(output),
+        "exit_codes": [run["exit_code"] for run in runs],
+        "seconds": max(run["seconds"] for run in runs),
+    }
+
+
+def _left_out(output: str) -> dict[str, int]:
+    """Reason → tests, of those that were left out for the tools' sake."""
+    skipped = re.findall(
+        r"^SKIPPED \[(\d+)\] .*not under compute-sanitizer: (.+)$", output, re.MULTILINE
+    )
+    reasons: dict[str, int] = {}
+    for count, reason in skipped:
+        reasons[reason] = reasons.get(reason, 0) + int(count)
+    return reasons
+
+
+def _run(tool: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+    begin = time.monotonic()
+    # timeout(1) ends the whole process group: the tool's child would stay on the GPU
+    command = ["timeout", "--kill-after=10", str(TIME_LIMIT_S), *_tool(tool), sys.executable, *arguments]
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    print(
+        f"--- {tool}, {' '.join(arguments)}: exit code {run.returncode}\n{run.stdout[-1500:]}",
+        flush=True,
+    )
+    errors, of_others = findings(tool, run.stdout)
+    return {
+        "errors": errors,
+        "of_other_kernels": of_others,
+        "exit_code": run.returncode,
+        "seconds": round(time.monotonic() - begin, 1),
+        "output": run.stdout,
+    }
+
+
+def _tool(name: str) -> list[str]:
+    # An error that a call returns is no finding: libraries try calls out, and ours checks what it gets.
+    options = ["--report-api-errors", "no", "--show-backtrace", "no", "--print-limit", "100000"]
+    if name != UNFILTERED:
+        by_name = _option_of_kernels()
+        options += [part for kernel in KERNELS for part in (by_name, f"kernel_substring={kernel}")]
+    return ["compute-sanitizer", "--tool", name, *options]
+
+
+def _option_of_kernels() -> str:
+    """The option was renamed once."""
+    told = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True, check=False)
+    return "--kernel-name" if "--kernel-name " in told.stdout + told.stderr else "--kernel-regex"
+
+
+def findings(tool: str, output: str) -> tuple[int | None, int]:
+    """Errors of our kernels, None where the tool did not come to its end, and those of others."""
+    summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+    if summary is None:
+        return None, 0
+    total = int(summary[1])
+    if tool != UNFILTERED:
+        return total, 0
+    ours = len(re.findall(rf"^=+ +at .*(?:{'|'.join(KERNELS)})", output, re.MULTILINE))
+    return ours, total - ours
+
+
+def parts() -> dict[str, Callable[[], dict[str, Any]]]:
+    """What gpu_test.py runs, by name."""
+    return {"sanitizers": sanitize_fills, "sanitized_tests": sanitize_tests}

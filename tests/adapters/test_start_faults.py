@@ -1,0 +1,174 @@
+"""Errors while a fill is set up: SGLang fills every batch size, or the start ends with the reason.
+
+On CPU tensors what a graph would hold is run again; in real captures: gpu/test_gpu_in_graph.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from graph_twin import BATCH_SIZES, make_twin, on_the_cpu, random_batch
+
+pytestmark = on_the_cpu
+
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+LAST = BATCH_SIZES[-1]
+
+
+def fail_in_bind(patch, error):
+    from sglang_nsa_plugin import dispatch
+
+    choose = dispatch.choose  # whose choices are kept for the life of the process
+
+    def chosen(*asked):
+        choice = choose(*asked)
+
+        def failing(args):
+            if args.bs == LAST:
+                raise error
+            return choice.bind(args)
+
+        return dataclasses.replace(choice, bind=failing)
+
+    patch.setattr(dispatch, "choose", chosen)
+
+
+def fail_in_first_run(patch, error):
+    from sglang_nsa_plugin.adapters.captured import DraftExtendFill
+
+    refresh_derived = DraftExtendFill.refresh_derived
+
+    def failing(fill, metadata):
+        if metadata.cache_seqlens_int32.shape[0] == LAST:
+            raise error
+        refresh_derived(fill, metadata)
+
+    patch.setattr(DraftExtendFill, "refresh_derived", failing)
+
+
+def fail_in_shadow_copies(patch, error):
+    from sglang_nsa_plugin.adapters.checked import CheckedReplays
+
+    prepare = CheckedReplays.prepare
+
+    def failing(checked, bs, metadata):
+        if bs == LAST:
+            raise error
+        prepare(checked, bs, metadata)
+
+    patch.setattr(CheckedReplays, "prepare", failing)
+
+
+FAILING = [
+    (fail_in_bind, OUT_OF_MEMORY),
+    (fail_in_bind, ValueError("page_table_1: must have 4 rows, got 3")),
+    (fail_in_bind, TypeError("seq_lens: must be a torch.Tensor, got NoneType")),
+    (fail_in_first_run, RuntimeError("no kernel image is available for execution on the device")),
+    (fail_in_shadow_copies, OUT_OF_MEMORY),
+]
+
+
+@pytest.mark.parametrize(("fail", "error"), FAILING)
+def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
+    fail, error, state, monkeypatch, caplog
+):
+    """Also those whose graphs hold our fill already: it is switched off for good."""
+    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.state import record
+
+    fail(monkeypatch, error)
+    with caplog.at_level(logging.INFO, logger="sglang_nsa_plugin"):
+        twin = make_twin(check_every=1)
+    backend = twin.ours.backend
+    assert not hasattr(backend, in_graph.ATTRIBUTE)
+    said = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
+    assert len(said) == 1
+    reason = f"the fill could not be set up: {type(error).__name__}: {error}"
+    assert f"not used: {reason}; SGLang fills draft-extend metadata itself" in said[0]
+    found = record()
+    assert (found["adapter"], found["backend"], found["reason"]) == (None, None, reason)
+    assert not found["in_graph"]
+
+    captured = getattr(backend, in_graph.RETIRED).captured
+    assert set(captured) >= set(BATCH_SIZES) - {LAST}
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(12):
+        serve_and_expect_sglangs_values(twin, captured, random_batch(twin, generator))
+    assert (state.replays, state.checks, dict(state.fallbacks)) == (0, 0, {})
+
+
+def serve_and_expect_sglangs_values(twin, captured, bs):
+    """One step as the runner does it, with a graph that holds the fill where one was recorded."""
+    from sglang_nsa_plugin.cli.replay import Comparison, compare
+
+    twin.ours.replay(bs)
+    kept = twin.inputs.seq_lens.clone()
+    twin.inputs.seq_lens.fill_(7)  # what a fill that still ran would read
+    if bs in captured:
+        captured[bs].run()
+    twin.inputs.seq_lens.copy_(kept)
+    twin.theirs.sglang_fill(bs)
+    result = Comparison()
+    ours, theirs = (one.backend.decode_cuda_graph_metadata[bs] for one in (twin.ours, twin.theirs))
+    compare(ours, theirs, result)
+    assert result.first is None, result.first
+    assert twin.ours.backend.forward_metadata is ours
+
+
+@pytest.mark.parametrize(("fail", "error"), FAILING)
+def test_the_same_error_ends_a_start_that_asked_by_name(fail, error, state, monkeypatch):
+    from sglang_nsa_plugin.dispatch import BackendUnavailableError
+
+    fail(monkeypatch, error)
+    with pytest.raises(BackendUnavailableError) as ended:
+        make_twin("torch", check_every=1)
+    assert "--nsa-metadata-backend torch was asked for by name and cannot be used" in str(ended.value)
+    assert f"{type(error).__name__}: {error}" in str(ended.value)
+
+
+def test_a_backend_without_memory_for_its_switch_stays_with_sglang(state, monkeypatch):
+    from sglang_nsa_plugin.adapters import in_graph
+
+    def no_memory(*_):
+        raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(in_graph, "DraftExtendFill", no_memory)
+    with pytest.raises(RuntimeError, match=r"did not take over .*: the fill could not be set up: OutOf"):
+        make_twin().replay(1)
+
+
+def test_one_backend_that_fails_hands_back_the_others(state, monkeypatch):
+    """Adaptive speculation has several backends: the record speaks for all of them."""
+    from sglang_nsa_plugin.adapters import in_graph
+
+    first = make_twin()
+    fail_in_bind(monkeypatch, OUT_OF_MEMORY)
+    second = make_twin()
+    for twin in (first, second):
+        assert not hasattr(twin.ours.backend, in_graph.ATTRIBUTE)
+        serve_and_expect_sglangs_values(twin, getattr(twin.ours.backend, in_graph.RETIRED).captured, 2)
+
+
+def test_an_error_of_the_program_is_not_stepped_aside_from(state, monkeypatch):
+    fail_in_bind(monkeypatch, AttributeError("a typing error"))
+    with pytest.raises(AttributeError, match="a typing error"):
+        make_twin()
+
+
+def test_an_error_inside_sglangs_capture_ends_the_start_with_advice(state, monkeypatch):
+    """The capture is broken by then, and no other fill could go on with it."""
+    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters.decision import CaptureError
+
+    monkeypatch.setattr(in_graph, "is_capturing", lambda: True)
+    fail_in_bind(monkeypatch, OUT_OF_MEMORY)
+    with pytest.raises(CaptureError) as ended:
+        make_twin()
+    assert str(ended.value) == (
+        "the draft-extend fill of batch size 8 failed inside SGLang's capture: OutOfMemoryError: "
+        "CUDA out of memory. Tried to allocate 20.00 MiB. Start with --nsa-metadata-backend off to "
+        "serve with SGLang's own fill"
+    )

@@ -1,0 +1,96 @@
+"""What integration/sanitizers.py makes of the tools' words, with a stand-in for compute-sanitizer."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "integration"))
+import sanitizers
+
+# Says of each tool what FINDING says, and of pytest what it says itself.
+STAND_IN = """#!/bin/sh
+if [ "$1" = --help ]; then echo "  --kernel-name arg  filter"; exit; fi
+echo "========= COMPUTE-SANITIZER"
+FINDING
+echo "SKIPPED [2] tests/test_values.py:403: not under compute-sanitizer: 17 GB"
+echo "SKIPPED [1] tests/conftest.py:135: needs two GPUs"
+echo "5 passed, 3 skipped, 100 deselected in 3.21s"
+echo "sanitized fills: 130, wrong: 0"
+"""
+CLEAN = 'echo "========= ERROR SUMMARY: 0 errors"'
+OF_OURS = """
+echo "========= Uninitialized __global__ memory read of size 4 bytes"
+echo "=========     at void nsa::(anonymous namespace)::fill_kernel<(bool)1>(nsa::Fill)+0x1a0"
+echo "========= ERROR SUMMARY: 1 error"
+"""
+OF_OTHERS = OF_OURS.replace("nsa::(anonymous namespace)::fill_kernel", "at::native::reduce_kernel")
+CRASHED = "exit 1"
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    def say(finding: str) -> None:
+        tool = tmp_path / "compute-sanitizer"
+        tool.write_text(STAND_IN.replace("FINDING", finding))
+        tool.chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return say
+
+
+def test_clean_tools_pass_with_their_number_of_tests(stand_in):
+    stand_in(CLEAN)
+    found = sanitizers.sanitize_tests()
+    assert found.pop("passed")
+    assert list(found) == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    for tool in found.values():
+        assert (tool["errors"], tool["of_other_kernels"]) == (0, 0)
+        assert tool["tests"] == {"passed": 15, "skipped": 9}  # of three processes
+        assert tool["left_out"] == {"17 GB": 6}
+
+
+@pytest.mark.parametrize(
+    ("finding", "initcheck", "others"),
+    [(OF_OURS, (3, 0), 3), (OF_OTHERS, (0, 3), 3), (CRASHED, (None, 0), None)],
+    ids=["of ours", "of others", "crashed"],
+)
+def test_findings_are_those_of_our_kernels(stand_in, finding, initcheck, others):
+    """The other tools watch our kernels alone: whatever they find is ours."""
+    stand_in(finding)
+    found = sanitizers.sanitize_tests()
+    assert not found["passed"]
+    tool = found["initcheck"]
+    assert (tool["errors"], tool["of_other_kernels"]) == initcheck
+    assert tool["passed"] == (finding == OF_OTHERS)
+    assert found["memcheck"]["errors"] == others
+
+
+def test_fills_pass_only_where_planted_errors_are_found(stand_in):
+    stand_in(CLEAN)
+    found = sanitizers.sanitize_fills()
+    assert found["memcheck"]["fills"] == 130
+    assert found["planted"] == {"memcheck": 0, "initcheck": 0}
+    assert not found["passed"]
+    stand_in(f'case "$*" in *--planted*) {OF_OURS} ;; *) {CLEAN} ;; esac')
+    found = sanitizers.sanitize_fills()
+    assert found["planted"] == {"memcheck": 1, "initcheck": 1}
+    assert found["passed"]
+
+
+def test_our_kernels_alone_are_watched_where_that_is_possible(stand_in):
+    stand_in(CLEAN)
+    assert "kernel_substring=fill_kernel" in sanitizers._tool("memcheck")
+    assert not any("kernel" in part for part in sanitizers._tool("initcheck"))
+
+
+def test_the_kernels_have_the_names_that_are_watched():
+    root = Path(sanitizers.__file__).resolve().parent.parent
+    sources = [*(root / "csrc").glob("*.cu"), root / "sglang_nsa_plugin" / "kernels" / "triton.py"]
+    text = "".join(path.read_text() for path in sources)
+    kernels = [line for line in text.splitlines() if "__global__" in line]
+    assert kernels
+    assert all(any(name in line for name in sanitizers.KERNELS) for line in kernels)
+    assert "def _fill_kernel(" in text
