@@ -97,7 +97,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files whose adapter is another than that of the installed SGLang hold no tests of this release;
 # `make test-releases` runs each with the releases that it is for.
-OF_GRAPHS = ("test_in_graph.py", "test_declined.py", "test_runner.py", "test_shadow_check.py")
+OF_GRAPHS = (
+    "test_in_graph.py", "test_declined.py", "test_runner.py", "test_shadow_check.py",
+    "test_bench_paths.py",
+)  # fmt: skip
 OF_EAGER = ("test_eager.py",)
 
 
