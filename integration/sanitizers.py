@@ -21,7 +21,13 @@ import results
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Ours, in CUDA and in Triton: torch's and SGLang's kernels run at full speed.
-KERNELS = ("fill_kernel", "compare_kernel", "conclude_kernel")
+KERNELS = (
+    "fill_static_kernel",
+    "fill_ragged_kernel",
+    "fill_kernel",
+    "compare_kernel",
+    "conclude_kernel",
+)
 # A value that an unwatched kernel wrote would count as never written: this one watches all of them.
 UNFILTERED = "initcheck"
 TIME_LIMIT_S = 480

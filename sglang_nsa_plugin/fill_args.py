@@ -75,7 +75,7 @@ class FillArgs:
     segments, n are there in all, and processor p begins behind the first
     ``p * (n // P) + min(p, n % P)`` of them; with ``mqa_remainder_last`` the last processors take what
     does not divide evenly, not the first: ``p * (n // P) + max(p - P + n % P, 0)``. At the end of the
-    segments stands ``(rows, 0)``. Rows longer than ``256 * ((2**31 - 1) // rows)`` count as long as that.
+    segments stands ``(rows, 0)``. Rows longer than ``256 * ((2**31 - 1) // rows)`` count as that long.
     It needs a number in ``extend_lens``.
 
     Rows: a number in ``extend_lens`` asks for exactly ``bs * extend_lens`` rows. With a tensor the

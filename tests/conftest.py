@@ -102,6 +102,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # Files whose adapter is another than that of the installed SGLang hold no tests of this release;
 # `make test-releases` runs each with the releases that it is for.
 OF_GRAPHS = (
+    "test_bench_paths.py",
     "test_in_graph.py",
     "test_declined.py",
     "test_ranks.py",

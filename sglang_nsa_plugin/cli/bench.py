@@ -1,149 +1,309 @@
 """``sglang-nsa-plugin bench``: SGLang's own draft-extend fill and ours, same tensors, same run.
 
-Host time is what a step pays before the forward: SGLang's call that plans the draft-extend step, on an
-idle GPU, median of the calls; beside it, how much that call gives the GPU to do. GPU time is that of the
-launches alone: they are captured once and 21 times in CUDA graphs, and the slope between the two
-replays leaves the launch of the graph out. A release that plans draft-extend eagerly cannot be captured:
-there the GPU time is left out.
+Every way to fill a case is compared by its values first and timed next to the others, in rounds, so that
+drift hits all alike. Host time is what a step pays before the forward: the call on an idle GPU, dispatch
+only. GPU time is that of the launches alone: they are captured once and 21 times in CUDA graphs, and the
+slope between the two replays leaves the launch of the graph out. A release that plans draft-extend
+eagerly cannot be captured: there the GPU time is left out. Without a GPU only the implementations that
+run on a CPU are timed.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-REPEATS = 21
-DRAFT_TOKENS = 4
-CONTEXT = 163_840
+from sglang_nsa_plugin.cli import bench_cases, bench_paths, bench_report, timing
+from sglang_nsa_plugin.cli.batches import Inputs, make_inputs
+from sglang_nsa_plugin.cli.bench_cases import BOTH, PAGED, Case, DirectFills, Grid, Setup
+from sglang_nsa_plugin.cli.bench_paths import ORIGINAL, OURS, SGLANG, SGLANG_KERNEL
+from sglang_nsa_plugin.cli.replay import Comparison
+from sglang_nsa_plugin.kernels import torch as torch_reference
+
 EXPAND_BATCH_SIZES = (1, 8, 32, 64, 128, 256, 512, 1024)
-# What the CUDA driver and runtime call work for the GPU, as the profiler names it.
-GPU_WORK = ("LaunchKernel", "Memcpy", "Memset", "GraphLaunch")
+THEIRS = (SGLANG, SGLANG_KERNEL)
+DRAFT_TOKENS = 4
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The cases of one run, and how often each is called."""
-
-    decode_impls: tuple[str, ...] = ("flashmla_sparse", "flashmla_kv")
-    batch_sizes: tuple[int, ...] = (1, 8, 32, 64)
-    lengths: tuple[int, ...] = (2_048, 32_768, 131_072)
-    calls: int = 300
-
-    def cases(self) -> list[tuple[int, int]]:
-        """Requests and length of each case."""
-        return [(bs, length) for bs in self.batch_sizes for length in self.lengths]
-
-
-QUICK = Grid(("flashmla_sparse",), (1, 64), (2_048, 131_072), 100)
-
-
-def run(json_path: str | None, quick: bool = False) -> int:
+def run(json_path: str | None, plot_path: str | None = None, quick: bool = False) -> int:
     """Times every case, prints a table and returns 0."""
-    import torch
-
     console = Console()
-    if not torch.cuda.is_available():
-        raise SystemExit("sglang-nsa-plugin bench: needs an NVIDIA GPU, torch sees none")
-    result = measure(QUICK if quick else Grid(), console)
-    if not quick:
-        device = torch.device("cuda", torch.cuda.current_device())
-        result["expand"] = [_expand_case(device, bs) for bs in EXPAND_BATCH_SIZES]
-    _print(console, result)
+    if plot_path:
+        from sglang_nsa_plugin.cli import bench_plot  # says what is missing before minutes are spent
+    begin = time.monotonic()
+    result = _measured(console, quick)
+    result["seconds"] = round(time.monotonic() - begin, 1)
+    bench_report.show(console, result)
     if json_path:
         Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
+    if plot_path:
+        bench_plot.draw(result, Path(plot_path))
     return 0
 
 
-def measure(grid: Grid, console: Console) -> dict[str, Any]:
-    """Every case of the grid, with what was measured."""
-    import torch
-
-    from sglang_nsa_plugin.cli.stand_ins import missing_for
-    from sglang_nsa_plugin.cli.twins import make_twin
+def _measured(console: Console, quick: bool) -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {
+            "gpu": None,
+            "note": bench_report.NO_GPU,
+            **_cases(bench_cases.ON_CPU, torch.device("cpu"), console, _cpu_setup),
+        }
+    from sglang_nsa_plugin.adapters import in_graph
     from sglang_nsa_plugin.state import STATE
 
     device = torch.device("cuda", torch.cuda.current_device())
-    rows = []
-    for impl in grid.decode_impls:
-        missing = missing_for(impl)
-        if missing is not None:
-            console.print(f"{impl} is left out: {missing}")
-            continue
-        twin = make_twin(
-            device,
-            grid.batch_sizes,
-            draft_tokens=DRAFT_TOKENS,
-            context_len=CONTEXT,
-            pool_size=grid.batch_sizes[-1] + 1,
-            decode_impl=impl,
-        )
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            for bs, length in progress.track(grid.cases(), description=impl):
-                rows.append({"decode_impl": impl, **_case(twin, bs, length, grid.calls)})
+    measured: dict[str, Any] = {}
+    if in_graph.is_generation():
+        grid = bench_cases.QUICK if quick else bench_cases.FULL
+        measured = {
+            "floor_us": timing.floor_us(grid.seconds),
+            "copy_gb_s": timing.copy_gb_s(grid.seconds),
+        }
+        measured |= _cases(grid, device, console, _graph_setup)
+        for row in measured["cases"]:
+            row["copy_share"] = _copy_share(row, measured["copy_gb_s"]["median"])
+    else:
+        measured = _cases(bench_cases.EAGER, device, console, _eager_setup)
+    if not quick:
+        measured["expand"] = [_expand_case(device, bs) for bs in EXPAND_BATCH_SIZES]
     return {
         "sglang": version("sglang"),
         "gpu": torch.cuda.get_device_name(device),
-        "draft_tokens": DRAFT_TOKENS,
-        "req_to_token_width": CONTEXT + 64,
         "adapter": STATE.adapter,
         "implementation": STATE.backend,
-        "cases": rows,
+        **measured,
     }
 
 
-def _case(twin: Any, bs: int, length: int, calls: int) -> dict[str, Any]:
-    """Times of one batch: requests of equal length, each with its own row of the pool."""
-    import torch
+class Run:
+    """What the set-ups of one run share.
 
-    from sglang_nsa_plugin.cli.replay import Comparison, Twin
+    Attributes:
+        advance: moves the bar on by one case, and says which one that was.
+        warm: whether ours has filled once with each choice of tables, as a server's start does.
+    """
 
-    twin.inputs.seq_lens[:bs].fill_(length)
-    twin.inputs.req_pool_indices[:bs].copy_(torch.arange(1, bs + 1))
+    def __init__(self, grid: Grid, device: torch.device, advance: Callable[[str], None]) -> None:
+        self.grid = grid
+        self.device = device
+        self.advance = advance
+        self.warm = False
+
+
+MeasureSetup = Callable[[Run, Setup], list[dict[str, Any]]]
+
+
+def _cases(
+    grid: Grid, device: torch.device, console: Console, measure_setup: MeasureSetup
+) -> dict[str, Any]:
+    """Every case of every set-up that can run here."""
+    from sglang_nsa_plugin.cli.stand_ins import missing_for
+
+    missing = {setup.decode_impl: missing_for(setup.decode_impl) for setup in grid.setups}
+    for impl, why_not in missing.items():
+        if why_not is not None:
+            console.print(f"{impl} is left out: {why_not}")
+    setups = [setup for setup in grid.setups if missing[setup.decode_impl] is None]
+    rows: list[dict[str, Any]] = []
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=sum(len(setup.cases()) for setup in setups))
+        run = Run(grid, device, lambda what: progress.update(bar, advance=1, description=what))
+        for setup in setups:
+            rows += measure_setup(run, setup)
+            gc.collect()  # a backend and the plugin's fill hold each other
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return {"cases": rows}
+
+
+def _cpu_setup(run: Run, setup: Setup) -> list[dict[str, Any]]:
+    """The implementations that run on a CPU, compared with the torch reference."""
+    inputs = _inputs(run.device, setup)
+    ours, expected = (DirectFills(inputs, max(setup.requests), setup.draft_tokens) for _ in range(2))
+    rows = []
+    for case in setup.cases():
+        bench_cases.write_lengths(inputs, case)
+        for tables in (BOTH, PAGED):
+            args, reference = (fills.args(case.requests, tables) for fills in (ours, expected))
+            torch_reference.fill(reference)
+            calls = bench_paths.direct(ours, case.requests, tables)
+            values = bench_paths.compare(calls, args, reference.outputs(), case)
+            host = timing.host_times(calls, run.grid.seconds)
+            rows.append({**_described(setup, case, tables, values), **_times(host, {})})
+        run.advance(f"{case.requests} requests")
+    return rows
+
+
+def _graph_setup(run: Run, setup: Setup) -> list[dict[str, Any]]:
+    """All paths, where SGLang runs draft-extend in CUDA graphs."""
+    twin = _twin(run.device, setup)
+    fills = DirectFills(twin.inputs, max(setup.requests), setup.draft_tokens)
+    bench_cases.write_slots(twin.inputs)
+    rows: list[dict[str, Any]] = []
+    with twin.stand_ins():
+        if not run.warm:
+            for tables in (BOTH, PAGED):  # what a server compiles while it starts
+                for call in bench_paths.direct(fills, min(setup.requests), tables).values():
+                    call()
+            run.warm = True
+        for case in setup.cases():
+            bench_cases.write_lengths(twin.inputs, case)
+            rows += _graph_case(run, setup, case, twin, fills)
+            run.advance(f"{setup.decode_impl}, width {setup.width:,}, {case.requests} × {case.length:,}")
+    return rows
+
+
+def _graph_case(
+    run: Run, setup: Setup, case: Case, twin: Any, fills: DirectFills
+) -> list[dict[str, Any]]:
+    """Two rows, one for both page tables and one for the page-64 table alone."""
+    bs = case.requests
+    values = _step(twin, bs)
+    sglang = bench_paths.sglang_values(twin, bs)
+    recorded = _recorded(twin, bs)
+    rows = []
+    for tables in (BOTH, PAGED):
+        with timing.counted_compiles() as compiled:
+            calls = bench_paths.direct(fills, bs, tables)
+            compared = bench_paths.compare(calls, fills.args(bs, tables), sglang, case)
+            paths = bench_paths.with_sglang(twin, fills, bs, tables)
+            host = timing.host_times(paths.host, run.grid.seconds / 2)
+            gpu = timing.gpu_times(paths.gpu, run.grid.seconds / 2)
+        row = {**_described(setup, case, tables, compared), **_times(host, gpu)}
+        row["compiles"] = {SGLANG: compiled["sglang"], OURS: compiled["sglang_nsa_plugin"]}
+        if tables == bench_paths.recorded_tables(twin, bs):
+            row["values_compared"] += values
+            row |= recorded
+        rows.append(row)
+    return rows
+
+
+def _recorded(twin: Any, bs: int) -> dict[str, Any]:
+    """What does not depend on the lengths: nodes of the graph, launches of the host, memory."""
+    return {
+        "nodes": timing.graph_nodes(twin.recording(bs)),
+        "launches": _launches(twin, bs),
+        "memory_bytes": {
+            SGLANG: bench_paths.memory_bytes(twin.theirs.backend.decode_cuda_graph_metadata[bs]),
+            OURS: bench_paths.memory_bytes(twin.metadata(bs)),
+        },
+    }
+
+
+def _eager_setup(run: Run, setup: Setup) -> list[dict[str, Any]]:
+    """SGLang's call that plans an eager step, and ours."""
+    twin = _twin(run.device, setup)
+    bench_cases.write_slots(twin.inputs)
+    rows = []
+    for case in setup.cases():
+        bench_cases.write_lengths(twin.inputs, case)
+        bs = case.requests
+        values = _step(twin, bs)
+        with twin.stand_ins():
+            calls = {SGLANG: twin.sglang_before_replay(bs), OURS: twin.before_replay(bs)}
+            host = timing.host_times(calls, run.grid.seconds)
+            row = {**_described(setup, case, BOTH, values), **_times(host, {})}
+            rows.append({**row, "launches": _launches(twin, bs)})
+        run.advance(f"{setup.decode_impl}, {bs} × {case.length:,}")
+    return rows
+
+
+def _twin(device: torch.device, setup: Setup) -> Any:
+    from sglang_nsa_plugin.cli.twins import make_twin
+
+    return make_twin(
+        device,
+        setup.requests,
+        draft_tokens=setup.draft_tokens,
+        context_len=setup.width - bench_cases.PAGE,
+        pool_size=max(setup.requests) + 1,
+        decode_impl=setup.decode_impl,
+    )
+
+
+def _inputs(device: torch.device, setup: Setup) -> Inputs:
+    requests = max(setup.requests)
+    inputs = make_inputs(device, requests, requests + 1, setup.width, bench_cases.PAGE)
+    bench_cases.write_slots(inputs)
+    return inputs
+
+
+def _step(twin: Any, bs: int) -> int:
+    """One step of both, compared: how many values were."""
     compared = Comparison()
     twin.step(bs, compared)
     if compared.first is not None:
-        raise RuntimeError(f"not timed, because values differ: {compared.first}")
-    with twin.stand_ins():
-        planned = {"sglang": twin.sglang_before_replay(bs), "ours": twin.before_replay(bs)}
-        return {
-            "requests": bs,
-            "length": length,
-            "values_compared": sum(compared.compared.values()),
-            "host_us": {name: _host_us(call, calls) for name, call in planned.items()},
-            "launches": {name: _launches(call) for name, call in planned.items()},
-            **({"gpu_us": _gpu_case(twin, bs)} if isinstance(twin, Twin) else {}),
-        }
+        raise bench_paths.DifferentValuesError(f"not timed, because values differ: {compared.first}")
+    return sum(compared.compared.values())
 
 
-def _gpu_case(twin: Any, bs: int) -> dict[str, float]:
-    fill, derived = twin.fill(bs), twin.derived(bs)
-
-    def ours() -> None:
-        fill()
-        derived()
-
+def _launches(twin: Any, bs: int) -> dict[str, int]:
     return {
-        "sglang": _gpu_us(twin.sglang_before_replay(bs)),
-        "ours": _gpu_us(ours),
-        "sglang_kernel": _gpu_us(twin.sglang_kernel(bs)),
-        "our_kernel": _gpu_us(fill),
+        SGLANG: timing.launches(twin.sglang_before_replay(bs)),
+        OURS: timing.launches(twin.before_replay(bs)),
     }
 
 
-def _expand_case(device: Any, bs: int) -> dict[str, Any]:
-    """``fill_draft_extend_metadata_cuda`` on bs requests: one block, and as many as the rows need."""
-    import torch
+def _described(setup: Setup, case: Case, tables: str, values: int) -> dict[str, Any]:
+    return {
+        "decode_impl": setup.decode_impl,
+        "requests": case.requests,
+        "length": case.length,
+        "width": setup.width,
+        "draft_tokens": setup.draft_tokens,
+        "tables": tables,
+        "values_compared": values,
+        "bytes": bench_cases.bytes_to_move(case, setup.draft_tokens, tables),
+    }
 
+
+def _times(host: Mapping[str, list[float]], gpu: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Medians by path, their quartiles beside them, and ours over SGLang's."""
+    found: dict[str, Any] = {}
+    for name, samples in (("host", host), ("gpu", gpu)):
+        if not samples:
+            continue
+        spreads = {path: timing.spread(each) for path, each in samples.items()}
+        found[f"{name}_us"] = {path: each["median"] for path, each in spreads.items()}
+        found[f"{name}_quartiles"] = {path: [each["q1"], each["q3"]] for path, each in spreads.items()}
+        found[f"{name}_over_sglang"] = _over_sglang(found[f"{name}_us"])
+    return found
+
+
+def _over_sglang(times: dict[str, float]) -> dict[str, float]:
+    """Each path over SGLang's: whole fills over its whole fill, kernels over its kernel."""
+    whole, kernel = times.get(SGLANG), times.get(SGLANG_KERNEL)
+    reference = {OURS: whole, ORIGINAL: whole}
+    ratios = {
+        path: (us, reference.get(path, kernel)) for path, us in times.items() if path not in THEIRS
+    }
+    return {path: round(us / base, 4) for path, (us, base) in ratios.items() if base}
+
+
+def _copy_share(row: dict[str, Any], copy_gb_s: float) -> dict[str, float]:
+    """Bytes that a fill must move over its time, as a share of what a copy moves in that time.
+
+    Of the kernels alone: the whole fills move more than these bytes.
+    """
+    moved = sum(row["bytes"].values())
+    return {
+        path: round(moved / us / 1000 / copy_gb_s, 4)
+        for path, us in row["gpu_us"].items()
+        if path not in (SGLANG, OURS)
+    }
+
+
+def _expand_case(device: torch.device, bs: int) -> dict[str, Any]:
+    """``fill_draft_extend_metadata_cuda`` on bs requests: one block, and as many as the rows need."""
     from sglang_nsa_plugin import fill_draft_extend_metadata_cuda
 
     def numbers(value: int, count: int) -> torch.Tensor:
@@ -153,92 +313,11 @@ def _expand_case(device: Any, bs: int) -> dict[str, Any]:
     expanded, clamped = numbers(0, bs * DRAFT_TOKENS), numbers(0, bs * DRAFT_TOKENS)
 
     def gpu_us(use_adaptive: bool) -> float:
-        return _gpu_us(
-            lambda: fill_draft_extend_metadata_cuda(
-                extend_lens, seq_lens, 2_048, expanded, clamped, use_adaptive
+        def call() -> object:
+            return fill_draft_extend_metadata_cuda(
+                extend_lens, seq_lens, bench_cases.INDEX_TOPK, expanded, clamped, use_adaptive
             )
-        )
+
+        return timing.spread(timing.gpu_times({"expand": call}, 0.2)["expand"])["median"]
 
     return {"requests": bs, "gpu_us": {"one_block": gpu_us(False), "adaptive": gpu_us(True)}}
-
-
-def _host_us(call: Callable[[], object], calls: int) -> float:
-    """Median host microseconds of a call on an idle GPU, dispatch only."""
-    import torch
-
-    samples = []
-    for _ in range(calls):
-        torch.cuda.synchronize()
-        begin = time.perf_counter_ns()
-        call()
-        samples.append((time.perf_counter_ns() - begin) / 1000)
-    return round(statistics.median(samples), 1)
-
-
-def _launches(call: Callable[[], object]) -> int:
-    """Kernels, copies and graphs that one call gives the GPU."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        call()
-        torch.cuda.synchronize()
-    return sum(any(work in event.name for work in GPU_WORK) for event in _runtime_calls(found))
-
-
-def _runtime_calls(found: Any) -> list[Any]:
-    """Calls of the CUDA runtime and driver; what they start on the GPU has names of its own."""
-    return [event for event in found.events() if event.name.startswith("cu")]
-
-
-def _gpu_us(call: Callable[[], object]) -> float:
-    """GPU microseconds of one call: the slope between a graph of one and one of REPEATS calls."""
-    one, many = (_replay_us(call, count) for count in (1, REPEATS))
-    return round((many - one) / (REPEATS - 1), 2)
-
-
-def _replay_us(call: Callable[[], object], count: int) -> float:
-    import torch
-
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            call()
-    samples: list[float] = []
-    for _ in range(100):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(float(begin.elapsed_time(end)) * 1000)
-    return statistics.median(samples)
-
-
-def _print(console: Console, result: dict[str, Any]) -> None:
-    console.print(
-        f"SGLang {result['sglang']} on {result['gpu']}, adapter {result['adapter']}, implementation "
-        f"{result['implementation']}, {DRAFT_TOKENS} draft tokens"
-    )
-    for impl in dict.fromkeys(row["decode_impl"] for row in result["cases"]):
-        console.print(_table(impl, [row for row in result["cases"] if row["decode_impl"] == impl]))
-
-
-def _table(impl: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"planning one draft-extend step, {impl}: SGLang / ours")
-    for column in ("requests", "length", "host µs", "launches", "GPU µs", "kernel alone µs"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        gpu = row.get("gpu_us")
-        table.add_row(
-            f"{row['requests']}",
-            f"{row['length']:,}",
-            f"{row['host_us']['sglang']:.0f} / {row['host_us']['ours']:.1f}",
-            f"{row['launches']['sglang']} / {row['launches']['ours']}",
-            f"{gpu['sglang']:.1f} / {gpu['ours']:.1f}" if gpu else "-",
-            f"{gpu['sglang_kernel']:.1f} / {gpu['our_kernel']:.1f}" if gpu else "-",
-        )
-    return table

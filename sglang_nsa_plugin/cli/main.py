@@ -100,13 +100,21 @@ def _add_bench(commands: Commands) -> None:
     bench = _command(
         commands,
         "bench",
-        help="time one fill, SGLang's own and ours, in the same run (needs a GPU)",
-        description="Host time before a draft-extend replay and GPU time of the fill, SGLang's own and "
-        "the plugin's, on the same tensors in the same run.",
+        help="time one fill in every way, SGLang's own and ours, in the same run",
+        description="Fills the same tensors with SGLang's own path and kernel, with each implementation "
+        "of the plugin, with its CUDA graph and with the Python fill of SGLang 0.5.9, over requests, "
+        "contexts, widths and draft tokens. Compares all values, then times host and GPU in alternating "
+        "rounds. Takes about three minutes. Without a GPU it times the CPU twin, which says nothing "
+        "about a GPU.",
         epilog="example: sglang-nsa-plugin bench --quick --json bench.json",
     )
-    bench.add_argument("--quick", action="store_true", help="few cases, in about a minute")
+    bench.add_argument("--quick", action="store_true", help="few cases, in less than a minute")
     bench.add_argument("--json", metavar="FILE", help="also write the result as JSON")
+    bench.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="also draw µs over requests, as PNG or SVG (needs sglang-nsa-plugin[bench])",
+    )
     bench.set_defaults(run=_bench)
 
 
@@ -142,4 +150,4 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from sglang_nsa_plugin.cli import bench
 
-    return bench.run(arguments.json, arguments.quick)
+    return bench.run(arguments.json, arguments.plot, arguments.quick)

@@ -7,6 +7,7 @@ by SGLang's own code. Every live value of every tensor is compared.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -91,14 +92,23 @@ class Twin(TwoBackends[BackendRig]):
         with self.stand_ins():
             self._taken_over().read_done(bs)
 
-    def fill(self, bs: int) -> Callable[[], None]:
-        """The bound launch that the graph of this batch size holds."""
-        return self._captured(bs).run
+    def metadata(self, bs: int) -> Any:
+        """SGLang's metadata object of our backend, whose tensors the graph fills."""
+        return self.ours.backend.decode_cuda_graph_metadata[bs]
 
-    def derived(self, bs: int) -> Callable[[], None]:
-        """SGLang's tables that are made from the lengths, as the graph of this batch size makes them."""
-        fill, metadata = self._taken_over(), self._captured(bs).metadata
-        return lambda: fill.refresh_derived(metadata)
+    def recording(self, bs: int) -> Callable[[], None]:
+        """What is recorded in the graph of this batch size: the fill and all that is made of it.
+
+        The metadata keeps the top-k plan of the graph that is replayed.
+        """
+        batch, metadata = self.ours.capture_batch(bs), self.metadata(bs)
+
+        def record() -> None:
+            plan = metadata.topk_v2_plan
+            self.ours.backend.init_forward_metadata_in_graph(batch)
+            object.__setattr__(metadata, "topk_v2_plan", plan)
+
+        return record
 
     def before_replay(self, bs: int) -> Callable[[], None]:
         """The runner's call before a replay of our backend. Call it inside :meth:`stand_ins`."""
@@ -111,10 +121,12 @@ class Twin(TwoBackends[BackendRig]):
         original = inspect.unwrap(type(backend).init_forward_metadata_out_graph)
         return lambda: original(backend, view)
 
-    def sglang_kernel(self, bs: int) -> Callable[[], None]:
-        """SGLang's own fill kernel alone, into the untouched backend's tensors."""
+    def sglang_kernel(self, bs: int, wide: bool = True) -> Callable[[], None]:
+        """SGLang's own fill kernel alone, into the untouched backend's tensors; wide or not."""
         rig = self.theirs
         metadata = rig.backend.decode_cuda_graph_metadata[bs]
+        if not wide:
+            metadata = dataclasses.replace(metadata, page_table_1=None)
         return lambda: sglang_fused_fill(
             metadata, self.inputs, bs, rig.draft_tokens, rig.index_topk, rig.page_size
         )
@@ -138,8 +150,7 @@ class Twin(TwoBackends[BackendRig]):
         return self._taken_over().captured[bs]
 
     def _capture(self, bs: int) -> Callable[[], None]:
-        batch = self.ours.capture_batch(bs)
-        record = self.ours.backend.init_forward_metadata_in_graph
+        batch, record = self.ours.capture_batch(bs), self.ours.backend.init_forward_metadata_in_graph
         for _ in range(2):  # warm-up, as SGLang's graph backend does
             record(batch)
         if self.inputs.seq_lens.device.type == "cpu":
