@@ -1,6 +1,6 @@
 """The shadow check in real servers: every replay compared under load, and a planted error found.
 
-    python -m pytest integration/test_shadow_serving.py -v -s [--load-s 60]
+    python -m pytest integration/test_shadow_serving.py -v -s [--shadow-s 60]
 
 Two servers share one GPU. In one the plugin is as it is; in the other the probe writes wrong numbers
 behind each of its fills.
@@ -10,36 +10,26 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import server
-from server import Arm
-from test_serving import NEW_TOKENS, prompts, read_record
+from arms import PLUGIN_ENV, Arms, Setup
+from compare import Report, prompts, read_record
 
 FIELD = "real_page_table"
-CHECKED = {**server.PLUGIN_ENV, "SGLANG_NSA_METADATA_CHECK": "1"}
-ARMS: dict[str, dict[str, str | None]] = {
-    "checked": CHECKED,
-    "corrupted": {**CHECKED, "NSA_PROBE_CORRUPT": FIELD},
-}
+CHECKED = {**PLUGIN_ENV, "SGLANG_NSA_METADATA_CHECK": "1"}
+SETUPS = (
+    Setup("shadow", arms={"checked": CHECKED, "corrupted": {**CHECKED, "NSA_PROBE_CORRUPT": FIELD}}),
+)
+NEW_TOKENS = 192
 AT_ONCE = (1, 3, 7, 16)
 LONGEST = 3_000
 LENGTHS = (5, 64, 300, 1_500)
-Report = Callable[[str, dict[str, Any]], None]
 
 
-@pytest.fixture(scope="module")
-def servers(model: Path, folder: Path) -> Iterator[dict[str, Arm]]:
-    with server.start_arms(ARMS, model, folder, server.START_LIMIT_S) as running:
-        yield running
-
-
-def test_a_planted_error_is_found_and_sglang_takes_over(servers: dict[str, Arm], report: Report) -> None:
+def test_a_planted_error_is_found_and_sglang_takes_over(arms: Arms, report: Report) -> None:
     """The first checks find it, the log says so, and the tokens after it are right."""
-    corrupted, checked = servers["corrupted"].server, servers["checked"].server
+    corrupted, checked = arms["corrupted"].server, arms["checked"].server
+    arms["corrupted"].corrupt(FIELD)
     corrupted.generate([1, 2, 3], NEW_TOKENS)  # whose first steps may be wrong
     record = read_record(corrupted)
     answers = [
@@ -56,12 +46,12 @@ def test_a_planted_error_is_found_and_sglang_takes_over(servers: dict[str, Arm],
 
 
 def test_every_replay_under_mixed_load_is_checked(
-    servers: dict[str, Arm], report: Report, request: pytest.FixtureRequest
+    arms: Arms, report: Report, request: pytest.FixtureRequest
 ) -> None:
-    target = servers["checked"].server
+    target = arms["checked"].server
     source = random.Random(4)
     begin, requests = time.monotonic(), 0
-    while time.monotonic() - begin < request.config.getoption("--load-s"):
+    while time.monotonic() - begin < request.config.getoption("--shadow-s"):
         count = source.choice(AT_ONCE)
         lengths = [source.randint(1, LONGEST) for _ in range(count)]
         batch = prompts(lengths, seed=source.randrange(1 << 30))
