@@ -1,7 +1,7 @@
 """One wrong metadata tensor at a time: the comparison sees each that anything reads.
 
 The probe makes the tensor wrong behind the plugin's fill, in the captured graph, see integration/probe/.
-Greedy tokens do not depend on drafts, so the accepted drafts tell. A server that ends or hangs tells, too.
+Greedy tokens do not depend on drafts, so the accepted drafts tell. So does a server that ends or hangs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ READ = {
     "real_page_table": "the indexer's logits (DeepGEMM) and the top-k's translation to slots",
 }
 UNREAD = {
-    "cache_seqlens_int32": "Indexer._get_topk_paged takes its shape, and lengths from "
-    "dsa_seqlens_expanded in draft-extend; DeepSeek's CuTe logits, which would read it, are left out there",
+    "cache_seqlens_int32": "Indexer._get_topk_paged takes its shape, and draft-extend's lengths from "
+    "dsa_seqlens_expanded; the CuTe logits, which would read it, are left out there",
     "cu_seqlens_k": "only _forward_standard_mha reads it, and a captured draft-extend never takes MHA",
     "dsa_cu_seqlens_k": "only _forward_fa3 reads it, for fa3 as the decode backend",
-    "page_table_1": "only the top-k without SGLANG_OPT_USE_TOPK_V2, an unfused one, FlashInfer's, and HIP",
+    "page_table_1": "only the top-k without SGLANG_OPT_USE_TOPK_V2, an unfused one and FlashInfer's",
 }
 FIELDS = (*READ, *UNREAD)
 CORRUPTIBLE = {**PLUGIN_ENV, "NSA_PROBE_CORRUPT": ",".join(FIELDS)}

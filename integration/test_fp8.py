@@ -1,4 +1,4 @@
-"""FP8 KV cache and FlashMLA's other kernel, whose own metadata is made from the fill: both arms alike."""
+"""FP8 KV cache and FlashMLA's other kernel, which has metadata of its own: both arms alike."""
 
 from __future__ import annotations
 

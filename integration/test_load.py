@@ -1,4 +1,4 @@
-"""48 clients at once on each arm, for minutes: nothing fails or hangs, memory stays, drafts are accepted.
+"""48 clients on each arm, for minutes: nothing fails or hangs, memory stays, drafts are accepted.
 
     python -m pytest integration/test_load.py -v -s [--load-s 120]
 

@@ -1,4 +1,4 @@
-"""Memory given back and taken again, and new weights, while the captured graphs stay: both arms alike."""
+"""Memory given back and taken again, and new weights, under captured graphs: both arms alike."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_cache_released_and_resumed(arms: Arms, fleet: Fleet, report: Report) ->
 def test_all_released_and_weights_loaded_again(
     arms: Arms, fleet: Fleet, model: Path, report: Report
 ) -> None:
-    """Weights are lost when their memory is given back; they are read from disk again, as in training."""
+    """Weights are lost when their memory is given back, and read from disk again, as in training."""
     memory = release_and_resume(arms, None)
     loaded = {name: load_weights(arm.server, model) for name, arm in arms.items()}
     after = one_at_a_time(arms, ASKED)

@@ -1,9 +1,9 @@
 """Seeded sampling: the same tokens with the plugin, as far as SGLang gives the same tokens twice.
 
-SGLang takes a seed of each request only for deterministic inference, which it refuses with this attention.
-What is left is the seed of the server: one random stream that every step of every request moves on. So
-each arm gets the same requests in the same order, and a second SGLang shows how far SGLang repeats itself:
-behind the first difference between the two nothing can be compared.
+SGLang takes a seed of each request only for deterministic inference, which it refuses with this
+attention. What is left is the seed of the server: one random stream that every step of every request
+moves on. So each arm gets the same requests in the same order, and a second SGLang shows how far SGLang
+repeats itself: behind the first difference between the two nothing can be compared.
 """
 
 from __future__ import annotations

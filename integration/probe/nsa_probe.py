@@ -18,11 +18,12 @@ one for each replay, a graph records the same one again.
 SGLang 0.5.14 and before runs draft-extend without a graph: there only fill is taken, one call of
 ``init_forward_metadata`` for a draft-extend batch.
 
-``NSA_PROBE_CORRUPT`` names fields of SGLang's metadata, with commas, that can be made wrong. Each captured
-fill of sglang-nsa-plugin is then followed by one more step for each of them, which does something while
-its field is named in ``$NSA_PROBE_DIR/corrupt`` and the fill is switched on: lengths and running sums are
-halved, page tables point to page 0. What is wrong now stands in ``$NSA_PROBE_DIR/corrupted``. No index
-leaves its tensor this way, so that a wrong tensor shows in what the server answers.
+``NSA_PROBE_CORRUPT`` names fields of SGLang's metadata, with commas, that can be made wrong. Each
+captured fill of sglang-nsa-plugin is then followed by one more step for each of them, which does
+something while its field is named in ``$NSA_PROBE_DIR/corrupt`` and the fill is switched on: lengths and
+running sums are halved, page tables point to page 0. What is wrong now stands in
+``$NSA_PROBE_DIR/corrupted``. No index leaves its tensor this way, so that a wrong tensor shows in what
+the server answers.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Corruption:
         DraftExtendFill.refresh_derived = wrong
 
     def spoil(self, fill: Any, metadata: Any) -> None:
-        """Enqueues the wrong numbers; first called before any capture, so nothing is allocated in one."""
+        """Enqueues the wrong numbers. SGLang first calls it in a warm-up, before any capture."""
         if self.switches is None:
             self.switches = fill.enabled.new_zeros(len(self.fields))
             threading.Thread(target=self._follow, name="nsa-corruption", daemon=True).start()
