@@ -23,6 +23,7 @@ help:
 	@echo "make test-releases                 against all tested ones; writes integration/results/"
 	@echo "make gpu-test    tests, sanitizers and timings on an NVIDIA GPU; writes integration/results/"
 	@echo "make serve-test  real SGLang servers with and without the plugin; writes integration/results/"
+	@echo "make serve-test PART=cases         one slice of it, 8 minutes or less"
 	@echo "make bench       time of one fill, SGLang's own and ours, in one run"
 	@echo "make wheel       the wheel and the source distribution, into dist/"
 
@@ -49,8 +50,9 @@ test-releases:
 gpu-test: $(READY)
 	$(PYTHON) integration/gpu_test.py
 
+# PART=name runs one slice, see integration/serve_test.py; ARGS are pytest's, as in ARGS='--load-s 120'.
 serve-test: $(READY)
-	$(PYTHON) -m pytest integration/test_serving.py integration/test_shadow_serving.py -v -s
+	$(PYTHON) integration/serve_test.py $(PART) -- $(ARGS)
 
 bench: $(READY)
 	PYTHONSAFEPATH=1 $(PYTHON) -m sglang_nsa_plugin bench

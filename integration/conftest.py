@@ -1,7 +1,8 @@
-"""Options, the two running servers and the result file of the serving tests.
+"""Options, the running servers and the result file of the serving tests.
 
-Environment: NSA_RESULTS_DIR for the result file, NSA_LOG_DIR to keep the servers' logs and the
-probe's files, NSA_COMMIT where there is no git repository.
+A test file names the servers that its tests use in ``SETUPS``; a test that takes ``arms`` runs once for
+each of them. Environment: NSA_RESULTS_DIR for the result file, NSA_LOG_DIR to keep the servers' logs and
+the probe's files, NSA_COMMIT where there is no git repository.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -19,7 +21,7 @@ from typing import Any
 import checkpoint
 import pytest
 import results
-import server
+from arms import Arms, Fleet, Setup
 
 COMMAND = "make serve-test"
 PRINTED = 600  # characters of each part
@@ -27,8 +29,14 @@ PRINTED = 600  # characters of each part
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fence", action="store_true", help="also measure the cost of a coarse fence")
-    parser.addoption("--load-s", type=float, default=60.0, help="seconds of load under the shadow check")
-    parser.addoption("--budget-s", type=float, default=480.0, help="seconds for all of it")
+    parser.addoption("--load-s", type=float, default=420.0, help="seconds of load with 48 clients")
+    parser.addoption(
+        "--shadow-s", type=float, default=60.0, help="seconds of load under the shadow check"
+    )
+    parser.addoption(
+        "--budget-s", type=float, default=480.0, help="no test begins after so many seconds"
+    )
+    parser.addoption("--servers", type=int, default=2, help="servers that run ahead of their tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,21 +85,64 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "arms" in metafunc.fixturenames:
+        setups = metafunc.module.SETUPS
+        metafunc.parametrize("arms", setups, indirect=True, ids=[s.name for s in setups], scope="module")
+
+
 @pytest.fixture(scope="session")
-def arms(
-    begin: float, model: Path, folder: Path, report: Callable[[str, dict[str, Any]], None]
-) -> Iterator[dict[str, server.Arm]]:
-    """Two servers on one GPU, started together: with the plugin and as SGLang is."""
+def gpus() -> int:
+    """How many GPUs this machine has."""
     if shutil.which("nvidia-smi") is None:
-        pytest.skip("needs an NVIDIA GPU: nvidia-smi is not on PATH")
-    with server.start_arms(server.ARMS, model, folder, server.START_LIMIT_S) as running:
-        started = {
-            name: {
-                "ready_after_s": round(arm.server.ready_after_s or 0.0, 1),
-                "command": " ".join(["python3", *arm.server.command[1:]]).replace(str(model), "MODEL"),
-                "environment": server.ARMS[name],
-            }
-            for name, arm in running.items()
-        }
-        report("start", started)
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+@pytest.fixture(scope="session")
+def fleet(
+    begin: float, gpus: int, model: Path, folder: Path, request: pytest.FixtureRequest
+) -> Iterator[Fleet]:
+    """Starts the servers of all tests that were collected, in their order."""
+    collected: dict[str, Setup] = {}
+    for item in request.session.items:
+        parameters = getattr(item, "callspec", None)
+        setup = parameters.params.get("arms") if parameters else None
+        if setup is not None and setup.gpus <= gpus:
+            collected.setdefault(setup.name, setup)
+    with Fleet(
+        model, folder, list(collected.values()), request.config.getoption("--servers")
+    ) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def arms(
+    fleet: Fleet,
+    gpus: int,
+    model: Path,
+    report: Callable[[str, dict[str, Any]], None],
+    request: pytest.FixtureRequest,
+) -> Iterator[Arms]:
+    """The servers of one setup, started together: by default with the plugin and as SGLang is."""
+    setup: Setup = request.param
+    if gpus < setup.gpus:
+        pytest.skip(f"setup {setup.name} needs {setup.gpus} NVIDIA GPU(s), nvidia-smi lists {gpus}")
+    try:
+        running = fleet.ready(setup)
+        report(f"{setup.name}.start", _started(running, model))
+        yield running
+    finally:
+        fleet.done(setup)
+
+
+def _started(running: Arms, model: Path) -> dict[str, Any]:
+    return {
+        name: {
+            "ready_after_s": round(arm.server.ready_after_s or 0.0, 1),
+            "command": " ".join(["python3", *arm.server.command[1:]]).replace(str(model), "MODEL"),
+            "environment": dict(running.setup.arms[name]),
+        }
+        for name, arm in running.items()
+    }

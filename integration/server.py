@@ -17,17 +17,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import requests
-from install_sglang import release_key
 
 LOG_TAIL_LINES = 60
 REQUEST_LIMIT_S = 60.0
@@ -35,53 +33,9 @@ STOP_LIMIT_S = 10.0
 POLL_S = 0.25
 PORTS = range(20_000, 30_000)
 
-# Two servers share one GPU: each gets a third of its memory and a KV cache of fixed size.
-SHARED_GPU_ARGS = (
-    *("--mem-fraction-static", "0.3"),
-    *("--max-total-tokens", "200000"),
-    *("--cuda-graph-max-bs", "16"),
-    "--skip-server-warmup",
-)
-PROBE = Path(__file__).parent / "probe"
-START_LIMIT_S = 240.0
-# The arms differ in nothing but this. SGLang finds every installed plugin by itself; naming one
-# leaves the others out. Settings of the shell that could change the plugin's choice are removed.
-PLUGIN_ENV: dict[str, str | None] = {
-    "SGLANG_PLUGINS": None,
-    "SGLANG_NSA_METADATA_BACKEND": None,
-    "SGLANG_NSA_METADATA_CHECK": None,
-}
-ARMS: dict[str, dict[str, str | None]] = {
-    "plugin": PLUGIN_ENV,
-    "sglang": {"SGLANG_PLUGINS": "probe"},
-}
-
 
 class ServerError(RuntimeError):
     """A server that ended, refused or did not answer in time; the message ends with its log."""
-
-
-def serve_args(decode_backend: str = "flashmla_sparse", draft_tokens: int = 4) -> list[str]:
-    """The options of a small server, spelled as the installed SGLang spells them.
-
-    The last verified token is one of the draft tokens, so there is a step less than there are of them.
-    The graphs of prefill take minutes to capture and have nothing to do with draft-extend.
-    """
-    installed = release_key(version("sglang"))
-    sparse = "nsa" if installed < (0, 5, 13) else "dsa"
-    no_prefill_graph = (
-        "--disable-piecewise-cuda-graph" if installed < (0, 5, 14) else "--disable-prefill-cuda-graph"
-    )
-    return [
-        *("--speculative-algorithm", "EAGLE"),
-        *("--speculative-num-steps", str(draft_tokens - 1)),
-        *("--speculative-eagle-topk", "1"),
-        *("--speculative-num-draft-tokens", str(draft_tokens)),
-        *(f"--{sparse}-prefill-backend", decode_backend),
-        *(f"--{sparse}-decode-backend", decode_backend),
-        *SHARED_GPU_ARGS,
-        no_prefill_graph,
-    ]
 
 
 @dataclass(frozen=True)
@@ -100,16 +54,21 @@ class Answer:
 
     @property
     def steps(self) -> int:
-        """Speculative steps (target verifications) of this request."""
-        return int(self.meta["spec_verify_ct"])
+        """Speculative steps (target verifications) of this request; none for a single token."""
+        return int(self.meta.get("spec_verify_ct", 0))
 
     @property
     def histogram(self) -> list[int]:
         """How many steps accepted 0, 1, … drafts, without trailing zeros."""
-        counts = list(self.meta["spec_accept_histogram"])
+        counts = list(self.meta.get("spec_accept_histogram", ()))
         while counts and counts[-1] == 0:
             counts.pop()
         return counts
+
+    @property
+    def finish(self) -> dict[str, Any]:
+        """SGLang's ``finish_reason``: its type, and the length, token or message."""
+        return dict(self.meta.get("finish_reason") or {})
 
 
 class Server:
@@ -187,23 +146,50 @@ class Server:
     def generate(
         self,
         input_ids: Sequence[int],
-        max_new_tokens: int,
+        max_new_tokens: int | None,
+        *,
+        limit_s: float = REQUEST_LIMIT_S,
+        rid: str | None = None,
+        routed_dp_rank: int | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """Sends one request; greedy and without end token unless ``sampling`` says otherwise.
+
+        Args:
+            input_ids: the prompt.
+            max_new_tokens: None for as many as the context holds.
+            limit_s: for the whole answer.
+            rid: the request's name, for `abort`.
+            routed_dp_rank: the data parallel rank that takes it; None lets SGLang choose.
+            sampling: SGLang's ``sampling_params``.
+        """
+        body: dict[str, Any] = {
+            "input_ids": list(input_ids),
+            "sampling_params": _sampling(max_new_tokens, sampling),
+        }
+        body |= {} if rid is None else {"rid": rid}
+        body |= {} if routed_dp_rank is None else {"routed_dp_rank": routed_dp_rank}
+        begin = time.perf_counter()
+        reply = self.request("POST", "/generate", limit_s, json=body)
+        return _answer(reply, time.perf_counter() - begin)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
         *,
         limit_s: float = REQUEST_LIMIT_S,
         **sampling: Any,
-    ) -> Answer:
-        """Sends one request; greedy and without end token unless ``sampling`` says otherwise."""
-        parameters = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            **sampling,
+    ) -> list[Answer]:
+        """Sends all prompts in one request, which SGLang schedules together; answers in their order."""
+        body = {
+            "input_ids": [list(prompt) for prompt in prompts],
+            "sampling_params": [_sampling(count, sampling) for count in max_new_tokens],
         }
-        body = {"input_ids": list(input_ids), "sampling_params": parameters}
         begin = time.perf_counter()
-        reply = self._request("POST", "/generate", limit_s, json=body)
+        replies = self.request("POST", "/generate", limit_s, json=body)
         seconds = time.perf_counter() - begin
-        return Answer(list(reply["output_ids"]), seconds, dict(reply["meta_info"]))
+        return [_answer(reply, seconds) for reply in replies]
 
     def generate_at_once(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
@@ -217,20 +203,51 @@ class Server:
             answers = [future.result() for future in pending]
             return answers, time.perf_counter() - begin
 
+    def abort(self, rid: str) -> None:
+        """Ends the request of this name; its answer has what it got so far."""
+        self._require_ok("POST", "/abort_request", REQUEST_LIMIT_S, json={"rid": rid})
+
     def server_info(self) -> dict[str, Any]:
         """``GET /server_info``: arguments, and one ``internal_states`` entry for each scheduler."""
-        return dict(self._request("GET", "/server_info", REQUEST_LIMIT_S))
+        return dict(self.request("GET", "/server_info", REQUEST_LIMIT_S))
 
     def flush_cache(self, limit_s: float = 10.0) -> None:
         """Empties the prefix cache. Refused while a request runs, so it is tried again."""
         deadline = time.monotonic() + limit_s
         while True:
-            reply = self._send("POST", "/flush_cache", REQUEST_LIMIT_S)
+            reply = self.send("POST", "/flush_cache", REQUEST_LIMIT_S)
             if reply.ok:
                 return
             if time.monotonic() > deadline:
                 raise self._error(f"did not flush its cache within {limit_s:.0f} s: {reply.text}")
             time.sleep(POLL_S)
+
+    def request(self, method: str, path: str, limit_s: float, **options: Any) -> Any:
+        """What the server answers, as JSON.
+
+        Raises:
+            ServerError: it refused, broke off or did not answer within ``limit_s``.
+        """
+        return self._require_ok(method, path, limit_s, **options).json()
+
+    def send(self, method: str, path: str, limit_s: float, **options: Any) -> requests.Response:
+        """The answer whatever its status, for requests that may be refused; ``options`` of requests.
+
+        Raises:
+            ServerError: the server broke off or did not answer within ``limit_s``.
+        """
+        if self.broken is not None:
+            raise self._error(f"is not asked again, because it {self.broken}")
+        with requests.Session() as session:
+            session.trust_env = False  # a proxy of the environment cannot reach this machine
+            try:
+                return session.request(method, self.url + path, timeout=(5.0, limit_s), **options)
+            except requests.Timeout as error:
+                self.broken = f"did not answer {method} {path} within {limit_s:.0f} s"
+                raise self._error(self.broken) from error
+            except requests.ConnectionError as error:
+                self.broken = f"broke off {method} {path}: {error}"
+                raise self._error(self.broken) from error
 
     def log(self) -> str:
         """Everything that the server has printed so far."""
@@ -272,25 +289,11 @@ class Server:
             probe.settimeout(1.0)
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-    def _request(self, method: str, path: str, limit_s: float, **options: Any) -> Any:
-        reply = self._send(method, path, limit_s, **options)
+    def _require_ok(self, method: str, path: str, limit_s: float, **options: Any) -> requests.Response:
+        reply = self.send(method, path, limit_s, **options)
         if not reply.ok:
             raise self._error(f"answered {method} {path} with {reply.status_code}: {reply.text}")
-        return reply.json()
-
-    def _send(self, method: str, path: str, limit_s: float, **options: Any) -> requests.Response:
-        if self.broken is not None:
-            raise self._error(f"is not asked again, because it {self.broken}")
-        with requests.Session() as session:
-            session.trust_env = False  # a proxy of the environment cannot reach this machine
-            try:
-                return session.request(method, self.url + path, timeout=(5.0, limit_s), **options)
-            except requests.Timeout as error:
-                self.broken = f"did not answer {method} {path} within {limit_s:.0f} s"
-                raise self._error(self.broken) from error
-            except requests.ConnectionError as error:
-                self.broken = f"broke off {method} {path}: {error}"
-                raise self._error(self.broken) from error
+        return reply
 
     def _check_alive(self) -> None:
         if self.process is None:
@@ -309,58 +312,12 @@ class Server:
         )
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A running server and the folder where the probe writes its measurements."""
-
-    server: Server
-    probe_dir: Path
+def _sampling(max_new_tokens: int | None, more: Mapping[str, Any]) -> dict[str, Any]:
+    return {"max_new_tokens": max_new_tokens, "temperature": 0.0, "ignore_eos": True, **more}
 
 
-@contextmanager
-def start_arms(
-    arms: Mapping[str, Mapping[str, str | None]],
-    model: Path,
-    folder: Path,
-    limit_s: float,
-    *options: str,
-) -> Iterator[dict[str, Arm]]:
-    """Starts one server for each name in ``arms`` together, on one GPU, and yields them ready.
-
-    Args:
-        arms: name of the arm → variables that make the difference; None removes one.
-        model: the checkpoint.
-        folder: for logs (``NAME.log``) and probe files (``NAME-probe/``).
-        limit_s: until all are ready, from the start.
-        options: further ones of every server.
-
-    Yields:
-        ``{name: Arm}``. On leaving, all are ended.
-    """
-    with ExitStack() as stack:
-        running = {
-            name: stack.enter_context(_arm(name, env, model, folder, options))
-            for name, env in arms.items()
-        }
-        for arm in running.values():
-            arm.server.wait_ready(limit_s)
-        yield running
-
-
-@contextmanager
-def _arm(
-    name: str, env: Mapping[str, str | None], model: Path, folder: Path, options: Sequence[str]
-) -> Iterator[Arm]:
-    probe_dir = (folder / f"{name}-probe").resolve()
-    probe_dir.mkdir(parents=True)
-    with_probe = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(PROBE), os.environ.get("PYTHONPATH")])),
-        "NSA_PROBE_DIR": str(probe_dir),
-        **env,
-    }
-    args = ["--model-path", str(Path(model).resolve()), *serve_args(), *options]
-    with Server(args, with_probe, log_path=folder / f"{name}.log", name=name) as server:
-        yield Arm(server, probe_dir)
+def _answer(reply: Mapping[str, Any], seconds: float) -> Answer:
+    return Answer(list(reply.get("output_ids") or ()), seconds, dict(reply["meta_info"]))
 
 
 def free_ports(count: int) -> list[int]:

@@ -9,20 +9,30 @@ Every pair of timings sends the same request to both servers in turn, in alterna
 
 from __future__ import annotations
 
-import json
-import random
 import re
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import pytest
-import server
-from server import Answer, Arm, Server
+from arms import PLUGIN_ENV, Arms, Setup, start_arms
+from compare import (
+    RECORD_KEY,
+    Report,
+    added,
+    in_graph,
+    mean_tokens,
+    mismatches,
+    one_at_a_time,
+    processes,
+    prompts,
+    read_record,
+    scheduler_figures,
+    summary,
+)
+from server import Server
 
 NEW_TOKENS = 192
 # Around pages (64 tokens).
@@ -39,15 +49,12 @@ STEP_PAIRS = 24
 THROUGHPUT_PAIRS = 16
 LEAST_STEPS = 1000
 FILL_LIMIT_US = 10.0
-PROBE_SETTLES_S = 2.0
-NO_STEPS = [0, 0, 0, 0]  # by accepted drafts: 0, 1, 2, 3
+DRAFT_TOKENS = 4
 
-RECORD_KEY = "nsa_metadata"
 LAUNCHER_LINE = r"sglang-nsa-plugin \S+: metadata backend \S+"
 SCHEDULER_LINE = r"sglang-nsa-plugin \S+: adapter \S+, implementation \w+"
 
-Arms = dict[str, Arm]
-Report = Callable[[str, dict[str, Any]], None]  # writes the figures of one part
+SETUPS = (Setup("core"),)
 
 
 def test_plugin_is_found_in_both_processes(arms: Arms, report: Report) -> None:
@@ -67,39 +74,28 @@ def test_plugin_is_found_in_both_processes(arms: Arms, report: Report) -> None:
 
 def test_same_tokens_one_at_a_time(arms: Arms, report: Report) -> None:
     """Token ids are equal, prompt by prompt; within index_topk the accepted drafts are, too."""
-    rows: list[dict[str, Any]] = []
-    accepted = dict.fromkeys(arms, NO_STEPS)
     chosen, drawn = repeatable_prompts(arms["sglang"].server)
-    for prompt in (*prompts(LENGTHS, seed=1), *chosen):
-        answers = {name: arm.server.generate(prompt, NEW_TOKENS) for name, arm in arms.items()}
-        for name, answer in answers.items():
-            assert len(answer.output_ids) == NEW_TOKENS, f"{name}: {answer.meta}"
-            accepted[name] = added(accepted[name], answer.histogram)
-        rows.append(comparison(answers["plugin"], answers["sglang"], len(prompt)))
+    rows = one_at_a_time(arms, [*prompts(LENGTHS, seed=1), *chosen], NEW_TOKENS)
     figures = {
         "new_tokens": NEW_TOKENS,
-        "prompts": len(rows),
-        "same_ids": sum(row["same_ids"] for row in rows),
-        "same_ids_and_accepted_drafts": sum(row["same_ids"] and row["same_drafts"] for row in rows),
         "within_index_topk": sum(row["deterministic"] for row in rows),
+        "same_ids_and_accepted_drafts": sum(row["same_ids"] and row["same_drafts"] for row in rows),
         "long_prompts": {"answered_alike": REPEATS, "drawn": drawn, "kept": len(chosen)},
-        "accepted_drafts": accepted,
-        "tokens_per_step": {name: mean_tokens(counts) for name, counts in accepted.items()},
-        "each": rows,
+        **summary(rows),
     }
     report("tokens_one_at_a_time", figures)
-    assert [row for row in rows if not row["same_ids"]] == []
-    assert [row for row in rows if row["deterministic"] and not row["same_drafts"]] == []
-    assert all(accepted["sglang"]), "the checkpoint should get 0, 1, 2 and 3 drafts accepted"
+    assert mismatches(rows) == []
+    assert figures["tokens_compared"] == len(rows) * NEW_TOKENS
+    drafts = figures["accepted_drafts"]["sglang"]
+    assert len(drafts) == DRAFT_TOKENS, f"0, 1, 2 and 3 drafts should be accepted: {drafts}"
+    assert all(drafts), f"0, 1, 2 and 3 drafts should be accepted: {drafts}"
 
 
 def test_tokens_many_at_once(arms: Arms, report: Report) -> None:
     """Only reported: how requests fall into batches differs, and bfloat16 results with it."""
     batch = prompts(AT_ONCE_LENGTHS, seed=2)
     answers = {name: arm.server.generate_at_once(batch, NEW_TOKENS)[0] for name, arm in arms.items()}
-    accepted = {
-        name: reduce(added, (a.histogram for a in each), NO_STEPS) for name, each in answers.items()
-    }
+    accepted = {name: reduce(added, (a.histogram for a in each), []) for name, each in answers.items()}
     pairs = zip(answers["plugin"], answers["sglang"], strict=True)
     figures = {
         "prompts": len(batch),
@@ -168,11 +164,6 @@ def test_host_time_of_the_fill(arms: Arms, report: Report) -> None:
     assert figures["plugin"]["fill_us"]["median"] < figures["sglang"]["fill_us"]["median"]
 
 
-def in_graph(probe: dict[str, Any]) -> bool:
-    """Whether this SGLang captures draft-extend in graphs, by what the probe found to time."""
-    return "replays" in probe
-
-
 def test_cost_of_a_coarse_fence(
     arms: Arms,
     model: Path,
@@ -189,34 +180,16 @@ def test_cost_of_a_coarse_fence(
     if not in_graph(scheduler_figures(arms["plugin"])):
         pytest.skip("this SGLang waits for the whole forward pass anyway")
     arms["sglang"].server.stop()
-    coarse_env = {**server.PLUGIN_ENV, "SGLANG_FORCE_COARSE_WAR_BARRIER": "1"}
-    with server.start_arms({"coarse": coarse_env}, model, folder, server.START_LIMIT_S) as started:
-        coarse, own = started["coarse"].server, arms["plugin"].server
+    coarse = {"coarse": {**PLUGIN_ENV, "SGLANG_FORCE_COARSE_WAR_BARRIER": "1"}}
+    with start_arms(Setup("coarse", arms=coarse), model, folder) as started:
+        waits, own = started["coarse"].server, arms["plugin"].server
         figures = {
-            "step_time": paired(coarse, own, step_milliseconds, STEP_PAIRS),
-            "throughput": paired(coarse, own, throughput, THROUGHPUT_PAIRS),
-            "coarse_record": read_record(coarse),
+            "step_time": paired(waits, own, step_milliseconds, STEP_PAIRS),
+            "throughput": paired(waits, own, throughput, THROUGHPUT_PAIRS),
+            "coarse_record": read_record(waits),
         }
     report("fence", figures)
     assert figures["coarse_record"]["replays"] > 0
-
-
-def prompts(lengths: Sequence[int], seed: int) -> list[list[int]]:
-    """Random ordinary tokens; the same for both arms, and no common beginnings."""
-    source = random.Random(seed)
-    return [source.choices(range(checkpoint.ORDINARY), k=length) for length in lengths]
-
-
-def comparison(plugin: Answer, sglang: Answer, length: int) -> dict[str, Any]:
-    pairs = zip(plugin.output_ids, sglang.output_ids, strict=True)
-    return {
-        "length": length,
-        "deterministic": length + NEW_TOKENS <= checkpoint.INDEX_TOPK,
-        "same_ids": plugin.output_ids == sglang.output_ids,
-        "same_drafts": plugin.histogram == sglang.histogram,
-        "first_different_token": next((i for i, (a, b) in enumerate(pairs) if a != b), None),
-        "accepted_drafts": {"plugin": plugin.histogram, "sglang": sglang.histogram},
-    }
 
 
 def repeatable_prompts(target: Server) -> tuple[list[list[int]], int]:
@@ -249,17 +222,6 @@ def always_answers_alike(target: Server, prompt: list[int]) -> bool:
         first = answer
     target.flush_cache()
     return True
-
-
-def added(left: list[int], right: list[int]) -> list[int]:
-    """Elementwise sum; ``right`` may be shorter."""
-    return [n + (right[i] if i < len(right) else 0) for i, n in enumerate(left)]
-
-
-def mean_tokens(accepted_drafts: list[int]) -> float:
-    """Tokens of a step: accepted drafts and one of the target's own."""
-    tokens = sum((drafts + 1) * steps for drafts, steps in enumerate(accepted_drafts))
-    return round(tokens / sum(accepted_drafts), 3)
 
 
 def step_milliseconds(target: Server, pair: int) -> float:
@@ -300,29 +262,3 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def rounded(values: list[float]) -> list[float]:
     return [round(value, 4) for value in values]
-
-
-def read_record(target: Server) -> dict[str, Any]:
-    """The plugin's record of the first scheduler, as ``GET /server_info`` shows it."""
-    states = target.server_info()["internal_states"]
-    assert RECORD_KEY in states[0], (
-        f"server {target.name}: /server_info has no internal_states[0][{RECORD_KEY!r}]: the plugin "
-        f"is not active in the scheduler; see {target.log_path}"
-    )
-    return dict(states[0][RECORD_KEY])
-
-
-def processes(arm: Arm) -> list[dict[str, Any]]:
-    """What the probe wrote in each process that loads plugins."""
-    return [json.loads(path.read_text()) for path in sorted(arm.probe_dir.glob("*.json"))]
-
-
-def scheduler_figures(arm: Arm) -> dict[str, Any]:
-    """The probe's figures of the scheduler; it writes them when no replay ran for a moment."""
-    time.sleep(PROBE_SETTLES_S)
-    timed = [figures for figures in processes(arm) if "fill_us" in figures]
-    assert len(timed) == 1, (
-        f"server {arm.server.name}: {len(timed)} processes in {arm.probe_dir} timed draft-extend "
-        f"replays, expected 1; see {arm.server.log_path}"
-    )
-    return timed[0]

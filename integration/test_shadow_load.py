@@ -11,64 +11,56 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import results
-import server
-from server import Server, ServerError
-from test_serving import read_record
+from arms import FP8, MANY, NO_PROBE, START_LIMIT_S, Fleet, Setup
+from compare import read_record
+from server import ServerError
 from test_shadow_serving import CHECKED, mixed_load
 
-FP8 = ("--kv-cache-dtype", "fp8_e4m3")
-# The last of an option wins. Four servers start on one GPU at once: each sees the others' memory go.
-SHARED = ("--mem-fraction-static", "0.5")
-SERVERS = {
-    "2 draft tokens": [*server.serve_args(draft_tokens=2), *SHARED],
-    "4 draft tokens": [*server.serve_args(draft_tokens=4), *SHARED],
-    "6 draft tokens": [*server.serve_args(draft_tokens=6), *SHARED],
-    "4 draft tokens, fp8": [*server.serve_args("flashmla_kv"), *SHARED, *FP8],
-}
+COMMAND = "make serve-test PART=shadow-load"
+ARM = {"checked": {**CHECKED, **NO_PROBE}}
+SETUPS = (
+    Setup("checked2", MANY, ARM, draft_tokens=2),
+    Setup("checked4", MANY, ARM),
+    Setup("checked6", MANY, ARM, draft_tokens=6),
+    Setup("checked4-fp8", (*MANY, *FP8), ARM, "flashmla_kv"),
+)
 # One request at a time gives most replays a second; the others put padding and many requests in between.
 AT_ONCE = (1, 1, 1, 2, 5, 11, 16)
 NEW_TOKENS = (32, 192, 768)
 STOPPING_S = 20
+SUMMED = ("replays", "checks", "values_checked", "mismatches")
 
 
 @pytest.fixture(scope="module")
 def found(
-    model: Path, folder: Path, begin: float, request: pytest.FixtureRequest
+    gpus: int, model: Path, folder: Path, begin: float, request: pytest.FixtureRequest
 ) -> dict[str, dict[str, Any]]:
-    """What each server did, or how it ended: one that fails does not stop the others."""
-    option = request.config.getoption
-    end = min(time.monotonic() + server.START_LIMIT_S + option("--load-s"), begin + option("--budget-s"))
-    with ExitStack() as stack:
-        started = {
-            name: stack.enter_context(
-                Server(
-                    ["--model-path", str(model), *args],
-                    CHECKED,
-                    log_path=folder / f"{name}.log",
-                    name=name,
-                )
-            )
-            for name, args in SERVERS.items()
-        }
-        with ThreadPoolExecutor(len(started)) as pool:
-            runs = dict(
-                zip(started, pool.map(lambda s: _run(s, end, option), started.values()), strict=True)
-            )
-    _write(runs)
-    return runs
+    """What the server of each setup did, or how it ended: one that fails does not stop the others."""
+    if not gpus:
+        pytest.skip("needs an NVIDIA GPU, nvidia-smi lists none")
+    load_s, budget_s = (request.config.getoption(name) for name in ("--load-s", "--budget-s"))
+    end = min(time.monotonic() + START_LIMIT_S + load_s, begin + budget_s) - STOPPING_S
+    with (
+        Fleet(model, folder, SETUPS, at_once=len(SETUPS)) as fleet,
+        ThreadPoolExecutor(len(SETUPS)) as pool,
+    ):
+        runs = list(pool.map(lambda setup: _run(fleet, setup, load_s, end), SETUPS))
+    by_name = {setup.name: run for setup, run in zip(SETUPS, runs, strict=True)}
+    _write(by_name)
+    return by_name
 
 
-def _run(target: Server, end: float, option: Any) -> dict[str, Any]:
+def _run(fleet: Fleet, setup: Setup, load_s: float, end: float) -> dict[str, Any]:
     try:
-        target.wait_ready(server.START_LIMIT_S)
-        seconds = min(option("--load-s"), end - STOPPING_S - time.monotonic())
+        arms = fleet.ready(setup)
+        target = arms["checked"].server
+        seconds = min(load_s, end - time.monotonic())
         requests = mixed_load(target, seconds, seed=target.port, at_once=AT_ONCE, new_tokens=NEW_TOKENS)
         record = read_record(target)
     except ServerError as error:
@@ -88,13 +80,10 @@ def _write(runs: dict[str, dict[str, Any]]) -> None:
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     file = f"shadow-load-{version('sglang')}-{stamp}.json"
     print(f"\n{file}: {total}")
-    results.merge(file, "pytest integration/test_shadow_load.py", {"total": total, "servers": runs})
+    results.merge(file, COMMAND, {"total": total, "servers": runs})
 
 
-SUMMED = ("replays", "checks", "values_checked", "mismatches")
-
-
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", [setup.name for setup in SETUPS])
 def test_every_replay_was_checked_and_equal(found: dict[str, dict[str, Any]], name: str) -> None:
     run = found[name]
     assert "error" not in run, run["error"]

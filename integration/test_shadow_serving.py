@@ -1,6 +1,6 @@
 """The shadow check in real servers: every replay compared under load, and a planted error found.
 
-    python -m pytest integration/test_shadow_serving.py -v -s [--load-s 60]
+    python -m pytest integration/test_shadow_serving.py -v -s [--shadow-s 60]
 
 Two servers share one GPU. In one the plugin is as it is; in the other the probe writes wrong numbers
 behind each of its fills.
@@ -10,39 +10,35 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import exposition
 import pytest
-import server
-from server import Arm, Server
-from test_serving import NEW_TOKENS, prompts, read_record, scheduler_figures
+from arms import PLUGIN_ENV, Arm, Arms, Setup
+from compare import Report, prompts, read_record, scheduler_figures
+from server import Server
 
 FIELD = "real_page_table"
-CHECKED = {**server.PLUGIN_ENV, "SGLANG_NSA_METADATA_CHECK": "1"}
-ARMS: dict[str, dict[str, str | None]] = {
-    "checked": CHECKED,
-    "corrupted": {**CHECKED, "NSA_PROBE_CORRUPT": FIELD},
-}
+CHECKED = {**PLUGIN_ENV, "SGLANG_NSA_METADATA_CHECK": "1"}
+SETUPS = (
+    Setup(
+        "shadow",
+        ("--enable-metrics",),
+        arms={"checked": CHECKED, "corrupted": {**CHECKED, "NSA_PROBE_CORRUPT": FIELD}},
+    ),
+)
+NEW_TOKENS = 192
 AT_ONCE = (1, 3, 7, 16)
 LONGEST = 3_000
 LENGTHS = (5, 64, 300, 1_500)
 STEPS = 1_000
-Report = Callable[[str, dict[str, Any]], None]
 
 
-@pytest.fixture(scope="module")
-def servers(model: Path, folder: Path) -> Iterator[dict[str, Arm]]:
-    options = ("--enable-metrics",)
-    with server.start_arms(ARMS, model, folder, server.START_LIMIT_S, *options) as running:
-        yield running
-
-
-def test_a_planted_error_is_found_and_sglang_takes_over(servers: dict[str, Arm], report: Report) -> None:
+def test_a_planted_error_is_found_and_sglang_takes_over(arms: Arms, report: Report) -> None:
     """The first checks find it, the log says so, and the tokens after it are right."""
-    corrupted, checked = servers["corrupted"].server, servers["checked"].server
+    corrupted, checked = arms["corrupted"].server, arms["checked"].server
+    arms["corrupted"].corrupt(FIELD)
     corrupted.generate([1, 2, 3], NEW_TOKENS)  # whose first steps may be wrong
     record = read_record(corrupted)
     answers = [
@@ -58,16 +54,14 @@ def test_a_planted_error_is_found_and_sglang_takes_over(servers: dict[str, Arm],
     assert [a == b for a, b in answers] == [True] * len(LENGTHS)
 
 
-def test_metrics_and_server_info_say_what_the_scheduler_counted(
-    servers: dict[str, Arm], report: Report
-) -> None:
+def test_metrics_and_server_info_say_what_the_scheduler_counted(arms: Arms, report: Report) -> None:
     """Before and after 1,000 replays, and in the server whose check has found a difference."""
-    checked = servers["checked"]
+    checked = arms["checked"]
     found = {"before": reported(checked)}
     begin = steps(found["before"]["server_info"])
     while steps(read_record(checked.server)) < begin + STEPS:
         checked.server.generate_at_once(prompts([64] * AT_ONCE[-1], seed=5), NEW_TOKENS)
-    found |= {"after": reported(checked), "with_mismatches": reported(servers["corrupted"])}
+    found |= {"after": reported(checked), "with_mismatches": reported(arms["corrupted"])}
     report("metrics", found)
     for name, each in found.items():
         assert each["server_info"] == each["scheduler"], name
@@ -90,10 +84,10 @@ def steps(record: dict[str, Any]) -> int:
 
 
 def test_every_replay_under_mixed_load_is_checked(
-    servers: dict[str, Arm], report: Report, request: pytest.FixtureRequest
+    arms: Arms, report: Report, request: pytest.FixtureRequest
 ) -> None:
-    target = servers["checked"].server
-    requests = mixed_load(target, request.config.getoption("--load-s"), seed=4)
+    target = arms["checked"].server
+    requests = mixed_load(target, request.config.getoption("--shadow-s"), seed=4)
     record = read_record(target)
     report("shadow_checked_load", {"requests": requests, "record": record})
     assert record["checks"] == record["replays"] > 0

@@ -12,14 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("sglang", reason="needs what SGLang brings: requests, psutil, safetensors")
 INTEGRATION = Path(__file__).resolve().parent.parent / "integration"
 sys.path.insert(0, str(INTEGRATION))
 
 import checkpoint  # noqa: E402
+import compare  # noqa: E402
 import psutil  # noqa: E402
-from server import Answer, Server, ServerError, free_ports, serve_args  # noqa: E402
+import serve_test  # noqa: E402
+from arms import serve_args  # noqa: E402
+from server import Answer, Server, ServerError, free_ports  # noqa: E402
 
 # A stand-in for `sglang.launch_server`: it takes --port and answers as the fixture expects.
 STAND_IN = """
@@ -135,7 +139,7 @@ def test_ports_leave_room_for_the_one_that_sglang_derives():
     ],
 )
 def test_options_are_spelled_as_the_release_spells_them(monkeypatch, release, expected, absent):
-    monkeypatch.setattr("server.version", lambda name: release)
+    monkeypatch.setattr("arms.version", lambda name: release)
     options = serve_args()
     assert set(expected) <= set(options)
     assert not any(option.startswith(absent) for option in options)
@@ -196,28 +200,183 @@ def answer(ids, histogram=(1, 2)):
     ],
 )
 def test_planted_differences_are_seen(ours, same_ids, same_drafts, first):
-    import test_serving
-
-    row = test_serving.comparison(ours, answer([1, 2, 3]), length=10)
+    row = compare.comparison(ours, answer([1, 2, 3]), length=10)
     assert (row["same_ids"], row["same_drafts"]) == (same_ids, same_drafts)
     assert row["first_different_token"] == first
     assert row["deterministic"]
-    assert not test_serving.comparison(ours, answer([1, 2, 3]), length=2_048)["deterministic"]
+    assert not compare.comparison(ours, answer([1, 2, 3]), length=2_048)["deterministic"]
 
 
-def test_an_answer_of_another_length_is_an_error():
-    import test_serving
+def test_an_answer_of_another_length_is_a_difference():
+    row = compare.comparison(answer([1, 2]), answer([1, 2, 3]), length=10)
+    assert not row["same_ids"]
+    assert row["first_different_token"] == 2
+    assert compare.mismatches([row]) == [row]
 
-    with pytest.raises(ValueError, match="zip"):
-        test_serving.comparison(answer([1, 2]), answer([1, 2, 3]), length=10)
+
+def test_another_reason_to_finish_is_a_difference():
+    ended = Answer([1, 2], 1.0, {"finish_reason": {"type": "stop", "matched": 2}})
+    full = Answer([1, 2], 1.0, {"finish_reason": {"type": "length", "length": 2}})
+    row = compare.comparison(ended, full, length=10)
+    assert compare.mismatches([row]) == [row]
+    assert compare.mismatches([compare.comparison(full, full, length=10)]) == []
+
+
+def test_drafts_count_only_where_sglang_is_repeatable():
+    ours, theirs = answer([1, 2, 3], (2, 2)), answer([1, 2, 3])
+    assert compare.mismatches([compare.comparison(ours, theirs, length=10)]) != []
+    assert compare.mismatches([compare.comparison(ours, theirs, length=2_048)]) == []
+
+
+def test_a_batch_differs_where_no_answer_is_one_of_sglangs():
+    a, b, c = answer([1]), answer([2]), answer([3])
+    row = compare.repeated([[a, a, c], [a, b, c]], [[a, b, a], [a, b, b]])
+    assert (row["prompts"], row["repeatable"], row["different"]) == (3, 2, 1)
+    with pytest.raises(AssertionError):
+        compare.assert_alike([row])
+    untold = compare.repeated([[a, a], [a, b]], [[a, a], [b, b]])
+    with pytest.raises(AssertionError, match="0 of 2 prompts"):
+        compare.assert_alike([untold])
+    compare.assert_alike([compare.repeated([[a, b]], [[a, b]])])
+
+
+def test_tokens_of_a_step_and_how_far_apart():
+    assert compare.added([1, 2], [1, 0, 4]) == [2, 2, 4]
+    assert compare.mean_tokens([1, 0, 1]) == 2.0
+    assert compare.mean_tokens([]) == 0.0
+    assert compare.relative(plugin=2.97, sglang=3.0) == 0.01
+
+
+FIELDS = ("cache_seqlens_int32", "dsa_seqlens_expanded", "real_page_table")
+
+
+@pytest.mark.parametrize("wrong", FIELDS)
+def test_the_probe_makes_one_tensor_wrong_while_it_is_asked_to(tmp_path, monkeypatch, wrong):
+    """On SGLang's own backend class, whose captured fill the CPU runs again at each replay."""
+    from sglang_nsa_plugin.adapters import captured, in_graph
+
+    if not in_graph.is_generation() or torch.cuda.is_available():
+        pytest.skip("needs the in-graph adapter on the CPU")
+    from sglang_nsa_plugin.cli.replay import Comparison, Twin
+
+    monkeypatch.syspath_prepend(str(INTEGRATION / "probe"))
+    import nsa_probe
+
+    refresh = captured.DraftExtendFill.refresh_derived
+    monkeypatch.setattr(captured.DraftExtendFill, "refresh_derived", refresh)  # put back afterwards
+    nsa_probe.Corruption(list(FIELDS), tmp_path).install()
+    twin = Twin(torch.device("cpu"), (2,), draft_tokens=4, context_len=512, pool_size=12)
+    twin.inputs.seq_lens[:2] = 200
+    twin.inputs.req_to_token.fill_(640)
+
+    def different_when_asked_for(text):
+        (tmp_path / "corrupt").write_text(text)
+        done = tmp_path / "corrupted"
+        while not done.is_file() or done.read_text() != text:
+            time.sleep(0.05)
+        result = Comparison()
+        twin.step(2, result)
+        return {name for name, count in result.different.items() if count}
+
+    seen = different_when_asked_for(wrong)
+    assert seen - {"ctx_lens"} == {field_of[wrong]}
+    assert different_when_asked_for("") == set()
+
+
+field_of = {
+    "cache_seqlens_int32": "cache_seqlens",
+    "dsa_seqlens_expanded": "seqlens_expanded",
+    "real_page_table": "real_page_table",
+}
+
+
+def slices(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The serving tests against stand-ins for SGLang's server and nvidia-smi."""
+    (tmp_path / "state").mkdir(parents=True)
+    stand_ins = str(Path(__file__).parent / "stand_in")
+    env = {
+        **os.environ,
+        "PATH": os.pathsep.join([stand_ins, os.environ["PATH"]]),
+        "PYTHONPATH": stand_ins,
+        "STAND_IN_DIR": str(tmp_path / "state"),
+        "NSA_RESULTS_DIR": str(tmp_path / "results"),
+        "NSA_COMMIT": "none",
+        **environment,
+    }
+    command = [sys.executable, str(INTEGRATION / "serve_test.py"), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+
+
+def failures(output: str) -> list[str]:
+    """The names of the tests that pytest says failed, without their parameters."""
+    lines = [line for line in output.splitlines() if line.startswith("FAILED integration/")]
+    return [line.partition("::")[2].partition("[")[0] for line in lines]
+
+
+def written(tmp_path: Path) -> dict:
+    (path,) = (tmp_path / "results").glob("serve-*.json")
+    return json.loads(path.read_text())["parts"]
+
+
+def test_slices_run_alone_and_merge_into_one_file(tmp_path):
+    run = slices(tmp_path, "most", "parallel", "load", "--", "--load-s=3")
+    assert run.returncode == 0, run.stdout[-3_000:]
+    parts = written(tmp_path)
+    assert {name.partition(".")[0] for name in parts} == {
+        *("cases", "fp8", "corruption", "width1-2", "width3-4", "width5-6", "no-graphs", "no-overlap"),
+        *("memory", "sampling", "tp2", "dp2", "load"),
+    }
+    assert parts["load"]["requests"]["plugin"]["answered"] > 48
+    assert parts["memory.recapture"]["outcomes"] == {"plugin": "ended", "sglang": "ended"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "mismatches", "failed"),
+    [("", 0, []), ("mismatch", 4, ["test_every_replay_was_checked_and_equal"] * 4)],
+)
+def test_the_shadow_checked_load_adds_up_its_servers(tmp_path, fault, mismatches, failed):
+    run = slices(tmp_path, "shadow-load", "--", "-q", "--load-s=5", STAND_IN_FAULT=fault)
+    (path,) = (tmp_path / "results").glob("shadow-load-*.json")
+    parts = json.loads(path.read_text())["parts"]
+    assert failures(run.stdout) == failed, run.stdout[-3_000:]
+    assert run.returncode == bool(failed)
+    assert list(parts["servers"]) == ["checked2", "checked4", "checked6", "checked4-fp8"]
+    replays = [server["record"]["replays"] for server in parts["servers"].values()]
+    assert parts["total"]["checks"] == sum(replays)
+    assert parts["total"]["mismatches"] == mismatches
+
+
+@pytest.mark.parametrize(
+    ("fault", "failed"),
+    [
+        ("tokens", ["test_one_at_a_time", "test_many_at_once"]),
+        ("drafts", ["test_one_at_a_time"]),
+        ("fallback", ["test_record"]),
+    ],
+)
+def test_a_wrong_plugin_fails_the_slice(tmp_path, fault, failed):
+    run = slices(tmp_path, "fp8", "--", "-q", STAND_IN_FAULT=fault)
+    assert run.returncode == 1
+    assert "FAILED: fp8" in run.stdout
+    assert failures(run.stdout) == failed
+    assert "fp8.one_at_a_time" in written(tmp_path)  # figures before assertions
+
+
+def test_an_unknown_slice_is_refused_with_the_choices(tmp_path):
+    run = slices(tmp_path, "everything")
+    assert run.returncode == 2
+    assert "no slice named everything; there are core, cases" in run.stderr
+
+
+def test_the_files_of_every_slice_exist():
+    files = {word for words in serve_test.SLICES.values() for word in words if word.endswith(".py")}
+    assert files == {path.name for path in INTEGRATION.glob("test_*.py")}
 
 
 def test_prompts_are_the_same_in_both_arms():
-    import test_serving
-
-    assert test_serving.prompts([5, 9], seed=1) == test_serving.prompts([5, 9], seed=1)
-    assert test_serving.prompts([5, 9], seed=1) != test_serving.prompts([5, 9], seed=2)
-    assert max(max(p) for p in test_serving.prompts([500], seed=3)) < checkpoint.ORDINARY
+    assert compare.prompts([5, 9], seed=1) == compare.prompts([5, 9], seed=1)
+    assert compare.prompts([5, 9], seed=1) != compare.prompts([5, 9], seed=2)
+    assert max(max(p) for p in compare.prompts([500], seed=3)) < checkpoint.ORDINARY
 
 
 def test_variables_are_set_and_removed(monkeypatch):
@@ -229,6 +388,30 @@ def test_variables_are_set_and_removed(monkeypatch):
     assert "SGLANG_PLUGINS" not in changed
     assert changed["NEW"] == "1"
     assert changed["PYTHONPATH"] == os.path.abspath("here")
+
+
+def test_sglangs_own_parser_takes_the_flags_of_every_setup():
+    import argparse
+    import importlib
+
+    from arms import SHARED_GPU_ARGS
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    setups = [
+        setup
+        for path in INTEGRATION.glob("test_*.py")
+        for setup in importlib.import_module(path.stem).SETUPS
+    ]
+    assert len({setup.name for setup in setups}) == len(setups) > 10
+    for setup in setups:
+        parsed = parser.parse_args(["--model-path", "none", *setup.args])
+        assert parsed.speculative_num_draft_tokens == setup.draft_tokens
+        assert parsed.speculative_num_steps == setup.draft_tokens - 1
+        assert parsed.max_total_tokens == int(SHARED_GPU_ARGS[SHARED_GPU_ARGS.index("200000")])
+        if "--mem-fraction-static" in setup.flags:
+            assert parsed.mem_fraction_static > 0.3, "the setup's own flag wins"
 
 
 # A scheduler's metrics, and what SGLang's HTTP process makes of those in the folder.

@@ -18,8 +18,12 @@ one for each replay, a graph records the same one again.
 SGLang 0.5.14 and before runs draft-extend without a graph: there only fill is taken, one call of
 ``init_forward_metadata`` for a draft-extend batch.
 
-With ``NSA_PROBE_CORRUPT`` naming a field of SGLang's metadata, each captured fill of sglang-nsa-plugin
-is followed by a wrong number in each row of that tensor, for as long as the fill is switched on.
+``NSA_PROBE_CORRUPT`` names fields of SGLang's metadata, with commas, that can be made wrong. Each
+captured fill of sglang-nsa-plugin is then followed by one more step for each of them, which does
+something while its field is named in ``$NSA_PROBE_DIR/corrupt`` and the fill is switched on: lengths and
+running sums are halved, page tables point to page 0. What is wrong now stands in
+``$NSA_PROBE_DIR/corrupted``. No index leaves its tensor this way, so that a wrong tensor shows in what
+the server answers.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ STATE_MODULE = "sglang_nsa_plugin.state"
 FENCE_EVENTS = ("shared_read_done_event", "war_fastpath_read_done_event")
 WRITE_EVERY_S = 0.5
 FIRST_SAMPLES = 5
+SWITCH_EVERY_S = 0.1
 
 clock = time.perf_counter_ns
 
@@ -74,25 +79,66 @@ def register() -> None:
         if not getattr(worker, "cuda_graph_runner_for_draft_extend", None):
             EagerWatch(worker.draft_runner.attn_backend, path)
 
-    field = os.environ.get("NSA_PROBE_CORRUPT")
-    if field:
-        _corrupt(field)
+    fields = os.environ.get("NSA_PROBE_CORRUPT")
+    if fields:
+        Corruption(fields.split(","), Path(folder)).install()
     HookRegistry.register(f"{RUNNER}.__init__", watch, HookType.AROUND)
     HookRegistry.register(f"{WORKER}.init_cuda_graphs", watch_eager, HookType.AROUND)
 
 
-def _corrupt(field: str) -> None:
-    """Adds 1 to the first number of each row behind the fill, in the graph, while ``enabled`` is 1."""
-    from sglang_nsa_plugin.adapters.captured import DraftExtendFill
+class Corruption:
+    """Makes tensors wrong behind each captured fill, as a file says while the server runs."""
 
-    refresh_derived = DraftExtendFill.refresh_derived
+    def __init__(self, fields: list[str], folder: Path) -> None:
+        self.fields = fields
+        self.asked = folder / "corrupt"
+        self.done = folder / "corrupted"
+        self.switches: Any = None  # int32 [fields] on the device, 1 where a field is wrong now
 
-    def wrong(fill: Any, metadata: Any) -> None:
-        tensor = getattr(metadata, field)
-        (tensor[:, 0] if tensor.dim() == 2 else tensor).add_(fill.enabled)
-        refresh_derived(fill, metadata)
+    def install(self) -> None:
+        from sglang_nsa_plugin.adapters.captured import DraftExtendFill
 
-    DraftExtendFill.refresh_derived = wrong
+        refresh_derived = DraftExtendFill.refresh_derived
+
+        def wrong(fill: Any, metadata: Any) -> None:
+            self.spoil(fill, metadata)
+            refresh_derived(fill, metadata)
+
+        DraftExtendFill.refresh_derived = wrong
+
+    def spoil(self, fill: Any, metadata: Any) -> None:
+        """Enqueues the wrong numbers. SGLang first calls it in a warm-up, before any capture."""
+        if self.switches is None:
+            self.switches = fill.enabled.new_zeros(len(self.fields))
+            threading.Thread(target=self._follow, name="nsa-corruption", daemon=True).start()
+        for number, field in enumerate(self.fields):
+            tensor = getattr(metadata, field)
+            if tensor is None:
+                continue
+            on = self.switches[number] * fill.enabled
+            if tensor.dim() == 1:
+                tensor.sub_(tensor // 2 * on)
+            else:
+                tensor.mul_(1 - on)
+
+    def _follow(self) -> None:
+        """Sets the switches to what the file asks for; touches the device only when that changes."""
+        now = None
+        while True:
+            asked = self.asked.read_text() if self.asked.is_file() else None
+            if asked is not None and asked != now:
+                for number, field in enumerate(self.fields):
+                    self.switches[number].fill_(int(field in asked.split(",")))
+                self._wait()
+                self.done.write_text(asked)
+                now = asked
+            time.sleep(SWITCH_EVERY_S)
+
+    def _wait(self) -> None:
+        if self.switches.is_cuda:
+            import torch
+
+            torch.cuda.synchronize()
 
 
 class EagerWatch:

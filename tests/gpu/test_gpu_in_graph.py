@@ -77,7 +77,6 @@ def test_the_wide_table_is_left_out_where_nothing_reads_it(topk_backend, is_left
 def test_nodes_of_the_recorded_refresh(decode_impl, most):
     """The fill, the event behind it and SGLang's top-k plan; FlashMLA's own tables where it decodes."""
     from sglang_nsa_plugin.cli.timing import graph_nodes
-
     from sglang_nsa_plugin.state import STATE
 
     twin = make_twin(decode_impl)

@@ -1,0 +1,211 @@
+"""Answers as an SGLang server with the plugin and the probe would, without a model.
+
+With tests/stand_in on PYTHONPATH the serving tests start this in SGLang's place, so that their own code
+is run on a machine without a GPU. STAND_IN_FAULT makes the arm with the plugin wrong in one way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+READ = ("dsa_seqlens_expanded", "dsa_cache_seqlens_int32", "real_page_table")
+VOCAB = 4_000
+STEP_S = 0.002
+
+
+def option(name: str, default: str) -> str:
+    """The last value of a server option."""
+    found = [sys.argv[i + 1] for i, word in enumerate(sys.argv[:-1]) if word == name]
+    return found[-1] if found else default
+
+
+class State:
+    has_plugin = os.environ.get("SGLANG_PLUGINS") != "probe"
+    fault = os.environ.get("STAND_IN_FAULT", "") if has_plugin else ""
+    context = int(option("--context-length", "163840"))
+    draft_tokens = int(option("--speculative-num-draft-tokens", "4"))
+    ranks = int(option("--tp", "1"))
+    schedulers = int(option("--dp", "1"))
+    graphs = "--disable-cuda-graph" not in sys.argv
+    model = option("--model-path", "")
+    folder = os.environ.get("NSA_PROBE_DIR")
+    mib = Path(os.environ["STAND_IN_DIR"]) / f"{os.getpid()}.mib"
+    lock = threading.Lock()
+    cached: ClassVar[list[list[int]]] = []
+    aborted: ClassVar[set[str]] = set()
+    replays = 0
+    sampled = 0
+
+
+def wrong_now() -> set[str]:
+    """What the file of the corruption asks for."""
+    path = Path(State.folder or "/nonexistent") / "corrupt"
+    return set(path.read_text().split(",")) if path.is_file() else set()
+
+
+def tokens(prompt: list[int], count: int, temperature: float) -> list[int]:
+    with State.lock:
+        State.sampled += temperature > 0
+        salt = f"{State.sampled if temperature > 0 else 0} {Path(State.model).name}"
+    seed = hashlib.sha256(f"{salt} {prompt}".encode()).digest()
+    return [(seed[i % 32] * 31 + seed[(i // 32) % 32] + i) % VOCAB for i in range(count)]
+
+
+def accepted(count: int) -> list[int]:
+    """Steps by accepted drafts: one step for each count in turn until the tokens are there."""
+    steps, made = [0] * State.draft_tokens, 1
+    drafts = 0
+    while made < count:
+        steps[drafts] += 1
+        made += drafts + 1
+        drafts = (drafts + 1) % State.draft_tokens
+    return steps
+
+
+def answer(prompt: list[int], parameters: dict, rid: str) -> dict:
+    room = State.context - len(prompt) - 2
+    asked = parameters["max_new_tokens"]
+    count = room if asked is None else min(asked, room)
+    made = tokens(prompt, count, parameters["temperature"])
+    steps = accepted(count)
+    finish = {"type": "length", "length": count}
+    for done in range(0, count, 3):
+        time.sleep(STEP_S)
+        if rid in State.aborted:
+            made, finish = made[: done + 1], {"type": "abort", "message": "Aborted"}
+            break
+    if State.fault == "tokens" and len(made) > 3:
+        made[3] += 1
+    if State.fault == "drafts" or wrong_now() & set(READ):
+        steps[0] += 2
+    with State.lock:
+        shared = max((common(prompt, other) for other in State.cached), default=0)
+        State.cached.append(prompt)
+        State.replays += sum(steps)
+    meta = {
+        "finish_reason": finish,
+        "cached_tokens": shared // 64 * 64,
+        "spec_verify_ct": sum(steps),
+        "spec_accept_histogram": steps,
+    }
+    return {"output_ids": made, "meta_info": meta}
+
+
+def common(left: list[int], right: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))  # noqa: B905
+
+
+def record(pid: int) -> dict:
+    checks = State.replays if os.environ.get("SGLANG_NSA_METADATA_CHECK") == "1" else 0
+    return {
+        "version": "0",
+        "adapter": "in-graph",
+        "backend": "cuda",
+        "reason": "stand-in",
+        "captures": [1, 2] if State.graphs else [],
+        "replays": State.replays if State.graphs else 0,
+        "launches": 0,
+        "checks": checks,
+        "values_checked": 1000 * checks,
+        "mismatches": int(State.fault == "mismatch"),
+        "fallbacks": {"planted": 1} if State.fault == "fallback" else {},
+        "pid": pid,
+    }
+
+
+def probe() -> None:
+    """Keeps the probe's files up to date, one for each rank, and says what is wrong."""
+    while True:
+        folder = Path(State.folder or "")
+        for rank in range(State.ranks):
+            pid = os.getpid() + rank
+            figures = {"pid": pid, "role": "scheduler", "fill_us": {}, "capture_bs": [1, 2]}
+            figures |= {"replays": State.replays, "plugin_record": record(pid)}
+            temporary = folder / f"{pid}.tmp"
+            temporary.write_text(json.dumps(figures))
+            temporary.replace(folder / f"{pid}.json")
+        if (folder / "corrupt").is_file():
+            (folder / "corrupted").write_text((folder / "corrupt").read_text())
+        time.sleep(0.1)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        states = [{"nsa_metadata": record(os.getpid())} if State.has_plugin else {}]
+        self.reply({"internal_states": states * State.schedulers})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+        getattr(self, self.path.strip("/").replace("/", "_"))(body)
+
+    def generate(self, body: dict) -> None:
+        many = isinstance(body["input_ids"][0], list)
+        asked = body["input_ids"] if many else [body["input_ids"]]
+        parameters = body["sampling_params"] if many else [body["sampling_params"]]
+        for prompt, each in zip(asked, parameters):  # noqa: B905
+            if len(prompt) + (each["max_new_tokens"] or 0) + 4 > State.context:
+                self.reply({"error": {"message": "too long"}}, 400)
+                return
+        rid = body.get("rid", "")
+        answers = [answer(*both, rid) for both in zip(asked, parameters)]  # noqa: B905
+        self.reply(answers if many else answers[0])
+
+    def flush_cache(self, body: dict) -> None:
+        State.cached.clear()
+        self.reply({})
+
+    def abort_request(self, body: dict) -> None:
+        State.aborted.add(body["rid"])
+        self.reply({})
+
+    def release_memory_occupation(self, body: dict) -> None:
+        State.mib.write_text("100\n")
+        self.reply(None)
+
+    def resume_memory_occupation(self, body: dict) -> None:
+        State.mib.write_text("1000\n")
+        self.reply(None)
+
+    def update_weights_from_disk(self, body: dict) -> None:
+        if body.get("recapture_cuda_graph"):
+            print("RuntimeError: This should not happen", flush=True)
+            os._exit(1)
+        State.model = body["model_path"]
+        self.reply({"message": "loaded"})
+
+    def v1_completions(self, body: dict) -> None:
+        if body.get("stream"):
+            self.text("data: {}\n\ndata: [DONE]\n\n")
+            return
+        self.reply({"choices": [{"text": "x"}], "usage": {"completion_tokens": body["max_tokens"]}})
+
+    def v1_chat_completions(self, body: dict) -> None:
+        self.reply({"choices": [{"message": {"content": "x"}}], "usage": {}})
+
+    def reply(self, content: object, status: int = 200) -> None:
+        self.text(json.dumps(content), status)
+
+    def text(self, content: str, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content.encode())))
+        self.end_headers()
+        self.wfile.write(content.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    State.mib.write_text("1000\n")
+    if State.folder:
+        threading.Thread(target=probe, daemon=True).start()
+    ThreadingHTTPServer.request_queue_size = 128
+    ThreadingHTTPServer(("127.0.0.1", int(option("--port", "0"))), Handler).serve_forever()
