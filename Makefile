@@ -23,7 +23,7 @@ help:
 	@echo "make test-releases                 against all tested ones; writes integration/results/"
 	@echo "make gpu-test    tests, sanitizers and timings on an NVIDIA GPU; writes integration/results/"
 	@echo "make serve-test  real SGLang servers with and without the plugin; writes integration/results/"
-	@echo "make bench       time of one fill, SGLang's own and ours, in one run"
+	@echo "make bench       times of one fill, SGLang's own and ours, in one run; writes integration/results/"
 	@echo "make wheel       the wheel and the source distribution, into dist/"
 
 # PYTHONSAFEPATH: the installed package runs, not the source tree, which has no compiled library.
@@ -53,7 +53,7 @@ serve-test: $(READY)
 	$(PYTHON) -m pytest integration/test_serving.py integration/test_shadow_serving.py -v -s
 
 bench: $(READY)
-	PYTHONSAFEPATH=1 $(PYTHON) -m sglang_nsa_plugin bench
+	$(PYTHON) integration/bench.py
 
 # Each is built in an environment of its own, the wheel from the source distribution.
 wheel:

@@ -42,7 +42,7 @@ def main() -> int:
     }
     parser.add_argument("--only", choices=parts, action="append")
     # tests has those of adapters, too; what takes many minutes is asked for by name
-    by_name = ("adapters", "sanitized_tests", "soak")
+    by_name = ("adapters", "fuzz", "sanitized_tests", "soak")
     only = parser.parse_args().only or [name for name in parts if name not in by_name]
     outcome: dict[str, Any] = {}
     for name in only:
