@@ -24,7 +24,7 @@ help:
 	@echo "make gpu-test    tests, sanitizers and timings on an NVIDIA GPU; writes integration/results/"
 	@echo "make serve-test  real SGLang servers with and without the plugin; writes integration/results/"
 	@echo "make serve-test PART=cases         one slice of it, 8 minutes or less"
-	@echo "make bench       time of one fill, SGLang's own and ours, in one run"
+	@echo "make bench       times of one fill, SGLang's own and ours, in one run; writes integration/results/"
 	@echo "make wheel       the wheel and the source distribution, into dist/"
 
 # PYTHONSAFEPATH: the installed package runs, not the source tree, which has no compiled library.
@@ -55,7 +55,7 @@ serve-test: $(READY)
 	$(PYTHON) integration/serve_test.py $(PART) -- $(ARGS)
 
 bench: $(READY)
-	PYTHONSAFEPATH=1 $(PYTHON) -m sglang_nsa_plugin bench
+	$(PYTHON) integration/bench.py
 
 # Each is built in an environment of its own, the wheel from the source distribution.
 wheel:

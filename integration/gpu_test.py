@@ -24,14 +24,16 @@ import results
 import sanitizers
 
 ROOT = Path(__file__).resolve().parent.parent
+FUZZ, TIMING = "tests/test_fuzz.py", "tests/gpu/test_gpu_bench.py"
 TIME_LIMIT_S = 540
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parts = {
-        "tests": lambda: run_tests("tests", "--deselect", "tests/test_fuzz.py"),
-        "fuzz": lambda: run_tests("tests/test_fuzz.py"),
+        "tests": lambda: run_tests("tests", *(f"--ignore={path}" for path in (FUZZ, TIMING))),
+        "timing": lambda: run_tests(TIMING),  # with the GPU to itself
+        "fuzz": lambda: run_tests(FUZZ),
         "adapters": lambda: run_tests("tests/gpu/test_gpu_in_graph.py", "tests/gpu/test_gpu_eager.py"),
         **sanitizers.parts(),
         "demo": lambda: run_command("demo"),
@@ -40,7 +42,7 @@ def main() -> int:
     }
     parser.add_argument("--only", choices=parts, action="append")
     # tests has those of adapters, too; what takes many minutes is asked for by name
-    by_name = ("adapters", "sanitized_tests", "soak")
+    by_name = ("adapters", "fuzz", "sanitized_tests", "soak")
     only = parser.parse_args().only or [name for name in parts if name not in by_name]
     outcome: dict[str, Any] = {}
     for name in only:

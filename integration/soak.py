@@ -1,6 +1,6 @@
 """Replays of captured draft-extend graphs on changing random batches, every one shadow-checked.
 
-    python integration/soak.py [--replays 1000000] [--processes 4] [--json FILE]
+    python integration/soak.py [--replays 1000000] [--processes 8] [--json FILE]
 
 Each process takes over SGLang's own backend object, captures a graph for each batch size and replays
 them. Behind each replay SGLang's own fill runs and every live value is compared on the device.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
-# Each process has one: draft tokens, context, how SGLang decodes.
+# Two processes have each: draft tokens, context, how SGLang decodes.
 SETTINGS = (
     {"draft_tokens": 4, "context_len": 4_096, "decode_impl": "flashmla_sparse"},
     {"draft_tokens": 2, "context_len": 40_000, "decode_impl": "flashmla_sparse"},
@@ -32,7 +32,7 @@ TELL_EVERY = 50_000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--replays", type=int, default=1_000_000, help="of all processes together")
-    parser.add_argument("--processes", type=int, default=len(SETTINGS))
+    parser.add_argument("--processes", type=int, default=2 * len(SETTINGS))
     parser.add_argument("--time-limit-s", type=float, default=500.0, help="longer is a hang, and fails")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()

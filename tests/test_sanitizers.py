@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_the_kernels_have_the_names_that_are_watched():
     root = Path(sanitizers.__file__).resolve().parent.parent
     sources = [*(root / "csrc").glob("*.cu"), root / "sglang_nsa_plugin" / "kernels" / "triton.py"]
     text = "".join(path.read_text() for path in sources)
-    kernels = [line for line in text.splitlines() if "__global__" in line]
-    assert kernels
-    assert all(any(name in line for name in sanitizers.KERNELS) for line in kernels)
+    kernels = re.findall(r"__global__[^{;]*?(\w+)\(const __grid_constant__", text)
+    assert len(kernels) == text.count("__global__")
+    assert all(any(name in kernel for name in sanitizers.KERNELS) for kernel in kernels)
     assert "def _fill_kernel(" in text

@@ -1,0 +1,151 @@
+"""``make bench``: the full bench of the installed SGLang on this GPU, into a committed result file.
+
+    python integration/bench.py [--only bench|gather|dram ...]
+
+Writes integration/results/bench-GPU-VERSION.json, or below NSA_RESULTS_DIR, and where matplotlib is
+installed the picture beside it. Three parts: ``bench`` is the command's own result. ``gather`` is a floor
+for the paged table: the time in which torch reads one slot of each page, 256 bytes apart, and does nothing
+else. ``dram`` holds what ncu counts in three fills, next to the bytes that they must move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import results
+
+GATHERED = [(bs, length) for bs in (64, 128, 256, 512) for length in (32_768, 131_072)]
+CELLS = ((512, 131_072, "paged"), (64, 131_072, "both"), (128, 131_072, "both"))
+METRICS = {  # ours: ncu's
+    "dram_read": "dram__bytes_read.sum",
+    "dram_written": "dram__bytes_write.sum",
+    "sectors_read": "lts__t_sectors_op_read.sum",
+    "sectors_written": "lts__t_sectors_op_write.sum",
+}
+UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "sector": 1}
+TIME_LIMIT_S = 540
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parts = {"bench": bench, "gather": gather, "dram": dram}
+    parser.add_argument("--only", choices=parts, action="append")
+    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)  # what ncu watches
+    arguments = parser.parse_args()
+    if arguments.cell:
+        requests, length, tables = arguments.cell
+        fill_once(int(requests), int(length), tables)
+        return 0
+    name = gpu_name()
+    for part in arguments.only or parts:
+        path = results.merge(
+            f"bench-{name}-{version('sglang')}.json", "make bench", {part: parts[part]()}
+        )
+    draw(path)
+    return 0
+
+
+def gpu_name() -> str:
+    """'NVIDIA H200' → 'h200'."""
+    import torch
+
+    return torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
+
+
+def bench() -> dict[str, Any]:
+    """``sglang-nsa-plugin bench``, from a folder without the source tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "sglang_nsa_plugin", "bench", "--json", "result.json"]
+        subprocess.run(command, cwd=folder, timeout=TIME_LIMIT_S, check=True)
+        found: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
+        return found
+
+
+def gather() -> list[dict[str, Any]]:
+    """Microseconds by requests and length."""
+    import torch
+
+    from sglang_nsa_plugin.cli import bench_cases, timing
+
+    most = max(bs for bs, _ in GATHERED)
+    width = bench_cases.Setup().width
+    slots = torch.zeros((most + 1, width), dtype=torch.int32, device="cuda")
+    found = []
+    for bs, length in GATHERED:
+        source = slots[1 : bs + 1, : length : bench_cases.PAGE]
+        target = torch.empty(source.shape, dtype=torch.int32, device="cuda")
+        times = timing.gpu_times({"gather": lambda s=source, t=target: t.copy_(s)}, 0.3)["gather"]
+        found.append({"requests": bs, "length": length, "us": timing.spread(times)["median"]})
+    return found
+
+
+def dram() -> dict[str, Any]:
+    """What ncu counts, with cold caches, for each of CELLS."""
+    if shutil.which("ncu") is None:
+        return {"reason": "ncu is not on PATH; install Nsight Compute"}
+    cells = [{"requests": r, "length": n, "tables": t, **counted(r, n, t)} for r, n, t in CELLS]
+    return {"cells": cells}
+
+
+def counted(requests: int, length: int, tables: str) -> dict[str, Any]:
+    from sglang_nsa_plugin.cli.bench_cases import Case, bytes_to_move
+
+    command = [
+        "ncu", "--csv", "--metrics", ",".join(METRICS.values()), "--kernel-name", "regex:fill_static",
+        "--launch-count", "1", "--clock-control", "none", "--cache-control", "all",
+        sys.executable, __file__, "--cell", str(requests), str(length), tables,
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=True)
+    table = "\n".join(line for line in run.stdout.splitlines() if line.startswith('"'))
+    values = {row["Metric Name"]: row for row in csv.DictReader(io.StringIO(table))}
+    found = {
+        name: round(
+            float(values[metric]["Metric Value"].replace(",", "")) * UNITS[values[metric]["Metric Unit"]]
+        )
+        for name, metric in METRICS.items()
+    }
+    return {"must_move": bytes_to_move(Case(requests, length), 4, tables), "counted": found}
+
+
+def fill_once(requests: int, length: int, tables: str) -> None:
+    """One fill by the CUDA kernel and nothing else of ours."""
+    import torch
+
+    from sglang_nsa_plugin.cli import bench_cases
+    from sglang_nsa_plugin.cli.batches import make_inputs
+    from sglang_nsa_plugin.kernels import cuda
+
+    setup = bench_cases.Setup()
+    inputs = make_inputs(torch.device("cuda", 0), requests, requests + 1, setup.width, bench_cases.PAGE)
+    bench_cases.write_slots(inputs)
+    bench_cases.write_lengths(inputs, bench_cases.Case(requests, length))
+    fills = bench_cases.DirectFills(inputs, requests, setup.draft_tokens)
+    cuda.bind(fills.args(requests, tables))()
+    torch.cuda.synchronize()
+
+
+def draw(path: Path) -> None:
+    """The picture of the result, where matplotlib is."""
+    try:
+        from sglang_nsa_plugin.cli import bench_plot
+    except ImportError as error:
+        print(f"no picture: {error}")
+        return
+    result = json.loads(path.read_text())["parts"].get("bench")
+    if result is not None:
+        bench_plot.draw(result, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
