@@ -3,9 +3,9 @@
     python integration/bench.py [--only bench|gather|dram ...]
 
 Writes integration/results/bench-GPU-VERSION.json, or below NSA_RESULTS_DIR, and where matplotlib is
-installed the picture beside it. Three parts: ``bench`` is the command's own result. ``gather`` is a floor
-for the paged table: the time in which torch reads one slot of each page, 256 bytes apart, and does nothing
-else. ``dram`` holds what ncu counts in three fills, next to the bytes that they must move.
+installed the picture beside it. Three parts: ``bench`` is the command's own result. ``gather`` is a
+floor for the paged table: the time in which torch reads one slot of each page, 256 bytes apart, and does
+nothing else. ``dram`` holds what ncu counts in three fills, next to the bytes that they must move.
 """
 
 from __future__ import annotations
