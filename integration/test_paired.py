@@ -3,7 +3,7 @@
     python integration/serve_test.py paired
 
 All servers are ready before the first timing; those of the other kind idle. Every pair sends the same
-request to both arms, in alternating order. The goals stand beside the medians and are not asserted: steps
+request to both arms, in alternating order. The goals stand beside the medians, not asserted: steps
 of a model this small vary from pair to pair by more than the gain. Where the time of a step with one
 request goes is written beside them, from the probe's host times, in microseconds.
 """
