@@ -52,8 +52,8 @@ def _introduction(bench: dict[str, Any], first: dict[str, Any]) -> str:
     return (
         f"One fill outside a server, `req_to_token` {first['width']:,} wide, {first['draft_tokens']} draft "
         "tokens, medians in microseconds of alternating rounds in one run. GPU times are slopes between CUDA "
-        "graphs of 1 and of 21 fills; *whole* is all that a step needs, SGLang's derived tables too. *Of a "
-        "copy*: the bytes that the fill must move over its time, as a share of the "
+        "graphs of 1 and of 21 fills; *whole* is all that a step needs, SGLang's derived tables too, and of the page "
+        "tables both with SGLang and those that its consumers read with ours. *Of a copy*: the bytes that the fill must move over its time, as a share of the "
         f"{bench['copy_gb_s']['median']:,.0f} GB/s that a copy moved in the same run; an empty graph node took "
         f"{bench['floor_us']['median']:.2f} µs."
     )
