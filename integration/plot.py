@@ -1,15 +1,17 @@
-"""Draws README's picture from the committed result files.
+"""Draws README's pictures from the committed result files.
 
     python integration/plot.py
 
-Host time of planning one draft-extend step, SGLang's own and ours, for each release that was measured.
-Needs matplotlib.
+Host time of planning one draft-extend step, SGLang's own and ours, for each release that was measured,
+and the picture of the newest `make bench`. Needs matplotlib and the installed package.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import bench
+import bench_figures
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from readme import RESULTS, SHOWN_CASE, shown_case
@@ -19,6 +21,14 @@ COLOURS = {"sglang": "#9aa5b1", "ours": "#1f6feb"}
 
 
 def main() -> int:
+    draw_host_times()
+    newest = bench_figures.newest(RESULTS)
+    if newest is not None:
+        bench.draw(newest)
+    return 0
+
+
+def draw_host_times() -> None:
     shown = measured()
     mpl.rcParams["svg.hashsalt"] = "sglang-nsa-plugin"  # the same picture for the same figures
     figure, axes = plt.subplots(figsize=(7.5, 3.2))
@@ -40,7 +50,6 @@ def main() -> int:
     axes.legend(frameon=False, loc="lower right")
     figure.tight_layout()
     figure.savefig(PICTURE, metadata={"Date": None})
-    return 0
 
 
 def measured() -> dict[str, dict[str, dict[str, float]]]:

@@ -51,7 +51,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("requests")
     figure.suptitle(_title(result, rows[0]), fontsize=10)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -60,13 +60,15 @@ def _is_shown(row: dict[str, Any], first: dict[str, Any]) -> bool:
 
 
 def _panel(axes: Any, rows: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """Lines by label: solid with both page tables, dashed with the page-64 table alone."""
+    """Lines by label: solid with both page tables, which SGLang always fills, dashed with one."""
     handles = {}
     for path, title in TITLES.items():
         for tables, style, suffix in (("both", "-", ""), ("paged", "--", ", page-64 table only")):
             timed = [row for row in rows if row["tables"] == tables and path in row[kind]]
             if not timed:
                 continue
+            if path == "sglang":
+                style, suffix = "-", ""
             requests = [row["requests"] for row in timed]
             (handles[title + suffix],) = axes.plot(
                 requests, [row[kind][path] for row in timed], style, color=COLOURS[path], linewidth=1.4,

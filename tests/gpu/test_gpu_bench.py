@@ -24,7 +24,7 @@ def test_nodes_are_counted_by_kind():
 
 
 def test_the_floor_and_the_bandwidth_are_those_of_a_gpu():
-    assert 0.3 < timing.floor_us(0.2)["median"] < 10
+    assert 0.1 < timing.floor_us(0.2)["median"] < 10
     assert 500 < timing.copy_gb_s(0.2)["median"] < 20_000
 
 
@@ -53,8 +53,8 @@ def test_rows_on_a_gpu(monkeypatch):
         assert {"sglang_kernel", "cuda", "triton", "torch"} <= set(row["gpu_us"])
         assert min(row["gpu_us"].values()) > 0
         assert row["compiles"]["ours"] == 0
-    assert rows[0]["compiles"]["sglang"] > 0  # a batch size that its kernel has not seen
     recorded = [row for row in rows if "ours" in row["gpu_us"]]
+    assert recorded[0]["compiles"]["sglang"] > 0  # a batch size that its kernel has not seen
     assert len(recorded) == 4
     for row in recorded:
         assert row["nodes"]["kernel"] >= 1
