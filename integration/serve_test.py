@@ -18,6 +18,7 @@ FOLDER = Path(__file__).resolve().parent
 # Files of each slice, and options of pytest.
 SLICES: dict[str, tuple[str, ...]] = {
     "core": ("test_serving.py",),
+    "paired": ("test_paired.py", "--servers=4"),
     "cases": ("test_cases.py",),
     "fp8": ("test_fp8.py",),
     "corruption": ("test_corruption.py",),

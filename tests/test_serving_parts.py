@@ -365,7 +365,7 @@ def test_a_wrong_plugin_fails_the_slice(tmp_path, fault, failed):
 def test_an_unknown_slice_is_refused_with_the_choices(tmp_path):
     run = slices(tmp_path, "everything")
     assert run.returncode == 2
-    assert "no slice named everything; there are core, cases" in run.stderr
+    assert "no slice named everything; there are core, paired" in run.stderr
 
 
 def test_the_files_of_every_slice_exist():
