@@ -1,7 +1,7 @@
 """What a committed run of ``bench`` on a GPU has to meet: each bound names the cells that miss it.
 
-Each function takes the part ``bench`` of ``results/bench-h200-VERSION.json`` and returns a line for each
-cell over its bound, none where all meet it. Times are medians in microseconds.
+Each function takes what ``measured`` makes of ``results/bench-h200-VERSION.json`` and returns a line for
+each cell over its bound, none where all meet it. Times are medians in microseconds.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ COPY_SHARE = 0.85
 COPY_SHARE_FROM = 64_000_000  # bytes moved
 HOST_US = 3.0
 NODES = {"flashmla_sparse": 3, "flashmla_kv": 6}
+
+
+def measured(result: Mapping[str, Any]) -> Bench:
+    """The parts ``bench`` and ``gather`` of a result file as one."""
+    return {**result["parts"]["bench"], "gather_us": result["parts"]["gather"]}
 
 
 def cell(row: Row) -> str:
