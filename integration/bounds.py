@@ -171,6 +171,23 @@ def compiles(bench: Bench) -> list[str]:
     ]
 
 
+def in_words(bench: Bench) -> str:
+    """For README: how many cells of the paged kernel meet which bound, and what misses its bound."""
+    rows, missed, held = paged_rows(bench), paged_kernel(bench), held_to_gather(bench)
+    said = (
+        f"Of {len(rows)} cells of the page-64 table alone, {len(rows) - len(missed)} take {PAGED_US:.0f} µs "
+        f"at most, or {OVER_COPY} times what their bytes take at the copy bandwidth."
+    )
+    if held:
+        cells = "; ".join(f"{_over(row, paged_limit(bench, row))}" for row in held)
+        said += (
+            f" {len(held)} do not, and are held to {OVER_GATHER} times a plain read of one slot a page, "
+            f"because memory gives 64 bytes where the fill needs 32: {cells}."
+        )
+    others = [line for bound in BOUNDS if bound is not paged_kernel for line in bound(bench)]
+    return said + (f" Missed: {'; '.join(others)}." if others else "")
+
+
 BOUNDS = (
     paged_kernel,
     paged_kernel_gather,

@@ -126,6 +126,15 @@ def test_cells_held_to_the_gather_are_those_that_miss_the_first_bound():
     assert bounds.held_to_gather(bench(beyond, gather=[(8, 2_048, 9.0)])) == []
 
 
+def test_words_for_readme_tell_the_two_bounds_apart():
+    held, missed = row(**HELD, **gpu(29.0)), row(requests=9, **gpu(3.5))
+    words = bounds.in_words(bench(row(), held, missed, gather=[(8, 2_048, 20.0)]))
+    assert "Of 3 cells of the page-64 table alone, 1 take 3 µs at most" in words
+    assert "1 do not, and are held to 1.5 times a plain read" in words
+    assert "cuda 29.00 µs, at most 12.00" in words
+    assert "Missed: flashmla_sparse 9 × 2,048 paged" in words
+
+
 @pytest.fixture(scope="module")
 def measured():
     """What the newest release's committed file says of the GPU that it was measured on."""
