@@ -174,8 +174,9 @@ def compiles(bench: Bench) -> list[str]:
 def in_words(bench: Bench) -> str:
     """For README: how many cells of the paged kernel meet which bound, and what misses its bound."""
     rows, missed, held = paged_rows(bench), paged_kernel(bench), held_to_gather(bench)
+    met = len(rows) - len(missed)
     said = (
-        f"Of {len(rows)} cells of the page-64 table alone, {len(rows) - len(missed)} take {PAGED_US:.0f} µs "
+        f"Of {len(rows)} cells of the page-64 table alone, {met} take {PAGED_US:.0f} µs "
         f"at most, or {OVER_COPY} times what their bytes take at the copy bandwidth."
     )
     if held:
