@@ -128,6 +128,8 @@ def figures() -> str:
             shadow(serve["parts"]),
             *counted(serve["parts"]),
             checked(gpu["parts"]),
+            *soaked(gpu["parts"]),
+            *loaded(),
             source(serve, gpu),
         ]
     )
@@ -273,15 +275,75 @@ def counted(parts: dict[str, Any]) -> list[str]:
 
 
 def checked(parts: dict[str, Any]) -> str:
-    demo, sanitizers, tests = parts["demo"], parts["sanitizers"], parts["tests"]
-    errors = sum(tool["errors"] for tool in sanitizers.values() if isinstance(tool, dict))
+    demo, tests = parts["demo"], parts["tests"]
     failed = tests["counts"].get("failed", 0)
     return (
-        f"On the same GPU: {tests['counts']['passed']} GPU tests passed{failures(failed, tests)}; memcheck, racecheck, "
-        f"initcheck and synccheck of compute-sanitizer found {errors} errors; the demo compared "
+        f"On the same GPU: {tests['counts']['passed']} GPU tests passed{failures(failed, tests)}; "
+        f"{sanitized(parts)}; the demo compared "
         f"{sum(demo['compared'].values()):,} values in {demo['steps']} replays of real CUDA graphs, "
         f"{sum(demo['different'].values())} different."
     )
+
+
+def sanitized(parts: dict[str, Any]) -> str:
+    """What compute-sanitizer found in fills, in what was done wrong on purpose, and in the GPU tests."""
+    said = [f"{found_by(parts['sanitizers'])} in single fills"]
+    planted = parts["sanitizers"].get("planted", {})
+    said += [f"{tool} found what was done wrong on purpose" for tool, found in planted.items() if found]
+    said += [f"{tool} did not find what was done wrong" for tool, found in planted.items() if not found]
+    if "sanitized_tests" in parts:
+        ran = tools(parts["sanitized_tests"])
+        counts = ", ".join(
+            f"{tool['tests'].get('passed', 0)} under {name}" for name, tool in ran.items()
+        )
+        failed = sum(tool["tests"].get("failed", 0) for tool in ran.values())
+        said.append(
+            f"{found_by(parts['sanitized_tests'])} in the GPU tests ({counts} passed, {failed} failed)"
+        )
+    return "; ".join(said)
+
+
+def found_by(part: dict[str, Any]) -> str:
+    ran = tools(part)
+    ended = [tool["errors"] for tool in ran.values() if tool["errors"] is not None]
+    not_ended = [name for name, tool in ran.items() if tool["errors"] is None]
+    missing = f" ({', '.join(not_ended)} did not come to the end)" if not_ended else ""
+    return f"{', '.join(ran)} of compute-sanitizer found {sum(ended)} errors{missing}"
+
+
+def tools(part: dict[str, Any]) -> dict[str, Any]:
+    """What each tool found, without the summaries beside them."""
+    return {name: tool for name, tool in part.items() if isinstance(tool, dict) and "errors" in tool}
+
+
+def soaked(parts: dict[str, Any]) -> list[str]:
+    """One sentence; none while the soak was not run, or did not end."""
+    if "replays" not in parts.get("soak", {}):
+        return []
+    soak = parts["soak"]
+    without, with_check = (soak["cost_of_check_us"][name] for name in ("unchecked", "checked"))
+    return [
+        f"Soak: {soak['replays']:,} replays of captured graphs on random batches, {soak['checks']:,} of them compared "
+        f"with SGLang's own fill, {soak['values_compared']:,} values, {soak['mismatches']} different. A check takes a "
+        f"replay from {without['host']:.0f} to {with_check['host']:.0f} µs of the host's time and from "
+        f"{without['stream']:.0f} to {with_check['stream']:.0f} µs of the stream's."
+    ]
+
+
+def loaded() -> list[str]:
+    """One sentence over all runs of integration/test_shadow_load.py; none while there is no file."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("shadow-load-*.json"))]
+    if not runs:
+        return []
+    total = {key: sum(run["parts"]["total"][key] for run in runs) for key in ("checks", "mismatches")}
+    values = sum(run["parts"]["total"]["values_checked"] for run in runs)
+    servers = [server for run in runs for server in run["parts"]["servers"].values()]
+    failed = sum("error" in server for server in servers)
+    return [
+        f"Servers of 2, 4 and 6 draft tokens, bfloat16 and FP8, under mixed load, every replay checked: {total['checks']:,} "
+        f"replays in {len(runs)} run{'s' * (len(runs) > 1)} of SGLang {', '.join(sorted({run['versions']['sglang'] for run in runs}))}, "
+        f"{values:,} values, {total['mismatches']} different; {failed} of {len(servers)} servers failed."
+    ]
 
 
 def failures(count: int, tests: dict[str, Any]) -> str:
