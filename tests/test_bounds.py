@@ -148,14 +148,32 @@ def measured():
     return bounds.measured(json.loads(newest.read_text()))
 
 
-@pytest.mark.parametrize("bound", [each for each in bounds.BOUNDS if each is not bounds.paged_kernel])
+# Not met by the newest committed run; csrc/NOTES.md says where. One that comes to be met fails here.
+NOT_MET = (bounds.paged_kernel_gather, bounds.widths, bounds.host)
+HELD_BOUNDS = [
+    pytest.param(each, marks=pytest.mark.xfail(strict=True)) if each in NOT_MET else each
+    for each in bounds.BOUNDS
+    if each is not bounds.paged_kernel
+]
+
+
+def needs_bandwidth(measured) -> None:
+    """The first runs asked a copy engine, slower than a kernel: any share of that would pass."""
+    if measured.get("copy_by") != "kernel":
+        pytest.skip("the committed run has no kernel's copy bandwidth: `make bench` on an H200")
+
+
+@pytest.mark.parametrize("bound", HELD_BOUNDS)
 def test_what_was_measured_meets_its_bounds(measured, bound):
+    if bound is bounds.both_tables:
+        needs_bandwidth(measured)
     missed = bound(measured, KNOWN_MISSES) if bound is bounds.both_tables else bound(measured)
     assert missed == []
 
 
 def test_only_cells_that_the_gather_bounds_miss_the_first_bound(measured):
     """And they are few: the bound as it stands holds for most of the grid."""
+    needs_bandwidth(measured)
     held = bounds.held_to_gather(measured)
     assert len(held) == len(bounds.paged_kernel(measured)) < len(bounds.paged_rows(measured)) / 2
 
@@ -171,6 +189,7 @@ def test_what_was_measured_has_cells_for_every_bound(measured):
 
 def test_known_misses_are_cells_that_miss_their_bound(measured):
     """A cell that has come to meet it leaves the list."""
+    needs_bandwidth(measured)
     missed = [line.partition(":")[0] for line in bounds.both_tables(measured)]
     assert set(KNOWN_MISSES) <= set(missed)
 

@@ -67,6 +67,7 @@ def _measured(console: Console, quick: bool) -> dict[str, Any]:
         measured = {
             "floor_us": timing.floor_us(grid.seconds),
             "copy_gb_s": timing.copy_gb_s(grid.seconds),
+            "copy_by": "kernel",
         }
         measured |= _cases(grid, device, console, _graph_setup)
         for row in measured["cases"]:

@@ -147,6 +147,8 @@ def graph_nodes(call: Call) -> dict[str, int]:
     driver = ctypes.CDLL("libcuda.so.1")
     handle, count = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t()
     _ask(driver.cuGraphGetNodes(handle, None, ctypes.byref(count)))
+    if count.value == 0:
+        return {}
     nodes = (ctypes.c_void_p * count.value)()
     _ask(driver.cuGraphGetNodes(handle, nodes, ctypes.byref(count)))
     kinds: Counter[str] = Counter()

@@ -21,10 +21,11 @@ def test_nodes_are_counted_by_kind():
         event.record()
 
     assert timing.graph_nodes(work) == {"kernel": 1, "memcpy": 1, "event_record": 1}
+    assert timing.graph_nodes(lambda: None) == {}
 
 
 def test_the_floor_and_the_bandwidth_are_those_of_a_gpu():
-    assert 0.1 < timing.floor_us(0.2)["median"] < 10
+    assert 0 < timing.floor_us(0.2)["median"] < 10
     assert 500 < timing.copy_gb_s(0.2)["median"] < 20_000
 
 
