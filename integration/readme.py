@@ -62,7 +62,8 @@ def releases() -> str:
         + f"\n\nGenerations of SGLang's code: {generations()}. *Host µs* and *launches*: what SGLang's own call costs before a draft-extend forward of 8 requests "
         "of 32k tokens, and ours; from `sglang-nsa-plugin bench` on an H200, both in one run. All values "
         f"compared were equal. From `integration/results/` (`releases.json`: {matrix['date'][:10]}, commit "
-        f"{matrix['commit'][:7]}; `gpu-test-VERSION.json`, `serve-VERSION.json`).\n\n{gpus()}"
+        f"{matrix['commit'][:7]}; `gpu-test-VERSION.json`, `bench-h200-VERSION.json`, `serve-VERSION.json`, each with its commit: "
+        f"on a GPU the releases but 0.5.17 were tried with an earlier kernel).\n\n{gpus()}"
     )
 
 
@@ -104,7 +105,8 @@ def release(version: str, row: dict[str, Any]) -> str:
 
 def shown_case(version: str) -> dict[str, Any] | None:
     """The timed case that stands for a release; None where it was not timed."""
-    cases = parts(f"gpu-test-{version}.json").get("bench", {}).get("cases", [])
+    timed = parts(f"bench-h200-{version}.json") or parts(f"gpu-test-{version}.json")
+    cases = timed.get("bench", {}).get("cases", [])
     whole = (case for case in cases if "ours" in case["host_us"])  # others time kernels alone
     return next((case for case in whole if SHOWN_CASE.items() <= case.items()), None)
 

@@ -63,8 +63,8 @@ def fill_draft_extend_metadata_cuda(
         out_nsa_cache_seqlens: int32 [rows], ``min(out_seqlens_expanded, nsa_index_topk)``.
         use_adaptive: take as many blocks as the rows need; otherwise always one block. One block is
             enough for 256 rows, so up to 64 requests of 4 rows the two are the same. Beyond, more
-            blocks won at every size measured, 1.2 times at 128 requests and 1.8 at 1024 on an H200
-            (``bench.expand`` in ``integration/results/gpu-test-0.5.17.json``): there is no threshold
+            blocks won at every size measured, 1.2 times at 128 requests and 1.7 at 1024 on an H200
+            (``bench.expand`` in ``integration/results/bench-h200-0.5.17.json``): there is no threshold
             above which one block would be better again.
 
     Returns:

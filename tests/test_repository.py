@@ -71,7 +71,7 @@ RUN_BY = {
     "NSA_CUDA=OFF pip install .": "test_wheel.py",
     "sglang-nsa-plugin verify": "test_verify.py",
     "sglang-nsa-plugin demo": "test_cli.py",
-    "sglang-nsa-plugin bench": "needs a GPU",
+    "sglang-nsa-plugin bench": "test_bench.py",
     "curl localhost:30000/server_info": "needs a server: integration/test_serving.py",
     "make lint": ".ci/run",
     "make test": ".ci/run",
