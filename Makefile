@@ -21,7 +21,7 @@ help:
 	@echo "make lint        formatter, linter, types"
 	@echo "make test-release VERSION=0.5.14   against one SGLang release in an environment of its own"
 	@echo "make test-releases                 against all tested ones; writes integration/results/"
-	@echo "make gpu-test    tests, sanitizers and timings on an NVIDIA GPU; writes integration/results/"
+	@echo "make gpu-test    tests, sanitizers and the demo on an NVIDIA GPU; writes integration/results/"
 	@echo "make serve-test  real SGLang servers with and without the plugin; writes integration/results/"
 	@echo "make serve-test PART=cases         one slice of it, 8 minutes or less"
 	@echo "make bench       times of one fill, SGLang's own and ours, in one run; writes integration/results/"

@@ -1,9 +1,9 @@
-"""``make gpu-test``: the GPU tests, the sanitizers and the timings, into one committed result file.
+"""``make gpu-test``: the GPU tests, the sanitizers and the demo, into one committed result file.
 
     python integration/gpu_test.py [--only PART ...]    # --help names the parts
 
 Needs an NVIDIA GPU, torch, pytest, hypothesis and the installed package; SGLang, whichever release is
-installed, for the adapter tests, the demo and the timings; compute-sanitizer for the sanitizers. Writes
+installed, for the adapter tests, the demo and what bench times; compute-sanitizer for the sanitizers. Writes
 integration/results/gpu-test-VERSION.json, named after that release, or below NSA_RESULTS_DIR.
 """
 
@@ -36,13 +36,12 @@ def main() -> int:
         "fuzz": lambda: run_tests(FUZZ),
         "adapters": lambda: run_tests("tests/gpu/test_gpu_in_graph.py", "tests/gpu/test_gpu_eager.py"),
         **sanitizers.parts(),
-        "demo": lambda: run_command("demo"),
-        "bench": lambda: run_command("bench"),
+        "demo": run_demo,
         "soak": run_soak,
     }
     parser.add_argument("--only", choices=parts, action="append")
-    # tests has those of adapters, too; what takes many minutes is asked for by name
-    by_name = ("adapters", "fuzz", "sanitized_tests", "soak")
+    # tests has those of adapters, too; timing is of `make bench`; the others take many minutes
+    by_name = ("adapters", "timing", "fuzz", "sanitized_tests", "soak")
     only = parser.parse_args().only or [name for name in parts if name not in by_name]
     outcome: dict[str, Any] = {}
     for name in only:
@@ -71,11 +70,11 @@ def run_tests(*arguments: str) -> dict[str, Any]:
     }
 
 
-def run_command(name: str) -> dict[str, Any]:
-    """``sglang-nsa-plugin demo`` or ``bench``, from a folder without the source tree."""
+def run_demo() -> dict[str, Any]:
+    """``sglang-nsa-plugin demo``, from a folder without the source tree."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "sglang_nsa_plugin", name, "--json", str(path)]
+        command = [sys.executable, "-m", "sglang_nsa_plugin", "demo", "--json", str(path)]
         run = subprocess.run(command, cwd=folder, timeout=TIME_LIMIT_S, check=False)
         found = json.loads(path.read_text()) if path.is_file() else {}
         return {"passed": run.returncode == 0, **found}

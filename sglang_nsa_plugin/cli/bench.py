@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
-from sglang_nsa_plugin.cli import bench_cases, bench_paths, bench_report, timing
+from sglang_nsa_plugin.cli import bench_cases, bench_paths, bench_report, terminal, timing
 from sglang_nsa_plugin.cli.batches import Inputs, make_inputs
 from sglang_nsa_plugin.cli.bench_cases import BOTH, PAGED, Case, DirectFills, Grid, Setup
 from sglang_nsa_plugin.cli.bench_paths import ORIGINAL, OURS, SGLANG, SGLANG_KERNEL
@@ -36,11 +35,12 @@ DRAFT_TOKENS = 4
 
 def run(json_path: str | None, plot_path: str | None = None, quick: bool = False) -> int:
     """Times every case, prints a table and returns 0."""
-    console = Console()
+    console = terminal.console()
     if plot_path:
         from sglang_nsa_plugin.cli import bench_plot  # says what is missing before minutes are spent
     begin = time.monotonic()
-    result = _measured(console, quick)
+    with terminal.progress(console) as progress:
+        result = _measured(progress, quick)
     result["seconds"] = round(time.monotonic() - begin, 1)
     bench_report.show(console, result)
     if json_path:
@@ -50,12 +50,13 @@ def run(json_path: str | None, plot_path: str | None = None, quick: bool = False
     return 0
 
 
-def _measured(console: Console, quick: bool) -> dict[str, Any]:
+def _measured(progress: Progress, quick: bool) -> dict[str, Any]:
+    bar = progress.add_task("loading SGLang", total=None)
     if not torch.cuda.is_available():
         return {
             "gpu": None,
             "note": bench_report.NO_GPU,
-            **_cases(bench_cases.ON_CPU, torch.device("cpu"), console, _cpu_setup),
+            **_cases(bench_cases.ON_CPU, torch.device("cpu"), progress, bar, _cpu_setup),
         }
     from sglang_nsa_plugin.adapters import in_graph
     from sglang_nsa_plugin.state import STATE
@@ -69,11 +70,11 @@ def _measured(console: Console, quick: bool) -> dict[str, Any]:
             "copy_gb_s": timing.copy_gb_s(grid.seconds),
             "copy_by": "kernel",
         }
-        measured |= _cases(grid, device, console, _graph_setup)
+        measured |= _cases(grid, device, progress, bar, _graph_setup)
         for row in measured["cases"]:
             row["copy_share"] = _copy_share(row, measured["copy_gb_s"]["median"])
     else:
-        measured = _cases(bench_cases.EAGER, device, console, _eager_setup)
+        measured = _cases(bench_cases.EAGER, device, progress, bar, _eager_setup)
     if not quick:
         measured["expand"] = [_expand_case(device, bs) for bs in EXPAND_BATCH_SIZES]
     return {
@@ -104,7 +105,11 @@ MeasureSetup = Callable[[Run, Setup], list[dict[str, Any]]]
 
 
 def _cases(
-    grid: Grid, device: torch.device, console: Console, measure_setup: MeasureSetup
+    grid: Grid,
+    device: torch.device,
+    progress: Progress,
+    bar: TaskID,
+    measure_setup: MeasureSetup,
 ) -> dict[str, Any]:
     """Every case of every set-up that can run here."""
     from sglang_nsa_plugin.cli.stand_ins import missing_for
@@ -112,17 +117,16 @@ def _cases(
     missing = {setup.decode_impl: missing_for(setup.decode_impl) for setup in grid.setups}
     for impl, why_not in missing.items():
         if why_not is not None:
-            console.print(f"{impl} is left out: {why_not}")
+            progress.console.print(f"{impl} is left out: {why_not}")
     setups = [setup for setup in grid.setups if missing[setup.decode_impl] is None]
     rows: list[dict[str, Any]] = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=sum(len(setup.cases()) for setup in setups))
-        run = Run(grid, device, lambda what: progress.update(bar, advance=1, description=what))
-        for setup in setups:
-            rows += measure_setup(run, setup)
-            gc.collect()  # a backend and the plugin's fill hold each other
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+    progress.update(bar, total=sum(len(setup.cases()) for setup in setups))
+    run = Run(grid, device, lambda what: progress.update(bar, advance=1, description=what))
+    for setup in setups:
+        rows += measure_setup(run, setup)
+        gc.collect()  # a backend and the plugin's fill hold each other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return {"cases": rows}
 
 
