@@ -3,7 +3,7 @@
     python integration/gpu_test.py [--only PART ...]    # --help names the parts
 
 Needs an NVIDIA GPU, torch, pytest, hypothesis and the installed package; SGLang, whichever release is
-installed, for the adapter tests, the demo and what bench times; compute-sanitizer for the sanitizers. Writes
+installed, for the adapter tests and the demo; compute-sanitizer for the sanitizers. Writes
 integration/results/gpu-test-VERSION.json, named after that release, or below NSA_RESULTS_DIR.
 """
 
