@@ -56,28 +56,6 @@ class FillArgs:
     segments stands ``(rows, 0)``. Rows longer than ``256 * ((2**31 - 1) // rows)`` count as that long.
     It needs a number in ``extend_lens``.
 
-    Inputs, int32 or int64, any strides:
-        seq_lens: [bs]. Only the low 32 bits count, as in SGLang's int32 metadata.
-        extend_lens: a number, the same for every request, or [bs]. Negative counts as 0, more than
-            2**31 - 1 as that.
-        req_pool_indices: [bs], rows of ``req_to_token``.
-        req_to_token: [pool, columns], the KV slot of each token of each request, low 32 bits. Both
-            may be None when no page table is asked for.
-        index_topk: how many tokens sparse attention keeps, 1 or more.
-        page_size: tokens in a page of ``real_page_table``, 1 or more.
-        enabled: None, or int32 [1]: a fill that finds 0 there writes nothing. It is read on the
-            device, so a captured fill can be switched off without a new capture.
-
-    ``ctx_lens``, ``page_table_1``, ``real_page_table``, ``row_count`` and ``mqa_schedule`` are left out
-    when None. With page size 1 there is no ``real_page_table``: it would be ``page_table_1``.
-
-    ``mqa_schedule`` is DeepGEMM's for paged MQA logits. Row t has ``ceil(seqlens_expanded[t] / 256)``
-    segments, n are there in all, and processor p begins behind the first
-    ``p * (n // P) + min(p, n % P)`` of them; with ``mqa_remainder_last`` the last processors take what
-    does not divide evenly, not the first: ``p * (n // P) + max(p - P + n % P, 0)``. At the end of the
-    segments stands ``(rows, 0)``. Rows longer than ``256 * ((2**31 - 1) // rows)`` count as that long.
-    It needs a number in ``extend_lens``.
-
     Rows: a number in ``extend_lens`` asks for exactly ``bs * extend_lens`` rows. With a tensor the
     outputs say how many rows there are; rows behind the last request get length 0 and requests that
     do not fit are cut off. How many are in use is never asked of the device.
