@@ -26,24 +26,27 @@ class CaptureError(RuntimeError):
         )
 
 
-def take_over(choice: Choice, makes_schedule: bool = False) -> None:
+def take_over(choice: Choice, makes_schedule: bool | None = None) -> None:
     """Notes and logs the implementation that fills a backend's metadata.
 
-    ``makes_schedule`` says that the same launch makes DeepGEMM's schedule, which on CUDA DeepGEMM makes
-    otherwise. A server may have several such backends, of adaptive speculation for example: they say it
-    once.
+    ``makes_schedule`` says whether the same launch makes DeepGEMM's schedule, or DeepGEMM itself; None
+    where no fill ever does. A server may have several such backends, of adaptive speculation for example:
+    they say it once.
     """
     if STATE.backend is not None:
         return
     STATE.backend, STATE.reason = choice.name, choice.reason
-    STATE.mqa_schedule = choice.name if makes_schedule else "DeepGEMM"
+    schedule = ""
+    if makes_schedule is not None:
+        STATE.mqa_schedule = choice.name if makes_schedule else "DeepGEMM"
+        schedule = f"; MQA schedule by {STATE.mqa_schedule}"
     logger.info(
-        "sglang-nsa-plugin %s: adapter %s, implementation %s: %s; MQA schedule by %s",
+        "sglang-nsa-plugin %s: adapter %s, implementation %s: %s%s",
         version("sglang-nsa-plugin"),
         STATE.adapter,
         choice.name,
         choice.reason,
-        STATE.mqa_schedule,
+        schedule,
     )
 
 
