@@ -30,8 +30,8 @@ def take_over(choice: Choice, makes_schedule: bool | None = None) -> None:
     """Notes and logs the implementation that fills a backend's metadata.
 
     ``makes_schedule`` says whether the same launch makes DeepGEMM's schedule, or DeepGEMM itself; None
-    where no fill ever does. A server may have several such backends, of adaptive speculation for example:
-    they say it once.
+    where no fill ever does. A server may have several such backends, of adaptive speculation for
+    example: they say it once.
     """
     if STATE.backend is not None:
         return
