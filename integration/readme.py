@@ -22,7 +22,6 @@ RESULTS = ROOT / "integration" / "results"
 RELEASES = ("<!-- releases: made by integration/readme.py -->", "<!-- end of releases -->")
 FIGURES = ("<!-- figures: made by integration/readme.py -->", "<!-- end of figures -->")
 SHOWN_CASE = {"decode_impl": "flashmla_sparse", "requests": 8, "length": 32_768}
-SHOWN_LENGTHS = (2_048, 131_072)
 FULL_STEP_MS = (5, 18)  # one speculative step of DeepSeek-V3.2 at full size
 
 
@@ -124,7 +123,7 @@ def figures() -> str:
         [
             served(serve["parts"]),
             full_size(serve["parts"]),
-            alone(gpu["parts"]),
+            *one_fill(),
             tokens(serve["parts"]),
             fence(json.loads((RESULTS / "fence-0.5.17.json").read_text())),
             shadow(serve["parts"]),
@@ -201,28 +200,10 @@ def more_where_eager() -> str:
     )
 
 
-def alone(parts: dict[str, Any]) -> str:
-    """From the newest `make bench`; while there is none, from the timings of gpu-test."""
+def one_fill() -> list[str]:
+    """From the newest `make bench`; none while there is none."""
     newest = bench_figures.newest(RESULTS)
-    if newest is not None:
-        return bench_figures.figures(newest)
-    lines = []
-    for case in parts["bench"]["cases"]:
-        if case["decode_impl"] != "flashmla_sparse" or case["length"] not in SHOWN_LENGTHS:
-            continue
-        host, gpu = case["host_us"], case["gpu_us"]
-        lines.append(
-            f"| {case['requests']} | {case['length']:,} | {host['sglang']:.0f} | {host['ours']:.1f} "
-            f"| {gpu['sglang']:.1f} | {gpu['ours']:.1f} | {gpu['sglang_kernel']:.1f} "
-            f"| {gpu['our_kernel']:.1f} |"
-        )
-    return (
-        "One fill outside a server, `req_to_token` 163,904 wide, in microseconds. GPU times are slopes "
-        "between CUDA graphs of 1 and of 21 fills; *all* is the kernel and SGLang's derived tables. With "
-        "one request our kernel is the slower one on the GPU.\n\n"
-        "| requests | context | host: SGLang | ours | GPU, all: SGLang | ours | kernel alone: SGLang | ours |\n"
-        "|---|---|---|---|---|---|---|---|\n" + "\n".join(lines)
-    )
+    return [] if newest is None else [bench_figures.figures(newest)]
 
 
 def tokens(parts: dict[str, Any]) -> str:
