@@ -53,7 +53,7 @@ def report() -> Callable[[str, dict[str, Any]], None]:
     run = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     def add(part: str, figures: dict[str, Any]) -> None:
-        results.merge(file, COMMAND, {part: {"run": run, **figures}})
+        results.merge(file, COMMAND, {part: {"run": run, **figures}}, alone=True)
         print(f"\n{part}: {json.dumps(figures)[:PRINTED]}")
 
     return add

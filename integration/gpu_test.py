@@ -46,7 +46,9 @@ def main() -> int:
     outcome: dict[str, Any] = {}
     for name in only:
         outcome[name] = parts[name]()
-        results.merge(f"gpu-test-{version('sglang')}.json", "make gpu-test", outcome)
+        results.merge(
+            f"gpu-test-{version('sglang')}.json", "make gpu-test", {name: outcome[name]}, alone=True
+        )
     failed = [name for name, part in outcome.items() if not part["passed"]]
     print("FAILED: " + ", ".join(failed) if failed else "gpu-test passed: " + ", ".join(outcome))
     return 1 if failed else 0

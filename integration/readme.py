@@ -345,9 +345,15 @@ def source(serve: dict[str, Any], gpu: dict[str, Any]) -> str:
     versions = serve["versions"]
     return (
         f"From `integration/results/serve-0.5.17.json` and `gpu-test-0.5.17.json`: {serve['gpus'][0].replace(', ', ', driver ')}, "
-        f"SGLang {versions['sglang']}, torch {versions['torch']}, {serve['date'][:10]}, commits "
-        f"{serve['commit'][:7]} and {gpu['commit'][:7]}."
+        f"SGLang {versions['sglang']}, torch {versions['torch']}, {serve['date'][:10]}; {commits('served', serve)}; "
+        f"{commits('GPU tests', gpu)}. Each part of a file says which commit it is of."
     )
+
+
+def commits(what: str, run: dict[str, Any]) -> str:
+    """The commits that the parts of a result file are of."""
+    found = {part.get("of", run)["commit"][:7] for part in run["parts"].values()}
+    return f"{what} at commit{'s' * (len(found) > 1)} {', '.join(sorted(found))}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+STAMP = ("date", "commit", "gpus")  # the header of a file is that of its last run
 DISTRIBUTIONS = (
     "torch",
     "triton",
@@ -31,14 +32,29 @@ def folder() -> Path:
     return path
 
 
-def merge(name: str, command: str, parts: dict[str, Any]) -> Path:
-    """Writes ``parts`` into a result file, keeping the parts of earlier runs of the same commit."""
+def merge(name: str, command: str, parts: dict[str, Any], *, alone: bool = False) -> Path:
+    """Writes ``parts`` into a result file, keeping the parts of earlier runs of the same commit.
+
+    Args:
+        name: of the file.
+        command: that writes it.
+        parts: figures by their name; those of the same name are replaced.
+        alone: each part stands on its own and says which run it is of; those of other commits stay, too.
+    """
     path = folder() / name
     header = {"command": command, **environment()}
     old = json.loads(path.read_text()) if path.is_file() else {}
-    kept = old.get("parts", {}) if old.get("commit") == header["commit"] else {}
-    path.write_text(json.dumps({**header, "parts": {**kept, **parts}}, indent=2) + "\n")
+    if alone:
+        merged = {**_stamped(old.get("parts", {}), old), **_stamped(parts, header)}
+    else:
+        merged = {**(old.get("parts", {}) if old.get("commit") == header["commit"] else {}), **parts}
+    path.write_text(json.dumps({**header, "parts": merged}, indent=2) + "\n")
     return path
+
+
+def _stamped(parts: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """The parts with the run that they are of, where they do not say it yet."""
+    return {name: {"of": {key: run[key] for key in STAMP}, **part} for name, part in parts.items()}
 
 
 def counts_of_tests(output: str) -> dict[str, int]:

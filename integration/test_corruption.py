@@ -15,10 +15,11 @@ from server import ServerError
 
 # What draft-extend reads in SGLang 0.5.17 with flashmla_sparse, a fused top-k and its second version.
 READ = {
-    "dsa_seqlens_expanded": "the indexer's logits (DeepGEMM), the top-k, and both their plans",
     "dsa_cache_seqlens_int32": "flash_mla_sparse_fwd's topk_length",
     "real_page_table": "the indexer's logits (DeepGEMM) and the top-k's translation to slots",
 }
+# The schedule of DeepGEMM's logits no longer fits these, and their kernel waits forever: the last test.
+HANGS = {"dsa_seqlens_expanded": "the indexer's logits (DeepGEMM), the top-k, and both their plans"}
 UNREAD = {
     "cache_seqlens_int32": "Indexer._get_topk_paged takes its shape, and draft-extend's lengths from "
     "dsa_seqlens_expanded; the CuTe logits, which would read it, are left out there",
@@ -26,7 +27,7 @@ UNREAD = {
     "dsa_cu_seqlens_k": "only _forward_fa3 reads it, for fa3 as the decode backend",
     "page_table_1": "only the top-k without SGLANG_OPT_USE_TOPK_V2, an unfused one and FlashInfer's",
 }
-FIELDS = (*READ, *UNREAD)
+FIELDS = (*READ, *HANGS, *UNREAD)
 CORRUPTIBLE = {**PLUGIN_ENV, "NSA_PROBE_CORRUPT": ",".join(FIELDS)}
 SETUPS = (Setup("corruption", MANY, arms={"plugin": CORRUPTIBLE, "sglang": SGLANG_ENV}),)
 ASKED = prompts((5, 40, 64, 150, 300, 700, 1_300), seed=81)
@@ -60,11 +61,16 @@ def test_a_wrong_tensor_is_caught(arms: Arms, report: Report, field: str) -> Non
 
 def test_both_arms_are_alike_again(arms: Arms, report: Report) -> None:
     """What was seen came from the wrong tensors and from nothing that stayed behind."""
-    if arms["plugin"].server.broken is not None:
-        pytest.skip("the server did not outlive a wrong tensor")
     rows = ask(arms)
     report("corruption.none_again", summary(rows))
     assert mismatches(rows) == []
+
+
+@pytest.mark.parametrize("field", HANGS)
+def test_a_wrong_tensor_that_the_server_does_not_outlive(arms: Arms, report: Report, field: str) -> None:
+    found = corrupted(arms, field)
+    report(f"corruption.{field}", {"read_by": HANGS[field], **found})
+    assert found["caught_by"] != []
 
 
 def ask(arms: Arms) -> list[dict[str, Any]]:

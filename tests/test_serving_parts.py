@@ -21,6 +21,7 @@ sys.path.insert(0, str(INTEGRATION))
 import checkpoint  # noqa: E402
 import compare  # noqa: E402
 import psutil  # noqa: E402
+import results  # noqa: E402
 import serve_test  # noqa: E402
 from arms import serve_args  # noqa: E402
 from server import Answer, Server, ServerError, free_ports  # noqa: E402
@@ -326,8 +327,25 @@ def test_slices_run_alone_and_merge_into_one_file(tmp_path):
         *("cases", "fp8", "corruption", "width1-2", "width3-4", "width5-6", "no-graphs", "no-overlap"),
         *("memory", "sampling", "tp2", "dp2", "load"),
     }
+    assert len({part["of"]["commit"] for part in parts.values()}) == 1
     assert parts["load"]["requests"]["plugin"]["answered"] > 48
     assert parts["memory.recapture"]["outcomes"] == {"plugin": "ended", "sglang": "ended"}
+
+
+def test_parts_that_stand_alone_stay_and_say_which_run_they_are_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("NSA_RESULTS_DIR", str(tmp_path))
+    for commit, part, figure in (("a" * 40, "load", 1), ("b" * 40, "load", 2), ("c" * 40, "core", 3)):
+        monkeypatch.setenv("NSA_COMMIT", commit)
+        path = results.merge("serve-0.json", "make serve-test", {part: {"figure": figure}}, alone=True)
+    found = json.loads(path.read_text())
+    assert found["commit"] == "c" * 40
+    stamps = {name: (part["figure"], part["of"]["commit"]) for name, part in found["parts"].items()}
+    assert stamps == {"load": (2, "b" * 40), "core": (3, "c" * 40)}
+    results.merge("serve-0.json", "make bench", {"bench": {}})
+    assert list(json.loads(path.read_text())["parts"]) == ["load", "core", "bench"]
+    monkeypatch.setenv("NSA_COMMIT", "d" * 40)
+    results.merge("serve-0.json", "make bench", {"bench": {}})
+    assert list(json.loads(path.read_text())["parts"]) == ["bench"]
 
 
 @pytest.mark.parametrize(
