@@ -320,7 +320,7 @@ def written(tmp_path: Path) -> dict:
 
 
 def test_slices_run_alone_and_merge_into_one_file(tmp_path):
-    run = slices(tmp_path, "most", "parallel", "load", "--", "--load-s=3")
+    run = slices(tmp_path, "most", "corruption", "memory", "parallel", "load", "--", "--load-s=3")
     assert run.returncode == 0, run.stdout[-3_000:]
     parts = written(tmp_path)
     assert {name.partition(".")[0] for name in parts} == {
