@@ -17,6 +17,7 @@ from typing import Any
 
 import checkpoint
 import pytest
+from acceptance import added, mean_tokens
 from arms import Arm, Arms
 from server import Answer, Server
 
@@ -144,18 +145,6 @@ def assert_alike(rows: Sequence[Row]) -> None:
     assert 2 * told > asked, (
         f"SGLang repeats itself for {told} of {asked} prompts: too few tell anything"
     )
-
-
-def added(left: Sequence[int], right: Sequence[int]) -> list[int]:
-    """Elementwise sum; the shorter one ends in zeros."""
-    return [a + b for a, b in zip_longest(left, right, fillvalue=0)]
-
-
-def mean_tokens(accepted_drafts: Sequence[int]) -> float:
-    """Tokens of a step: accepted drafts and one of the target's own; 0 without steps."""
-    steps = sum(accepted_drafts)
-    tokens = sum((drafts + 1) * count for drafts, count in enumerate(accepted_drafts))
-    return round(tokens / steps, 4) if steps else 0.0
 
 
 def relative(plugin: float, sglang: float) -> float:

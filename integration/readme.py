@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_figures
+import serve_figures
 from install_sglang import release_key
 from releases import GENERATIONS
 
@@ -125,6 +126,7 @@ def figures() -> str:
             full_size(serve["parts"]),
             *one_fill(),
             tokens(serve["parts"]),
+            *serve_figures.figures(serve["parts"]),
             fence(json.loads((RESULTS / "fence-0.5.17.json").read_text())),
             shadow(serve["parts"]),
             *counted(serve["parts"]),

@@ -11,6 +11,7 @@ import time
 from functools import reduce
 from typing import Any
 
+from acceptance import added, mean_tokens
 from arms import MANY, Arms, Setup
 from compare import (
     ACCEPTANCE_LIMIT,
@@ -18,12 +19,10 @@ from compare import (
     SHORT_LENGTHS,
     Report,
     Row,
-    added,
     assert_alike,
     at_once,
     check_record,
     comparison,
-    mean_tokens,
     mismatches,
     one_at_a_time,
     prompts,

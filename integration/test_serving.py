@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from acceptance import added, mean_tokens
 from arms import PLUGIN_ENV, Arms, Setup, start_arms
 from compare import (
     RECORD_KEY,
     Report,
-    added,
     in_graph,
-    mean_tokens,
     mismatches,
     one_at_a_time,
     processes,

@@ -18,10 +18,12 @@ pytest.importorskip("sglang", reason="needs what SGLang brings: requests, psutil
 INTEGRATION = Path(__file__).resolve().parent.parent / "integration"
 sys.path.insert(0, str(INTEGRATION))
 
+import acceptance  # noqa: E402
 import checkpoint  # noqa: E402
 import compare  # noqa: E402
 import psutil  # noqa: E402
 import results  # noqa: E402
+import serve_figures  # noqa: E402
 import serve_test  # noqa: E402
 from arms import serve_args  # noqa: E402
 from server import Answer, Server, ServerError, free_ports  # noqa: E402
@@ -242,9 +244,9 @@ def test_a_batch_differs_where_no_answer_is_one_of_sglangs():
 
 
 def test_tokens_of_a_step_and_how_far_apart():
-    assert compare.added([1, 2], [1, 0, 4]) == [2, 2, 4]
-    assert compare.mean_tokens([1, 0, 1]) == 2.0
-    assert compare.mean_tokens([]) == 0.0
+    assert acceptance.added([1, 2], [1, 0, 4]) == [2, 2, 4]
+    assert acceptance.mean_tokens([1, 0, 1]) == 2.0
+    assert acceptance.mean_tokens([]) == 0.0
     assert compare.relative(plugin=2.97, sglang=3.0) == 0.01
 
 
@@ -346,6 +348,26 @@ def test_parts_that_stand_alone_stay_and_say_which_run_they_are_of(tmp_path, mon
     monkeypatch.setenv("NSA_COMMIT", "d" * 40)
     results.merge("serve-0.json", "make bench", {"bench": {}})
     assert list(json.loads(path.read_text())["parts"]) == ["bench"]
+
+
+def test_the_readme_counts_what_differs():
+    ours, theirs = (Answer([1, 2], 0.1, {"spec_accept_histogram": [1, 1]}) for _ in range(2))
+    other = Answer([1, 3], 0.1, {"spec_accept_histogram": [1, 1]})
+    rows = [compare.comparison(ours, theirs, 10), compare.comparison(other, theirs, 10)]
+    many = compare.repeated([[ours, other]], [[theirs, theirs]])
+    record = {"replays": 12, "fallbacks": {"a reason": 3}}
+    parts = {
+        "fp8.one_at_a_time": compare.summary(rows),
+        "fp8.many_at_once": {"each": [many]},
+        "fp8.record": {"record": record},
+        "corruption.cu_seqlens_k": {"caught_by": []},
+        "corruption.real_page_table": {"caught_by": ["tokens", "accepted drafts"]},
+    }
+    table, wrong = serve_figures.figures(parts)
+    assert table.splitlines()[-1].endswith(" | 4 | 8 | 2 | 1.50 → 1.50 | 12 | 3 |")
+    assert "`real_page_table` (tokens and accepted drafts)" in wrong
+    assert "`cu_seqlens_k` changed nothing" in wrong
+    assert serve_figures.figures({}) == []
 
 
 @pytest.mark.parametrize(
