@@ -158,8 +158,23 @@ def served(parts: dict[str, Any]) -> str:
     lines.append(f"| throughput, 16 requests at once, {ratio(many)} | 1 | {many['median']:.3f} |")
     return (
         "Two servers on one GPU, a 2-layer model with one MTP layer, EAGLE with 3 steps and 4 draft "
-        "tokens, bfloat16:\n\n| | SGLang | with the plugin |\n|---|---|---|\n" + "\n".join(lines)
+        "tokens, bfloat16:\n\n| | SGLang | with the plugin |\n|---|---|---|\n"
+        + "\n".join([*lines, *crowded(parts)])
     )
+
+
+def crowded(parts: dict[str, Any]) -> list[str]:
+    """The same beside more servers of other slices."""
+    if "crowded.host_time" not in parts:
+        return []
+    ours, theirs = (parts["crowded.host_time"][arm]["fill_us"]["median"] for arm in ("plugin", "sglang"))
+    step, many = (parts[f"crowded.{name}"]["plugin_over_sglang"] for name in ("step_time", "throughput"))
+    commit = parts["crowded.host_time"]["of"]["commit"][:7]
+    return [
+        f"\nTwo other servers ran on the same GPU meanwhile, commit {parts['host_time']['of']['commit'][:7]}. Beside five others, "
+        f"commit {commit}, the fill took {theirs:.0f} µs and {ours:.1f} µs; the ratios, with others' noise in them, were "
+        f"{step['median']:.2f}, {ratio(step)}, for a step and {many['median']:.2f}, {ratio(many)}, for the throughput."
+    ]
 
 
 def ratio(of: dict[str, Any]) -> str:
