@@ -17,8 +17,8 @@ from typing import Any
 
 import checkpoint
 import pytest
-from acceptance import added, mean_tokens
 from arms import Arm, Arms
+from rows import Row, accepted_drafts, added, mean_tokens, mismatched
 from server import Answer, Server
 
 RECORD_KEY = "nsa_metadata"
@@ -32,7 +32,6 @@ LEAST_ASKS, MOST_ASKS = 2, 5
 ACCEPTANCE_LIMIT = 0.02
 
 Report = Callable[[str, dict[str, Any]], None]  # writes the figures of one part
-Row = dict[str, Any]
 
 
 def prompts(lengths: Sequence[int], seed: int) -> list[list[int]]:
@@ -59,10 +58,7 @@ def comparison(plugin: Answer, sglang: Answer, length: int) -> Row:
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Counts over `comparison` rows, and the accepted drafts and tokens per step of both arms."""
-    accepted = {
-        arm: reduce(added, (row["accepted_drafts"][arm] for row in rows), [])
-        for arm in ("plugin", "sglang")
-    }
+    accepted = accepted_drafts(rows)
     return {
         "prompts": len(rows),
         "tokens_compared": sum(row["tokens"] for row in rows),
@@ -75,12 +71,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 def mismatches(rows: Iterable[Row]) -> list[Row]:
     """Rows that differ in tokens or reason to finish, or, where SGLang is repeatable, in the drafts."""
-    return [
-        row
-        for row in rows
-        if not (row["same_ids"] and row["same_finish"])
-        or (row["deterministic"] and not row["same_drafts"])
-    ]
+    return [row for row in rows if mismatched(row)]
 
 
 def one_at_a_time(

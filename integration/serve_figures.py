@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import reduce
 from typing import Any
 
-from acceptance import added, mean_tokens
+from rows import ARMS, Row, accepted_drafts, mean_tokens, mismatched
 
-ARMS = ("plugin", "sglang")
 # Setups of the servers and what is different about them.
 SETUPS = {
     "cases": "1 to 48 at once, up to the context's end and over it, cached, in chunks, aborted, OpenAI's API",
@@ -45,7 +43,7 @@ def compared(parts: dict[str, Any]) -> list[str]:
 def line(name: str, parts: dict[str, Any]) -> str:
     own = {key: part for key, part in parts.items() if key.startswith(f"{name}.")}
     rows = [row for part in own.values() for row in rows_of(part)]
-    accepted = {arm: reduce(added, (row["accepted_drafts"][arm] for row in rows), []) for arm in ARMS}
+    accepted = accepted_drafts(rows)
     records = own.get(f"{name}.record", {})
     found = records.get("of_every_process") or [records["record"]] if records else []
     cells = [
@@ -60,7 +58,7 @@ def line(name: str, parts: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def rows_of(part: Any) -> Iterator[dict[str, Any]]:
+def rows_of(part: Any) -> Iterator[Row]:
     """The rows of `compare.comparison` and `compare.repeated` anywhere in a part."""
     if isinstance(part, list):
         for each in part:
@@ -73,11 +71,8 @@ def rows_of(part: Any) -> Iterator[dict[str, Any]]:
                 yield from rows_of(each)
 
 
-def different(row: dict[str, Any]) -> int:
-    if "different" in row:
-        return int(row["different"])
-    same = row["same_ids"] and row["same_finish"] and (row["same_drafts"] or not row["deterministic"])
-    return int(not same)
+def different(row: Row) -> int:
+    return int(row["different"] if "different" in row else mismatched(row))
 
 
 def corrupted(parts: dict[str, Any]) -> list[str]:

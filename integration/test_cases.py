@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from functools import reduce
 from typing import Any
 
-from acceptance import added, mean_tokens
 from arms import MANY, Arms, Setup
 from compare import (
     ACCEPTANCE_LIMIT,
@@ -29,6 +27,7 @@ from compare import (
     relative,
     summary,
 )
+from rows import accepted_drafts, mean_tokens
 from server import REQUEST_LIMIT_S, Answer, Server
 
 CONTEXT = 1_500
@@ -59,7 +58,7 @@ def test_one_at_a_time(arms: Arms, report: Report) -> None:
 
 def test_many_at_once(arms: Arms, report: Report) -> None:
     rows = [at_once(arms, count, seed=20 + count) for count in COUNTS]
-    accepted = {name: reduce(added, (row["accepted_drafts"][name] for row in rows), []) for name in arms}
+    accepted = accepted_drafts(rows)
     tokens_per_step = {name: mean_tokens(counts) for name, counts in accepted.items()}
     apart = relative(**tokens_per_step)
     report(

@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 import pytest
-from acceptance import added, mean_tokens
 from arms import NO_PROBE, PLUGIN_ENV, SGLANG_ENV, Arm, Arms, Setup
 from compare import Report, gpu_memory_mib, prompts, read_record, relative
+from rows import added, mean_tokens
 from server import Server, ServerError
 
 SETUPS = (

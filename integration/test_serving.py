@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from acceptance import added, mean_tokens
 from arms import PLUGIN_ENV, Arms, Setup, start_arms
 from compare import (
     RECORD_KEY,
@@ -31,6 +30,7 @@ from compare import (
     scheduler_figures,
     summary,
 )
+from rows import added, mean_tokens
 from server import Server
 
 NEW_TOKENS = 192

@@ -18,11 +18,11 @@ pytest.importorskip("sglang", reason="needs what SGLang brings: requests, psutil
 INTEGRATION = Path(__file__).resolve().parent.parent / "integration"
 sys.path.insert(0, str(INTEGRATION))
 
-import acceptance  # noqa: E402
 import checkpoint  # noqa: E402
 import compare  # noqa: E402
 import psutil  # noqa: E402
 import results  # noqa: E402
+import rows  # noqa: E402
 import serve_figures  # noqa: E402
 import serve_test  # noqa: E402
 from arms import serve_args  # noqa: E402
@@ -244,9 +244,9 @@ def test_a_batch_differs_where_no_answer_is_one_of_sglangs():
 
 
 def test_tokens_of_a_step_and_how_far_apart():
-    assert acceptance.added([1, 2], [1, 0, 4]) == [2, 2, 4]
-    assert acceptance.mean_tokens([1, 0, 1]) == 2.0
-    assert acceptance.mean_tokens([]) == 0.0
+    assert rows.added([1, 2], [1, 0, 4]) == [2, 2, 4]
+    assert rows.mean_tokens([1, 0, 1]) == 2.0
+    assert rows.mean_tokens([]) == 0.0
     assert compare.relative(plugin=2.97, sglang=3.0) == 0.01
 
 
