@@ -31,12 +31,15 @@ KERNELS = (
 # A value that an unwatched kernel wrote would count as never written: this one watches all of them.
 UNFILTERED = "initcheck"
 TIME_LIMIT_S = 480
+FUZZ = "tests/test_fuzz.py"
 SHARDS = (
     ("tests/gpu",),
     ("tests/test_values.py",),
-    ("tests", "--ignore=tests/gpu", "--ignore=tests/test_values.py"),
+    (FUZZ, "-k", "any_batch"),
+    (FUZZ, "-k", "not any_batch"),
+    ("tests", *(f"--ignore={path}" for path in ("tests/gpu", "tests/test_values.py", FUZZ))),
 )
-FUZZ_BATCHES = 200
+FUZZ_BATCHES = 100
 FILLS = "tests/gpu/sanitized_fill.py"
 PLANTED = ("memcheck", "initcheck")  # the tools that find what FILLS --planted does wrong
 # Each tensor is an allocation of its own: a read one cell behind it is found, and one of old memory.
