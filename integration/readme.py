@@ -72,13 +72,22 @@ def gpus() -> str:
     found: dict[str, set[str]] = {}
     for path in (*RESULTS.glob("gpu-test-*.json"), *RESULTS.glob("serve-*.json")):
         run = json.loads(path.read_text())
-        for gpu in run["gpus"]:
+        for gpu in parts_by_gpus(run):
             found.setdefault(gpu, set()).add(run["versions"]["sglang"])
     rows = [
         f"| {gpu.replace(', ', ' | ')} | {', '.join(sorted(tested, key=release_key))} |"
         for gpu, tested in sorted(found.items())
     ]
     return "| GPU | driver | SGLang releases tried on it |\n|---|---|---|\n" + "\n".join(rows)
+
+
+def parts_by_gpus(run: dict[str, Any]) -> dict[str, list[str]]:
+    """The parts of a result file by the GPU and driver that they were run on."""
+    found: dict[str, list[str]] = {}
+    for name, part in run["parts"].items():
+        for gpu in dict.fromkeys(part.get("of", run)["gpus"]):
+            found.setdefault(gpu, []).append(name)
+    return found
 
 
 def generations() -> str:
@@ -361,10 +370,21 @@ def failures(count: int, tests: dict[str, Any]) -> str:
 def source(serve: dict[str, Any], gpu: dict[str, Any]) -> str:
     versions = serve["versions"]
     return (
-        f"From `integration/results/serve-0.5.17.json` and `gpu-test-0.5.17.json`: {serve['gpus'][0].replace(', ', ', driver ')}, "
+        f"From `integration/results/serve-0.5.17.json` and `gpu-test-0.5.17.json`: {hosts(serve)}, "
         f"SGLang {versions['sglang']}, torch {versions['torch']}, {serve['date'][:10]}; {commits('served', serve)}; "
         f"{commits('GPU tests', gpu)}. Each part of a file says which commit it is of."
     )
+
+
+def hosts(run: dict[str, Any]) -> str:
+    """The GPU of most parts, and which parts are of others."""
+    by_gpus = parts_by_gpus(run)
+    most, *others = sorted(by_gpus, key=lambda gpu: -len(by_gpus[gpu]))
+    said = most.replace(", ", ", driver ")
+    for gpu in others:
+        setups = dict.fromkeys(part.partition(".")[0] for part in by_gpus[gpu])
+        said += f" ({' and '.join(setups)}: {gpu.replace(', ', ', driver ')})"
+    return said
 
 
 def commits(what: str, run: dict[str, Any]) -> str:
