@@ -317,6 +317,12 @@ def sanitized(parts: dict[str, Any]) -> str:
         said.append(
             f"{found_by(parts['sanitized_tests'])} in the GPU tests ({counts} passed, {failed} failed)"
         )
+        others = {name: tool["of_other_kernels"] for name, tool in ran.items()}
+        said += [
+            f"{name}, which watches every kernel, counted {count:,} in kernels that are not ours"
+            for name, count in others.items()
+            if count
+        ]
     return "; ".join(said)
 
 

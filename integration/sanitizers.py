@@ -90,6 +90,7 @@ def _sum(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         and "passed" in counts,
         "errors": None if None in errors else sum(errors),
         "of_other_kernels": sum(run["of_other_kernels"] for run in runs),
+        "other_kernels": sorted({name for run in runs for name in run["other_kernels"]}),
         "tests": counts,
         "failed": results.failed_tests(output),
         "left_out": _left_out(output),
@@ -131,6 +132,7 @@ def _run(tool: str, arguments: list[str], environment: dict[str, str]) -> dict[s
     return {
         "errors": errors,
         "of_other_kernels": of_others,
+        "other_kernels": other_kernels(run.stdout) if of_others else [],
         "exit_code": run.returncode,
         "seconds": round(time.monotonic() - begin, 1),
         "output": run.stdout,
@@ -162,6 +164,13 @@ def findings(tool: str, output: str) -> tuple[int | None, int]:
         return total, 0
     ours = len(re.findall(rf"^=+ +at .*(?:{'|'.join(KERNELS)})", output, re.MULTILINE))
     return ours, total - ours
+
+
+def other_kernels(output: str) -> list[str]:
+    """The names, without template arguments, of the kernels that are not ours and have findings."""
+    lines = re.findall(r"^=+ +at (.*)", output.replace("(anonymous namespace)::", ""), re.MULTILINE)
+    names = {re.split(r"[<(+]", line.removeprefix("void "), maxsplit=1)[0] for line in lines}
+    return sorted(name for name in names if not any(ours in name for ours in KERNELS))
 
 
 def parts() -> dict[str, Callable[[], dict[str, Any]]]:

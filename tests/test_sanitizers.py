@@ -27,7 +27,7 @@ echo "========= Uninitialized __global__ memory read of size 4 bytes"
 echo "=========     at void nsa::(anonymous namespace)::fill_kernel<(bool)1>(nsa::Fill)+0x1a0"
 echo "========= ERROR SUMMARY: 1 error"
 """
-OF_OTHERS = OF_OURS.replace("nsa::(anonymous namespace)::fill_kernel", "at::native::reduce_kernel")
+OF_OTHERS = OF_OURS.replace("nsa::(anonymous namespace)::fill", "at::(anonymous namespace)::reduce")
 CRASHED = "exit 1"
 PROCESSES = len(sanitizers.SHARDS)  # of each tool
 
@@ -70,6 +70,7 @@ def test_findings_are_those_of_our_kernels(stand_in, finding, initcheck, others)
     assert not found["passed"]
     tool = found["initcheck"]
     assert (tool["errors"], tool["of_other_kernels"]) == initcheck
+    assert tool["other_kernels"] == ["at::reduce_kernel"] * (finding == OF_OTHERS)
     assert tool["passed"] == (finding == OF_OTHERS)
     assert found["memcheck"]["errors"] == others
 
