@@ -22,10 +22,12 @@ from compare import Report, gpu_memory_mib, prompts, read_record, relative
 from rows import added, mean_tokens
 from server import Server, ServerError
 
+# Few sizes: most batches are padded, and the server starts sooner.
+GRAPHS = ("--cuda-graph-bs", "1", "2", "4", "8", "16", "32", "48")
 SETUPS = (
     Setup(
         "load",
-        ("--cuda-graph-max-bs", "48"),
+        ("--cuda-graph-max-bs", "48", *GRAPHS),
         arms={"plugin": {**PLUGIN_ENV, **NO_PROBE}, "sglang": {**SGLANG_ENV, **NO_PROBE}},
     ),
 )
