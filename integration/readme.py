@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_figures
+import gpu_figures
 import serve_figures
 from install_sglang import release_key
 from releases import GENERATIONS
@@ -129,6 +130,7 @@ def parts(name: str) -> dict[str, Any]:
 def figures() -> str:
     serve = json.loads((RESULTS / "serve-0.5.17.json").read_text())
     gpu = json.loads((RESULTS / "gpu-test-0.5.17.json").read_text())
+    loads = [parts(path.name)["servers"] for path in sorted(RESULTS.glob("shadow-load-*.json"))]
     return "\n\n".join(
         [
             served(serve["parts"]),
@@ -137,11 +139,7 @@ def figures() -> str:
             tokens(serve["parts"]),
             *serve_figures.figures(serve["parts"]),
             fence(json.loads((RESULTS / "fence-0.5.17.json").read_text())),
-            shadow(serve["parts"]),
-            *counted(serve["parts"]),
-            checked(gpu["parts"]),
-            *soaked(gpu["parts"]),
-            *loaded(),
+            *gpu_figures.figures(gpu["parts"], serve["parts"], loads),
             source(serve, gpu),
         ]
     )
@@ -259,118 +257,6 @@ def fence(run: dict[str, Any]) -> str:
         "the scheduler goes on before the forward ends. From `integration/results/fence-0.5.17.json`, "
         f"{run['date'][:10]}, commit {run['commit'][:7]}, an earlier kernel."
     )
-
-
-def shadow(parts: dict[str, Any]) -> str:
-    planted = parts["planted_error"]["record"]
-    load = parts.get("shadow_checked_load", {}).get("record")
-    said = [
-        "Shadow check in a server: with wrong numbers planted behind the fill the check of the first replay found "
-        f"{planted['mismatches']}, the process went over to SGLang's own fill, and the "
-        f"{parts['planted_error']['prompts_after']} prompts after it got the right tokens."
-    ]
-    if load is not None:
-        said.append(
-            f"{load['checks']:,} replays under mixed load were compared with SGLang's own fill, "
-            f"{load['mismatches']} values different."
-        )
-    return " ".join(said)
-
-
-def counted(parts: dict[str, Any]) -> list[str]:
-    """One sentence; none while no server with metrics was asked."""
-    if "metrics" not in parts:
-        return []
-    moments = [parts["metrics"][moment] for moment in ("before", "after")]
-    by_place = {
-        "`/metrics`": [next(iter(moment["metrics"].values()))["replays"] for moment in moments],
-        "`/server_info`": [moment["server_info"]["replays"] for moment in moments],
-        "the scheduler's own record": [moment["scheduler"]["replays"] for moment in moments],
-    }
-    said = [f"{place} {before:,} and {after:,}" for place, (before, after) in by_place.items()]
-    return [f"Replays counted before and after a load: {'; '.join(said)}."]
-
-
-def checked(parts: dict[str, Any]) -> str:
-    demo, tests = parts["demo"], parts["tests"]
-    failed = tests["counts"].get("failed", 0)
-    return (
-        f"On the same GPU: {tests['counts']['passed']} GPU tests passed{failures(failed, tests)}; "
-        f"{sanitized(parts)}; the demo compared "
-        f"{sum(demo['compared'].values()):,} values in {demo['steps']} replays of real CUDA graphs, "
-        f"{sum(demo['different'].values())} different."
-    )
-
-
-def sanitized(parts: dict[str, Any]) -> str:
-    """What compute-sanitizer found in fills, in what was done wrong on purpose, and in the GPU tests."""
-    said = [f"{found_by(parts['sanitizers'])} in single fills"]
-    planted = parts["sanitizers"].get("planted", {})
-    said += [f"{tool} found what was done wrong on purpose" for tool, found in planted.items() if found]
-    said += [f"{tool} did not find what was done wrong" for tool, found in planted.items() if not found]
-    if "sanitized_tests" in parts:
-        ran = tools(parts["sanitized_tests"])
-        counts = ", ".join(
-            f"{tool['tests'].get('passed', 0)} under {name}" for name, tool in ran.items()
-        )
-        failed = sum(tool["tests"].get("failed", 0) for tool in ran.values())
-        said.append(
-            f"{found_by(parts['sanitized_tests'])} in the GPU tests ({counts} passed, {failed} failed)"
-        )
-        others = {name: tool["of_other_kernels"] for name, tool in ran.items()}
-        said += [
-            f"{name}, which watches every kernel, counted {count:,} in kernels that are not ours"
-            for name, count in others.items()
-            if count
-        ]
-    return "; ".join(said)
-
-
-def found_by(part: dict[str, Any]) -> str:
-    ran = tools(part)
-    ended = [tool["errors"] for tool in ran.values() if tool["errors"] is not None]
-    not_ended = [name for name, tool in ran.items() if tool["errors"] is None]
-    missing = f" ({', '.join(not_ended)} did not come to the end)" if not_ended else ""
-    return f"{', '.join(ran)} of compute-sanitizer found {sum(ended)} errors{missing}"
-
-
-def tools(part: dict[str, Any]) -> dict[str, Any]:
-    """What each tool found, without the summaries beside them."""
-    return {name: tool for name, tool in part.items() if isinstance(tool, dict) and "errors" in tool}
-
-
-def soaked(parts: dict[str, Any]) -> list[str]:
-    """One sentence; none while the soak was not run, or did not end."""
-    if "replays" not in parts.get("soak", {}):
-        return []
-    soak = parts["soak"]
-    without, with_check = (soak["cost_of_check_us"][name] for name in ("unchecked", "checked"))
-    return [
-        f"Soak: {soak['replays']:,} replays of captured graphs on random batches, {soak['checks']:,} of them compared "
-        f"with SGLang's own fill, {soak['values_compared']:,} values, {soak['mismatches']} different. A check takes a "
-        f"replay from {without['host']:.0f} to {with_check['host']:.0f} µs of the host's time and from "
-        f"{without['stream']:.0f} to {with_check['stream']:.0f} µs of the stream's."
-    ]
-
-
-def loaded() -> list[str]:
-    """One sentence over all runs of integration/test_shadow_load.py; none while there is no file."""
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("shadow-load-*.json"))]
-    if not runs:
-        return []
-    total = {key: sum(run["parts"]["total"][key] for run in runs) for key in ("checks", "mismatches")}
-    values = sum(run["parts"]["total"]["values_checked"] for run in runs)
-    servers = [server for run in runs for server in run["parts"]["servers"].values()]
-    failed = sum("error" in server for server in servers)
-    return [
-        f"Servers of 2, 4 and 6 draft tokens, bfloat16 and FP8, under mixed load, every replay checked: {total['checks']:,} "
-        f"replays in {len(runs)} run{'s' * (len(runs) > 1)} of SGLang {', '.join(sorted({run['versions']['sglang'] for run in runs}))}, "
-        f"{values:,} values, {total['mismatches']} different; {failed} of {len(servers)} servers failed."
-    ]
-
-
-def failures(count: int, tests: dict[str, Any]) -> str:
-    return f" and {count} failed ({', '.join(f'`{name}`' for name in tests['failed'])})" if count else ""
 
 
 def source(serve: dict[str, Any], gpu: dict[str, Any]) -> str:

@@ -1,0 +1,154 @@
+"""What was compared and watched on a GPU, for README: one table of its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+Part = dict[str, Any]
+Row = tuple[str, str, str]
+
+
+def figures(gpu: dict[str, Part], serve: dict[str, Part], loads: Iterable[Part]) -> list[str]:
+    """A table, and a sentence on what a check costs.
+
+    Args:
+        gpu: parts of ``make gpu-test``.
+        serve: parts of ``make serve-test``.
+        loads: the part ``servers`` of each run of ``make serve-test PART=shadow-load``.
+    """
+    rows = [
+        *tested(gpu["tests"]),
+        *sanitized_fills(gpu["sanitizers"]),
+        *sanitized_tests(gpu.get("sanitized_tests", {})),
+        *demonstrated(gpu["demo"]),
+        *soaked(gpu.get("soak", {})),
+        *loaded([server for servers in loads for server in servers.values()]),
+        *planted(serve["planted_error"]),
+        *counted(serve.get("metrics", {})),
+    ]
+    table = [
+        "| on a GPU | how much | found |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    return ["\n".join(table), *cost_of_a_check(gpu.get("soak", {}))]
+
+
+def tested(part: Part) -> Iterator[Row]:
+    yield "`make gpu-test`: tests", f"{part['counts']['passed']} passed", failures(part)
+
+
+def failures(part: Part) -> str:
+    return ", ".join(f"`{name}` failed" for name in part["failed"]) or "0 failed"
+
+
+def sanitized_fills(part: Part) -> Iterator[Row]:
+    ran = tools(part)
+    fills = ", ".join(sorted({f"{tool['fills']} fills" for tool in ran.values()}))
+    yield f"compute-sanitizer over fills: {', '.join(ran)}", f"{fills} each", errors(ran)
+    found = [
+        f"{tool} {'found it' if count else 'did not find it'}" for tool, count in part["planted"].items()
+    ]
+    yield (
+        "the same over fills that are wrong on purpose",
+        "memory never written, memory given back",
+        (", ".join(found)),
+    )
+
+
+def sanitized_tests(part: Part) -> Iterator[Row]:
+    ran = tools(part)
+    if not ran:
+        return
+    passed = sorted({tool["tests"].get("passed", 0) for tool in ran.values()})
+    others = [
+        f"{tool['of_other_kernels']:,} by {name} in kernels that are not ours"
+        for name, tool in ran.items()
+        if tool["of_other_kernels"]
+    ]
+    failed = sorted({name for tool in ran.values() for name in tool["failed"]})
+    yield (
+        f"compute-sanitizer over the tests: {', '.join(ran)}",
+        f"{' or '.join(map(str, passed))} passed under each",
+        "; ".join([errors(ran), *others, *(f"`{name}` failed" for name in failed)]),
+    )
+
+
+def tools(part: Part) -> dict[str, Part]:
+    """What each tool found, without the summaries beside them."""
+    return {name: tool for name, tool in part.items() if isinstance(tool, dict) and "errors" in tool}
+
+
+def errors(ran: dict[str, Part]) -> str:
+    ended = [tool["errors"] for tool in ran.values() if tool["errors"] is not None]
+    not_ended = [name for name, tool in ran.items() if tool["errors"] is None]
+    return "; ".join(
+        [f"{sum(ended)} errors", *(f"{name} did not come to its end" for name in not_ended)]
+    )
+
+
+def demonstrated(part: Part) -> Iterator[Row]:
+    values, different = (sum(part[key].values()) for key in ("compared", "different"))
+    yield (
+        "`sglang-nsa-plugin demo`: replays beside SGLang's own fill",
+        f"{part['steps']} replays, {values:,} values",
+        f"{different} different",
+    )
+
+
+def soaked(part: Part) -> Iterator[Row]:
+    if "replays" in part:  # else it was not run, or did not end
+        yield (
+            "`integration/soak.py`: random batches, shadow-checked",
+            f"{part['checks']:,} of {part['replays']:,} replays, {part['values_compared']:,} values",
+            f"{part['mismatches']} different",
+        )
+
+
+def loaded(servers: list[Part]) -> Iterator[Row]:
+    if not servers:
+        return
+    records = [server["record"] for server in servers if "record" in server]
+    checks, values, different = (
+        sum(record[key] for record in records) for key in ("checks", "values_checked", "mismatches")
+    )
+    failed = len(servers) - len(records)
+    yield (
+        "servers of 2, 4 and 6 draft tokens, bfloat16 and FP8, under mixed load, shadow-checked",
+        f"{checks:,} replays, {values:,} values",
+        f"{different} different, {failed} of {len(servers)} servers failed",
+    )
+
+
+def planted(part: Part) -> Iterator[Row]:
+    yield (
+        "a shadow-checked server with wrong numbers planted behind the fill",
+        f"{part['prompts_after']} prompts after it",
+        f"{part['record']['mismatches']} wrong numbers by the first check; "
+        "right tokens, by SGLang's own fill",
+    )
+
+
+def counted(part: Part) -> Iterator[Row]:
+    if not part:
+        return
+    moments = [part[moment] for moment in ("before", "after")]
+    by_place = {
+        "`/metrics`": [next(iter(moment["metrics"].values()))["replays"] for moment in moments],
+        "`/server_info`": [moment["server_info"]["replays"] for moment in moments],
+        "its own record": [moment["scheduler"]["replays"] for moment in moments],
+    }
+    said = [f"{place} {before:,} and {after:,}" for place, (before, after) in by_place.items()]
+    yield "replays that a server counts", "before and after a load", "; ".join(said)
+
+
+def cost_of_a_check(soak: Part) -> list[str]:
+    if "cost_of_check_us" not in soak:
+        return []
+    without, with_check = (soak["cost_of_check_us"][name] for name in ("unchecked", "checked"))
+    return [
+        f"A shadow check takes a replay from {without['host']:.0f} to {with_check['host']:.0f} µs "
+        f"of the host's time and from {without['stream']:.0f} to {with_check['stream']:.0f} µs "
+        "of the stream's."
+    ]
