@@ -7,6 +7,7 @@ agree, and asking them to would make a rank that lacks the plugin one that the o
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -87,4 +88,5 @@ def test_a_rank_that_cannot_do_what_was_asked_by_name_ends(tmp_path):
     assert ended.returncode != 0
     assert "--nsa-metadata-backend torch was asked for by name and cannot be used" in ended.stderr
     assert waiting.returncode != 0
-    assert "Connection closed by peer" in waiting.stderr  # gloo's words for a rank that is gone
+    # gloo's error: the rank is gone, or on a busy machine, has not come within the group's 30 s
+    assert re.search(r"gloo/transport/.*(Connection closed by peer|Timed out waiting)", waiting.stderr)
