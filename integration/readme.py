@@ -55,15 +55,16 @@ def between(text: str, marks: tuple[str, str], made: str) -> str:
 def releases() -> str:
     """One row a release: compared on the CPU, in real CUDA graphs or steps on a GPU, in servers."""
     matrix = json.loads((RESULTS / "releases.json").read_text())
-    rows = [release(version, row) for version, row in matrix["parts"].items()]
+    by_age = sorted(matrix["parts"], key=release_key)
+    rows = [release(version, matrix["parts"][version]) for version in by_age]
     return (
         "| SGLang | generation | adapter | hooks | values compared without a GPU | on an H200 | servers, identical "
         "token ids | host µs of one plan | launches |\n|---|---|---|---|---|---|---|---|---|\n"
         + "\n".join(rows)
         + f"\n\nGenerations of SGLang's code: {generations()}. *Host µs* and *launches*: what SGLang's own call costs before a draft-extend forward of 8 requests "
         "of 32k tokens, and ours; from `sglang-nsa-plugin bench` on an H200, both in one run. All values "
-        f"compared were equal. From `integration/results/` (`releases.json`: {matrix['date'][:10]}, commit "
-        f"{matrix['commit'][:7]}; `gpu-test-VERSION.json`, `bench-h200-VERSION.json`, `serve-VERSION.json`, each with its commit: "
+        f"compared were equal. From `integration/results/` (`releases.json`: {matrix['date'][:10]}, "
+        f"{commits('compared', matrix)}; `gpu-test-VERSION.json`, `bench-h200-VERSION.json`, `serve-VERSION.json`, each with its commit: "
         f"on a GPU the releases but 0.5.17 were tried with an earlier kernel).\n\n{gpus()}"
     )
 
