@@ -25,6 +25,7 @@ import sys
 import tempfile
 import termios
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "integration"))
@@ -50,8 +51,9 @@ def main() -> int:
     folder = arguments.into / machine()
     folder.mkdir(parents=True, exist_ok=True)
     names = arguments.names or list(RECORDINGS)
+    origin = environment()  # before a recording makes the working tree differ from its commit
     codes = [record(name, columns, folder) for name in names for columns in arguments.columns]
-    keep_origin(names, folder / "origin.json")
+    keep_origin(dict.fromkeys(names, origin), folder / "origin.json")
     return 1 if any(codes) else 0
 
 
@@ -71,10 +73,10 @@ def record(name: str, columns: int, folder: Path) -> int:
     return code
 
 
-def keep_origin(names: list[str], path: Path) -> None:
+def keep_origin(origins: dict[str, Any], path: Path) -> None:
     """Writes where these recordings come from, beside what is known of the others in the folder."""
     known = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**known, **dict.fromkeys(names, environment())}, indent=2) + "\n")
+    path.write_text(json.dumps({**known, **origins}, indent=2) + "\n")
 
 
 def on_terminal(program: list[str], arguments: str, columns: int, **variables: str) -> tuple[int, str]:

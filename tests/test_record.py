@@ -72,7 +72,7 @@ def test_recordings_are_written_for_each_width(tmp_path, monkeypatch, capsys):
         lines = (folder / f"verify-{width}.txt").read_text().splitlines()
         assert lines[0] == "$ sglang-nsa-plugin verify --help"
         assert 70 < max(len(line) for line in lines) <= width
-    record.keep_origin(["demo"], folder / "origin.json")
+    record.keep_origin({"demo": {}}, folder / "origin.json")
     origin = json.loads((folder / "origin.json").read_text())
     assert list(origin) == ["verify", "demo"]
     assert origin["verify"]["versions"]["sglang-nsa-plugin"] == version("sglang-nsa-plugin")
