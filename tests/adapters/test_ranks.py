@@ -88,5 +88,5 @@ def test_a_rank_that_cannot_do_what_was_asked_by_name_ends(tmp_path):
     assert ended.returncode != 0
     assert "--nsa-metadata-backend torch was asked for by name and cannot be used" in ended.stderr
     assert waiting.returncode != 0
-    # gloo's error: the rank is gone, or on a busy machine, has not come within the group's 30 s
-    assert re.search(r"gloo/transport/.*(Connection closed by peer|Timed out waiting)", waiting.stderr)
+    # gloo's words for a rank that is gone: closed, or reset where something was still under way
+    assert re.search("Connection (closed|reset) by peer", waiting.stderr)
