@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 Part = dict[str, Any]
 Row = tuple[str, str, str]
 
 
-def figures(gpu: dict[str, Part], serve: dict[str, Part], loads: Iterable[Part]) -> list[str]:
+def figures(gpu: dict[str, Part], serve: dict[str, Part], loads: Sequence[Part]) -> list[str]:
     """A table, and a sentence on what a check costs.
 
     Args:
         gpu: parts of ``make gpu-test``.
         serve: parts of ``make serve-test``.
-        loads: the part ``servers`` of each run of ``make serve-test PART=shadow-load``.
+        loads: the result files of ``make serve-test PART=shadow-load``, one of each run.
     """
     rows = [
         *tested(gpu["tests"]),
@@ -23,7 +23,8 @@ def figures(gpu: dict[str, Part], serve: dict[str, Part], loads: Iterable[Part])
         *sanitized_tests(gpu.get("sanitized_tests", {})),
         *demonstrated(gpu["demo"]),
         *soaked(gpu.get("soak", {})),
-        *loaded([server for servers in loads for server in servers.values()]),
+        *under_load(serve.get("shadow_checked_load", {})),
+        *loaded(loads),
         *planted(serve["planted_error"]),
         *counted(serve.get("metrics", {})),
     ]
@@ -53,7 +54,7 @@ def sanitized_fills(part: Part) -> Iterator[Row]:
     yield (
         "the same over fills that are wrong on purpose",
         "memory never written, memory given back",
-        (", ".join(found)),
+        ", ".join(found),
     )
 
 
@@ -106,17 +107,28 @@ def soaked(part: Part) -> Iterator[Row]:
         )
 
 
-def loaded(servers: list[Part]) -> Iterator[Row]:
-    if not servers:
+def under_load(part: Part) -> Iterator[Row]:
+    if part:
+        yield (
+            "a server under mixed load, shadow-checked",
+            f"{part['record']['checks']:,} replays",
+            f"{part['record']['mismatches']} different",
+        )
+
+
+def loaded(runs: Sequence[Part]) -> Iterator[Row]:
+    if not runs:
         return
-    records = [server["record"] for server in servers if "record" in server]
     checks, values, different = (
-        sum(record[key] for record in records) for key in ("checks", "values_checked", "mismatches")
+        sum(run["parts"]["total"][key] for run in runs)
+        for key in ("checks", "values_checked", "mismatches")
     )
-    failed = len(servers) - len(records)
+    servers = [server for run in runs for server in run["parts"]["servers"].values()]
+    failed = sum("error" in server for server in servers)
     yield (
-        "servers of 2, 4 and 6 draft tokens, bfloat16 and FP8, under mixed load, shadow-checked",
-        f"{checks:,} replays, {values:,} values",
+        "servers of 2, 4 and 6 draft tokens, bfloat16 and FP8, under mixed load, shadow-checked, "
+        f"SGLang {', '.join(sorted({run['versions']['sglang'] for run in runs}))}",
+        f"{checks:,} replays, {values:,} values, runs: {len(runs)}",
         f"{different} different, {failed} of {len(servers)} servers failed",
     )
 

@@ -131,7 +131,7 @@ def parts(name: str) -> dict[str, Any]:
 def figures() -> str:
     serve = json.loads((RESULTS / "serve-0.5.17.json").read_text())
     gpu = json.loads((RESULTS / "gpu-test-0.5.17.json").read_text())
-    loads = [parts(path.name)["servers"] for path in sorted(RESULTS.glob("shadow-load-*.json"))]
+    loads = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("shadow-load-*.json"))]
     return "\n\n".join(
         [
             served(serve["parts"]),
