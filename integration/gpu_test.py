@@ -24,16 +24,16 @@ import results
 import sanitizers
 
 ROOT = Path(__file__).resolve().parent.parent
-FUZZ, TIMING = "tests/test_fuzz.py", "tests/gpu/test_gpu_bench.py"
+TIMING = "tests/gpu/test_gpu_bench.py"
 TIME_LIMIT_S = 540
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parts = {
-        "tests": lambda: run_tests("tests", *(f"--ignore={path}" for path in (FUZZ, TIMING))),
+        "tests": lambda: run_tests("tests", *(f"--ignore={path}" for path in (sanitizers.FUZZ, TIMING))),
         "timing": lambda: run_tests(TIMING),  # with the GPU to itself
-        "fuzz": lambda: run_tests(FUZZ),
+        "fuzz": lambda: run_tests(sanitizers.FUZZ),
         "adapters": lambda: run_tests("tests/gpu/test_gpu_in_graph.py", "tests/gpu/test_gpu_eager.py"),
         **sanitizers.parts(),
         "demo": run_demo,

@@ -9,7 +9,7 @@ from commands import needs_sglang
 from sglang_nsa_plugin.cli import timing
 
 pytestmark = pytest.mark.gpu
-untimed = pytest.mark.unsanitized("what is timed has the GPU to itself")
+timed = pytest.mark.unsanitized("what is timed has the GPU to itself")
 
 
 def test_nodes_are_counted_by_kind():
@@ -25,13 +25,13 @@ def test_nodes_are_counted_by_kind():
     assert timing.graph_nodes(lambda: None) == {}
 
 
-@untimed
+@timed
 def test_the_floor_and_the_bandwidth_are_those_of_a_gpu():
     assert 0 < timing.floor_us(0.2)["median"] < 10
     assert 500 < timing.copy_gb_s(0.2)["median"] < 20_000
 
 
-@untimed
+@timed
 def test_the_slope_is_the_time_of_one_call():
     """Twice the bytes take twice the time; the launch of the graph is in neither."""
     large = torch.zeros(1 << 28, dtype=torch.uint8, device="cuda")
