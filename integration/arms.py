@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -161,8 +161,8 @@ class Fleet:
 
     def __exit__(self, *_: object) -> None:
         self._waiting.clear()
-        for arms in list(self._running.values()):
-            self.done(arms.setup)
+        _stop(arm for arms in self._running.values() for arm in arms.values())
+        self._running.clear()
 
     def ready(self, setup: Setup) -> Arms:
         """The setup's servers, when each of them has generated a token."""
@@ -173,10 +173,7 @@ class Fleet:
 
     def done(self, setup: Setup) -> None:
         """Ends the setup's servers and starts the next ones."""
-        arms = self._running.pop(setup.name, None)
-        if arms:
-            with ThreadPoolExecutor(len(arms)) as pool:
-                list(pool.map(lambda arm: arm.server.stop(), arms.values()))
+        _stop(self._running.pop(setup.name, {}).values())
         self._start_ahead()
 
     def alone(self, setup: Setup) -> bool:
@@ -210,6 +207,13 @@ class Fleet:
         model = ("--model-path", str(Path(self._model).resolve()))
         log_path = folder / f"{name}.log"
         return Arm(Server([*model, *setup.args], with_probe, log_path=log_path, name=name), probe_dir)
+
+
+def _stop(arms: Iterable[Arm]) -> None:
+    """Ends the servers side by side: each takes some seconds."""
+    servers = [arm.server for arm in arms]
+    with ThreadPoolExecutor(max(len(servers), 1)) as pool:
+        list(pool.map(Server.stop, servers))
 
 
 @contextmanager

@@ -51,8 +51,8 @@ def found(
         ThreadPoolExecutor(len(SETUPS)) as pool,
     ):
         runs = list(pool.map(lambda setup: _run(fleet, setup, load_s, end), SETUPS))
-    by_name = {setup.name: run for setup, run in zip(SETUPS, runs, strict=True)}
-    _write(by_name)
+        by_name = {setup.name: run for setup, run in zip(SETUPS, runs, strict=True)}
+        _write(by_name)  # before the servers end: a host's limit may come while they do
     return by_name
 
 
