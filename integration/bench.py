@@ -25,7 +25,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import results
 
-GATHERED = [(bs, length) for bs in (64, 128, 256, 512) for length in (32_768, 131_072)]
+WIDTH = 163_904
+GATHERED = [
+    *((bs, length, WIDTH) for bs in (64, 128, 256, 512) for length in (32_768, 131_072)),
+    *((512, 2_048, width) for width in (4_096, WIDTH, 1_048_640)),
+]
 CELLS = ((512, 131_072, "paged"), (64, 131_072, "both"), (128, 131_072, "both"))
 METRICS = {  # ours: ncu's
     "dram_read": "dram__bytes_read.sum",
@@ -73,20 +77,19 @@ def bench() -> dict[str, Any]:
 
 
 def gather() -> list[dict[str, Any]]:
-    """Microseconds by requests and length."""
+    """Microseconds by requests, length and the table's width."""
     import torch
 
     from sglang_nsa_plugin.cli import bench_cases, timing
 
-    most = max(bs for bs, _ in GATHERED)
-    width = bench_cases.Setup().width
-    slots = torch.zeros((most + 1, width), dtype=torch.int32, device="cuda")
     found = []
-    for bs, length in GATHERED:
-        source = slots[1 : bs + 1, : length : bench_cases.PAGE]
+    for bs, length, width in GATHERED:
+        slots = torch.zeros((bs + 1, width), dtype=torch.int32, device="cuda")
+        source = slots[1:, : length : bench_cases.PAGE]
         target = torch.empty(source.shape, dtype=torch.int32, device="cuda")
         times = timing.gpu_times({"gather": lambda s=source, t=target: t.copy_(s)}, 0.3)["gather"]
-        found.append({"requests": bs, "length": length, "us": timing.spread(times)["median"]})
+        us = timing.spread(times)["median"]
+        found.append({"requests": bs, "length": length, "width": width, "us": us})
     return found
 
 

@@ -74,7 +74,7 @@ def paged_limit(bench: Bench, row: Row) -> float:
 def gather_limit(bench: Bench, row: Row) -> float | None:
     """None where the gather leaves room below the other bound, or was not timed."""
     for timed in bench["gather_us"]:
-        if (timed["requests"], timed["length"]) == (row["requests"], row["length"]):
+        if all(timed[name] == row[name] for name in ("requests", "length", "width")):
             leaves_room = timed["us"] <= paged_limit(bench, row) / OVER_COPY
             return None if leaves_room else OVER_GATHER * float(timed["us"])
     return None
