@@ -1,11 +1,12 @@
 """``make bench``: the full bench of the installed SGLang on this GPU, into a committed result file.
 
-    python integration/bench.py [--only bench|gather|dram ...]
+    python integration/bench.py [--only bench|gather|copies|dram ...]
 
 Writes integration/results/bench-GPU-VERSION.json, or below NSA_RESULTS_DIR, and where matplotlib is
-installed the picture beside it. Three parts: ``bench`` is the command's own result. ``gather`` is a
+installed the picture beside it. Four parts: ``bench`` is the command's own result. ``gather`` is a
 floor for the paged table: the time in which torch reads one slot of each page, 256 bytes apart, and does
-nothing else. ``dram`` holds what ncu counts in three fills, next to the bytes that they must move.
+nothing else. ``copies`` is how fast torch alone writes the rows of the token table in the same places.
+``dram`` holds what ncu counts in three fills, next to the bytes that they must move.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ GATHERED = [
     *((bs, length, WIDTH) for bs in (64, 128, 256, 512) for length in (32_768, 131_072)),
     *((512, 2_048, width) for width in (4_096, WIDTH, 1_048_640)),
 ]
+# three cells that miss their share of the copy bandwidth, one that does not.
+COPIED = ((256, 32_768, 4), (64, 131_072, 2), (512, 131_072, 8), (128, 131_072, 4))
 CELLS = ((512, 131_072, "paged"), (64, 131_072, "both"), (128, 131_072, "both"))
 METRICS = {  # ours: ncu's
     "dram_read": "dram__bytes_read.sum",
@@ -43,7 +46,7 @@ TIME_LIMIT_S = 540
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parts = {"bench": bench, "gather": gather, "dram": dram}
+    parts = {"bench": bench, "gather": gather, "copies": copies, "dram": dram}
     parser.add_argument("--only", choices=parts, action="append")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)  # what ncu watches
     arguments = parser.parse_args()
@@ -90,6 +93,26 @@ def gather() -> list[dict[str, Any]]:
         times = timing.gpu_times({"gather": lambda s=source, t=target: t.copy_(s)}, 0.3)["gather"]
         us = timing.spread(times)["median"]
         found.append({"requests": bs, "length": length, "width": width, "us": us})
+    return found
+
+
+def copies() -> list[dict[str, Any]]:
+    """Microseconds and GB a second, read and written, by requests, length and draft tokens."""
+    import torch
+
+    from sglang_nsa_plugin.cli import timing
+
+    found = []
+    for bs, length, draft_tokens in COPIED:
+        slots = torch.zeros((bs + 1, WIDTH), dtype=torch.int32, device="cuda")
+        table = torch.empty((bs, draft_tokens, WIDTH), dtype=torch.int32, device="cuda")
+        target = table[:, :, :length]
+        source = slots[1:, None, :length].expand_as(target)
+        times = timing.gpu_times({"copy": lambda s=source, t=target: t.copy_(s)}, 0.3)["copy"]
+        us = timing.spread(times)["median"]
+        moved = 4 * bs * length * (1 + draft_tokens)
+        cell = {"requests": bs, "length": length, "draft_tokens": draft_tokens}
+        found.append({**cell, "us": us, "gb_s": round(moved / us / 1000)})
     return found
 
 

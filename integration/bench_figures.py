@@ -54,8 +54,15 @@ def _introduction(bench: dict[str, Any], first: dict[str, Any]) -> str:
         "tokens, medians in microseconds of alternating rounds in one run. GPU times are slopes between CUDA "
         "graphs of 1 and of 21 fills; *whole* is all that a step needs, SGLang's derived tables too, and of the page "
         f"tables both with SGLang and those that its consumers read with ours. {_of_a_copy(bench)}An empty graph node "
-        f"took {bench['floor_us']['median']:.2f} µs."
+        f"took {bench['floor_us']['median']:.2f} µs{_shortest_launch(bench)}."
     )
+
+
+def _shortest_launch(bench: dict[str, Any]) -> str:
+    """Empty for a run that did not measure it yet."""
+    if "launch_us" not in bench:
+        return ""
+    return f", torch's shortest launch of a kernel {bench['launch_us']['median']:.1f} µs of the host"
 
 
 def is_by_kernel(bench: dict[str, Any]) -> bool:

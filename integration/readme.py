@@ -24,6 +24,7 @@ RESULTS = ROOT / "integration" / "results"
 RELEASES = ("<!-- releases: made by integration/readme.py -->", "<!-- end of releases -->")
 FIGURES = ("<!-- figures: made by integration/readme.py -->", "<!-- end of figures -->")
 SHOWN_CASE = {"decode_impl": "flashmla_sparse", "requests": 8, "length": 32_768}
+KINDS = {"bf16": "bfloat16", "fp8": "FP8"}  # servers of the slice paired
 FULL_STEP_MS = (5, 18)  # one speculative step of DeepSeek-V3.2 at full size
 
 
@@ -160,29 +161,36 @@ def served(parts: dict[str, Any]) -> str:
         ("all host time between the call and the replay, median", "before_replay_us", "median", "µs"),
     ]
     lines = [f"| {text} | {theirs[k][s]:,.0f} {u} | {ours[k][s]:,.0f} {u} |" for text, k, s, u in rows]
-    step = parts["step_time"]["plugin_over_sglang"]
-    many = parts["throughput"]["plugin_over_sglang"]
-    lines.append(f"| time of a speculative step, 1 request, {ratio(step)} | 1 | {step['median']:.3f} |")
-    lines.append(f"| throughput, 16 requests at once, {ratio(many)} | 1 | {many['median']:.3f} |")
     return (
         "Two servers on one GPU, a 2-layer model with one MTP layer, EAGLE with 3 steps and 4 draft "
-        "tokens, bfloat16:\n\n| | SGLang | with the plugin |\n|---|---|---|\n"
-        + "\n".join([*lines, *crowded(parts)])
+        "tokens, bfloat16 where nothing else is said:\n\n| | SGLang | with the plugin |\n|---|---|---|\n"
+        + "\n".join([*lines, *(line for kind in KINDS for line in paired(parts, kind))])
+        + f"\n\nThe host times are of commit {parts['host_time']['of']['commit'][:7]}. "
+        + " ".join(whole_step(parts, kind) for kind in KINDS)
     )
 
 
-def crowded(parts: dict[str, Any]) -> list[str]:
-    """The same beside more servers of other slices."""
-    if "crowded.host_time" not in parts:
-        return []
-    ours, theirs = (parts["crowded.host_time"][arm]["fill_us"]["median"] for arm in ("plugin", "sglang"))
-    step, many = (parts[f"crowded.{name}"]["plugin_over_sglang"] for name in ("step_time", "throughput"))
-    commit = parts["crowded.host_time"]["of"]["commit"][:7]
+def paired(parts: dict[str, Any], kind: str) -> list[str]:
+    step, many = (
+        parts[f"paired-{kind}.{name}"]["plugin_over_sglang"] for name in ("step_time", "throughput")
+    )
     return [
-        f"\nTwo other servers ran on the same GPU meanwhile, commit {parts['host_time']['of']['commit'][:7]}. Beside five others, "
-        f"commit {commit}, the fill took {theirs:.0f} µs and {ours:.1f} µs; the ratios, with others' noise in them, were "
-        f"{step['median']:.2f}, {ratio(step)}, for a step and {many['median']:.2f}, {ratio(many)}, for the throughput."
+        f"| time of a speculative step, 1 request, {KINDS[kind]}, {ratio(step)} | 1 | {step['median']:.2f} |",
+        f"| throughput, 16 requests at once, {KINDS[kind]}, {ratio(many)} | 1 | {many['median']:.2f} |",
     ]
+
+
+def whole_step(parts: dict[str, Any], kind: str) -> str:
+    """Where the time of a step goes, with one request."""
+    spent = parts[f"paired-{kind}.step_time"]["us_of_a_step"]
+    ours, theirs = spent["plugin"], spent["sglang"]
+    return (
+        f"Of a step of the pairs, {KINDS[kind]}, 1 request, the fill is {ours['fill']:.0f} of "
+        f"{ours['step']:,.0f} µs with the plugin and {theirs['fill']:.0f} of {theirs['step']:,.0f} with SGLang, "
+        f"what else the host does before the replay {ours['before_replay_without_fill']:.0f} and "
+        f"{theirs['before_replay_without_fill']:.0f}, and everything else {ours['rest_of_step']:,.0f} and "
+        f"{theirs['rest_of_step']:,.0f}."
+    )
 
 
 def ratio(of: dict[str, Any]) -> str:
@@ -198,8 +206,9 @@ def full_size(parts: dict[str, Any]) -> str:
         f"The host time saved is {saved:.2f} ms a step and rank. On DeepSeek-V3.2 at full size a step takes "
         f"{FULL_STEP_MS[0]} to {FULL_STEP_MS[1]} ms, so that is {share_of_step(saved)} of a step at "
         "most, and less where the GPU is the slower side and the host's time is hidden behind it. "
-        f"{more_where_eager()} The two "
-        "last rows are of a tiny model, whose steps differ from pair to pair by more than the gain."
+        f"{more_where_eager()} The "
+        "last four rows are of a tiny model, whose steps differ from pair to pair by more than the gain, in "
+        "what neither server does differently: they neither show the gain nor rule it out."
     )
 
 

@@ -14,9 +14,17 @@ sys.path.insert(0, str(ROOT / "integration"))
 import bounds  # noqa: E402
 from install_sglang import release_key  # noqa: E402
 
-# Cells that miss a bound, for a reason that is known: what they must not fall below.
-# Rows of 32k tokens are short for 4,096 tokens a block, and lie 655 KB apart: csrc/NOTES.md.
-KNOWN_MISSES = {"flashmla_sparse 256 × 32,768 both, width 163,904, 4 draft tokens": 0.80}
+# Cells that miss 85 % of the copy bandwidth: what they must not fall below, see csrc/NOTES.md.
+KNOWN_MISSES = {
+    f"flashmla_sparse {cell}": least
+    for cell, least in {
+        "128 × 32,768 both, width 163,904, 4 draft tokens": 0.80,
+        "256 × 32,768 both, width 163,904, 4 draft tokens": 0.80,
+        "512 × 32,768 both, width 163,904, 4 draft tokens": 0.80,
+        "64 × 131,072 both, width 163,904, 2 draft tokens": 0.80,
+        "512 × 131,072 both, width 163,904, 8 draft tokens": 0.84,
+    }.items()
+}
 LEAST_CELLS = 20
 
 
@@ -149,7 +157,7 @@ def measured():
 
 
 # Not met by the newest committed run; csrc/NOTES.md says where. One that comes to be met fails here.
-NOT_MET = (bounds.paged_kernel_gather, bounds.widths, bounds.host)
+NOT_MET = (bounds.paged_kernel_gather, bounds.widths, bounds.never_slower, bounds.host)
 HELD_BOUNDS = [
     pytest.param(each, marks=pytest.mark.xfail(strict=True)) if each in NOT_MET else each
     for each in bounds.BOUNDS
@@ -171,11 +179,10 @@ def test_what_was_measured_meets_its_bounds(measured, bound):
     assert missed == []
 
 
-def test_only_cells_that_the_gather_bounds_miss_the_first_bound(measured):
-    """And they are few: the bound as it stands holds for most of the grid."""
+def test_few_cells_miss_the_first_bound(measured):
+    """The bound as it stands, without the gather's allowance, holds for most of the grid."""
     needs_bandwidth(measured)
-    held = bounds.held_to_gather(measured)
-    assert len(held) == len(bounds.paged_kernel(measured)) < len(bounds.paged_rows(measured)) / 2
+    assert len(bounds.paged_kernel(measured)) < len(bounds.paged_rows(measured)) / 4
 
 
 def test_what_was_measured_has_cells_for_every_bound(measured):

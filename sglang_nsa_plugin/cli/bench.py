@@ -67,6 +67,7 @@ def _measured(progress: Progress, quick: bool) -> dict[str, Any]:
         grid = bench_cases.QUICK if quick else bench_cases.FULL
         measured = {
             "floor_us": timing.floor_us(grid.seconds),
+            "launch_us": timing.launch_us(grid.seconds),
             "copy_gb_s": timing.copy_gb_s(grid.seconds),
             "copy_by": "kernel",
         }

@@ -117,6 +117,11 @@ def floor_us(seconds: float) -> dict[str, float]:
     return spread(gpu_times({"empty": lambda: nothing[(1,)]()}, seconds)["empty"])
 
 
+def launch_us(seconds: float) -> dict[str, float]:
+    """Host time of the shortest call that torch has for launching one kernel, which ends at once."""
+    return spread(host_times({"launch": lambda: torch.cuda._sleep(0)}, seconds)["launch"])
+
+
 def copy_gb_s(seconds: float) -> dict[str, float]:
     """Bytes read and written a second, in GB, by a kernel that passes 1 GiB through.
 

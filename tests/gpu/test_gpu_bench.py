@@ -28,6 +28,7 @@ def test_nodes_are_counted_by_kind():
 @timed
 def test_the_floor_and_the_bandwidth_are_those_of_a_gpu():
     assert 0 < timing.floor_us(0.2)["median"] < 10
+    assert 0 < timing.launch_us(0.2)["median"] < 50
     assert 500 < timing.copy_gb_s(0.2)["median"] < 20_000
 
 
