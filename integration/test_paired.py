@@ -15,7 +15,7 @@ from typing import Any
 
 from arms import FP8, MANY, Arms, Fleet, Setup
 from compare import Report, check_record, scheduler_figures
-from test_serving import paired, step_milliseconds, throughput
+from pairs import paired, step_milliseconds, throughput
 
 PAIRS = 20
 ROUNDS = 3  # of each pair: one alone is off by a fifth and more where other tenants share the host

@@ -10,11 +10,8 @@ Every pair of timings sends the same request to both servers in turn, in alterna
 from __future__ import annotations
 
 import re
-import statistics
-from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import pytest
 from arms import PLUGIN_ENV, Arms, Setup, start_arms
@@ -30,6 +27,7 @@ from compare import (
     scheduler_figures,
     summary,
 )
+from pairs import AT_ONCE, paired, step_milliseconds, throughput
 from rows import added, mean_tokens
 from server import Server
 
@@ -42,7 +40,6 @@ LENGTHS = (5, 8, 13, 20, 33, 54, 63, 64, 65, 90, 150, 250, 400, 640, 900, 1200, 
 LONG_LENGTHS = (2040, 2049, 2500, 3600, 4800, 6000)
 REPEATS = 10
 MOST_CANDIDATES = 8
-AT_ONCE = 16  # the greatest captured batch size
 AT_ONCE_LENGTHS = LENGTHS[:AT_ONCE]
 STEP_PAIRS = 20
 THROUGHPUT_PAIRS = 20
@@ -221,58 +218,3 @@ def always_answers_alike(target: Server, prompt: list[int]) -> bool:
         first = answer
     target.flush_cache()
     return True
-
-
-def step_milliseconds(target: Server, turn: int) -> float:
-    (prompt,) = prompts([300], seed=100 + turn)
-    answer = target.generate(prompt, 2 * NEW_TOKENS)
-    return 1000 * answer.seconds / answer.steps
-
-
-def throughput(target: Server, turn: int) -> float:
-    batch = prompts([200] * AT_ONCE, seed=200 + turn)
-    answers, seconds = target.generate_at_once(batch, NEW_TOKENS)
-    return sum(len(answer.output_ids) for answer in answers) / seconds
-
-
-def paired(
-    subject: Server,
-    reference: Server,
-    measure: Callable[[Server, int], float],
-    count: int,
-    rounds: int = 1,
-) -> dict[str, Any]:
-    """Measures both in turn ``count`` times, in alternating order, after one pair to warm up.
-
-    A pair's values are the medians of ``rounds`` such turns.
-    """
-    values: dict[str, list[float]] = {subject.name: [], reference.name: []}
-    for pair in range(-1, count):
-        turns = range(pair * rounds, (pair + 1) * rounds)
-        found = [_turn(subject, reference, measure, turn) for turn in turns]
-        if pair >= 0:
-            for name, each in values.items():
-                each.append(statistics.median(turn[name] for turn in found))
-    ratios = [a / b for a, b in zip(values[subject.name], values[reference.name], strict=True)]
-    return {
-        "pairs": count,
-        "rounds": rounds,
-        **{name: spread(each) for name, each in values.items()},
-        f"{subject.name}_over_{reference.name}": {**spread(ratios), "each": rounded(ratios)},
-    }
-
-
-def _turn(
-    subject: Server, reference: Server, measure: Callable[[Server, int], float], number: int
-) -> dict[str, float]:
-    order = (subject, reference) if number % 2 else (reference, subject)
-    return {target.name: measure(target, number) for target in order}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    median, least, most = statistics.median(values), min(values), max(values)
-    return dict(zip(("median", "min", "max"), rounded([median, least, most]), strict=True))
-
-
-def rounded(values: list[float]) -> list[float]:
-    return [round(value, 4) for value in values]

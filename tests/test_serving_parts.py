@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ sys.path.insert(0, str(INTEGRATION))
 
 import checkpoint  # noqa: E402
 import compare  # noqa: E402
+import pairs  # noqa: E402
 import psutil  # noqa: E402
 import results  # noqa: E402
 import rows  # noqa: E402
@@ -241,6 +243,28 @@ def test_a_batch_differs_where_no_answer_is_one_of_sglangs():
     with pytest.raises(AssertionError, match="0 of 2 prompts"):
         compare.assert_alike([untold])
     compare.assert_alike([compare.repeated([[a, b]], [[a, b]])])
+
+
+def test_a_pair_is_the_median_of_turns_in_alternating_order():
+    """Two servers that answer in these times: the one outlier of a pair does not count."""
+    subject, reference = (SimpleNamespace(name=name) for name in ("plugin", "sglang"))
+    asked = []
+
+    def measure(target, turn):
+        asked.append((target.name, turn))
+        return {0: 90.0, 3: 1.0}.get(turn, 3.0) if target is subject else 4.0
+
+    found = pairs.paired(subject, reference, measure, count=2, rounds=3)
+    assert found["plugin_over_sglang"] == {
+        "median": 0.75,
+        "min": 0.75,
+        "max": 0.75,
+        "each": [0.75, 0.75],
+    }
+    assert (found["pairs"], found["rounds"]) == (2, 3)
+    turns = range(-3, 6)  # the first three warm up
+    orders = (("sglang", "plugin"), ("plugin", "sglang"))
+    assert asked == [(name, turn) for turn in turns for name in orders[turn % 2]]
 
 
 def test_tokens_of_a_step_and_how_far_apart():

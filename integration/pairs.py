@@ -1,0 +1,68 @@
+"""Timings of two servers in turn, and the ratio of each pair."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from compare import prompts
+from server import Server
+
+TOKENS = 192
+AT_ONCE = 16  # the greatest captured batch size
+
+
+def step_milliseconds(target: Server, turn: int) -> float:
+    (prompt,) = prompts([300], seed=100 + turn)
+    answer = target.generate(prompt, 2 * TOKENS)
+    return 1000 * answer.seconds / answer.steps
+
+
+def throughput(target: Server, turn: int) -> float:
+    batch = prompts([200] * AT_ONCE, seed=200 + turn)
+    answers, seconds = target.generate_at_once(batch, TOKENS)
+    return sum(len(answer.output_ids) for answer in answers) / seconds
+
+
+def paired(
+    subject: Server,
+    reference: Server,
+    measure: Callable[[Server, int], float],
+    count: int,
+    rounds: int = 1,
+) -> dict[str, Any]:
+    """Measures both in turn ``count`` times, in alternating order, after one pair to warm up.
+
+    A pair's values are the medians of ``rounds`` such turns.
+    """
+    values: dict[str, list[float]] = {subject.name: [], reference.name: []}
+    for pair in range(-1, count):
+        turns = range(pair * rounds, (pair + 1) * rounds)
+        found = [_turn(subject, reference, measure, turn) for turn in turns]
+        if pair >= 0:
+            for name, each in values.items():
+                each.append(statistics.median(turn[name] for turn in found))
+    ratios = [a / b for a, b in zip(values[subject.name], values[reference.name], strict=True)]
+    return {
+        "pairs": count,
+        "rounds": rounds,
+        **{name: spread(each) for name, each in values.items()},
+        f"{subject.name}_over_{reference.name}": {**spread(ratios), "each": rounded(ratios)},
+    }
+
+
+def _turn(
+    subject: Server, reference: Server, measure: Callable[[Server, int], float], number: int
+) -> dict[str, float]:
+    order = (subject, reference) if number % 2 else (reference, subject)
+    return {target.name: measure(target, number) for target in order}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    median, least, most = statistics.median(values), min(values), max(values)
+    return dict(zip(("median", "min", "max"), rounded([median, least, most]), strict=True))
+
+
+def rounded(values: list[float]) -> list[float]:
+    return [round(value, 4) for value in values]
