@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -32,9 +33,11 @@ def paired(
     count: int,
     rounds: int = 1,
 ) -> dict[str, Any]:
-    """Measures both in turn ``count`` times, in alternating order, after one pair to warm up.
+    """Measures both in turn ``count`` times, after one pair to warm up.
 
-    A pair's values are the medians of ``rounds`` such turns.
+    A pair's values are the medians of ``rounds`` turns. Each server has half of the cores. The order
+    changes with each turn and the halves change hands with every second one: four turns hold each
+    order on each half.
     """
     values: dict[str, list[float]] = {subject.name: [], reference.name: []}
     for pair in range(-1, count):
@@ -55,6 +58,12 @@ def paired(
 def _turn(
     subject: Server, reference: Server, measure: Callable[[Server, int], float], number: int
 ) -> dict[str, float]:
+    cores = sorted(os.sched_getaffinity(0))
+    middle = len(cores) // 2
+    halves = cores[:middle], cores[middle:]
+    # whichever half is the faster one, and on shared hosts one is for minutes, nobody keeps it
+    subject.pin(halves[number // 2 % 2])
+    reference.pin(halves[1 - number // 2 % 2])
     order = (subject, reference) if number % 2 else (reference, subject)
     return {target.name: measure(target, number) for target in order}
 

@@ -3,10 +3,10 @@
     python integration/serve_test.py paired
 
 All servers are ready before the first timing; those of the other kind idle. Every pair sends the same
-requests to both arms, three times in alternating order, and takes the medians. The goals stand beside
-the medians of all pairs, not asserted: steps of a model this small vary from pair to pair by more than
-the gain. Where the time of a step with one request goes is written beside them, in microseconds, from
-the probe's host times.
+requests to both arms, in each order and on each half of the cores, and takes the medians. The goals
+stand beside the medians of all pairs, not asserted: steps of a model this small vary from pair to pair
+by more than the gain. Where the time of a step with one request goes is written beside them, in
+microseconds, from the probe's host times.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from compare import Report, check_record, scheduler_figures
 from pairs import paired, step_milliseconds, throughput
 
 PAIRS = 20
-ROUNDS = 3  # of each pair: one alone is off by a fifth and more where other tenants share the host
+ROUNDS = 4  # of each pair: one alone is off by a fifth and more where other tenants share the host
 SETUPS = (
     Setup("paired-bf16", MANY),
     Setup("paired-fp8", (*MANY, *FP8), decode_backend="flashmla_kv"),

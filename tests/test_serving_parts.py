@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -245,26 +246,48 @@ def test_a_batch_differs_where_no_answer_is_one_of_sglangs():
     compare.assert_alike([compare.repeated([[a, b]], [[a, b]])])
 
 
-def test_a_pair_is_the_median_of_turns_in_alternating_order():
+def test_a_pair_is_the_median_of_each_order_on_each_half_of_the_cores():
     """Two servers that answer in these times: the one outlier of a pair does not count."""
-    subject, reference = (SimpleNamespace(name=name) for name in ("plugin", "sglang"))
-    asked = []
+    pinned, asked = {}, []
 
     def measure(target, turn):
-        asked.append((target.name, turn))
-        return {0: 90.0, 3: 1.0}.get(turn, 3.0) if target is subject else 4.0
+        asked.append((target.name, turn, tuple(pinned[target.name])))
+        return {0: 90.0, 5: 1.0}.get(turn, 3.0) if target.name == "plugin" else 4.0
 
-    found = pairs.paired(subject, reference, measure, count=2, rounds=3)
+    plugin, sglang = (
+        SimpleNamespace(name=name, pin=functools.partial(pinned.__setitem__, name))
+        for name in ("plugin", "sglang")
+    )
+    found = pairs.paired(plugin, sglang, measure, count=2, rounds=4)
     assert found["plugin_over_sglang"] == {
         "median": 0.75,
         "min": 0.75,
         "max": 0.75,
         "each": [0.75, 0.75],
     }
-    assert (found["pairs"], found["rounds"]) == (2, 3)
-    turns = range(-3, 6)  # the first three warm up
-    orders = (("sglang", "plugin"), ("plugin", "sglang"))
-    assert asked == [(name, turn) for turn in turns for name in orders[turn % 2]]
+    assert [turn for _, turn, _ in asked] == [turn for turn in range(-4, 8) for _ in range(2)]
+    firsts = [(name, half) for name, _, half in asked[-8::2]]
+    assert len(set(firsts)) == 4
+    assert {name for name, _ in firsts} == {"plugin", "sglang"}
+    low, high = sorted({half for _, half in firsts})
+    assert sorted(low + high) == sorted(os.sched_getaffinity(0))
+    assert all({asked[i][2], asked[i + 1][2]} == {low, high} for i in range(0, len(asked), 2))
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_every_thread_of_a_server_is_pinned(tmp_path):
+    program = """
+import threading
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+"""
+    core = max(os.sched_getaffinity(0))
+    with stand_in(tmp_path, program) as server:
+        server.wait_ready(10)
+        server.pin([core])
+        root = psutil.Process(server.process.pid)
+        threads = [thread.id for each in (root, *root.children()) for thread in each.threads()]
+        assert [os.sched_getaffinity(thread) for thread in threads] == [{core}] * 3
 
 
 def test_tokens_of_a_step_and_how_far_apart():
