@@ -161,7 +161,7 @@ class Fleet:
 
     def __exit__(self, *_: object) -> None:
         self._waiting.clear()
-        _stop(arm for arms in self._running.values() for arm in arms.values())
+        stop_all(arm for arms in self._running.values() for arm in arms.values())
         self._running.clear()
 
     def ready(self, setup: Setup) -> Arms:
@@ -173,7 +173,7 @@ class Fleet:
 
     def done(self, setup: Setup) -> None:
         """Ends the setup's servers and starts the next ones."""
-        _stop(self._running.pop(setup.name, {}).values())
+        stop_all(self._running.pop(setup.name, {}).values())
         self._start_ahead()
 
     def alone(self, setup: Setup) -> bool:
@@ -209,7 +209,7 @@ class Fleet:
         return Arm(Server([*model, *setup.args], with_probe, log_path=log_path, name=name), probe_dir)
 
 
-def _stop(arms: Iterable[Arm]) -> None:
+def stop_all(arms: Iterable[Arm]) -> None:
     """Ends the servers side by side: each takes some seconds."""
     servers = [arm.server for arm in arms]
     with ThreadPoolExecutor(max(len(servers), 1)) as pool:

@@ -21,17 +21,18 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import bounds
 import results
 
-WIDTH = 163_904
-GATHERED = [
-    *((bs, length, WIDTH) for bs in (64, 128, 256, 512) for length in (32_768, 131_072)),
-    *((512, 2_048, width) for width in (4_096, WIDTH, 1_048_640)),
-]
-# three cells that miss their share of the copy bandwidth, one that does not.
+if TYPE_CHECKING:
+    import torch
+
+GATHERED = [(bs, length) for bs in (64, 128, 256, 512) for length in (32_768, 131_072)]
+GATHERED_AT_WIDTHS = 512  # requests of bounds.WIDTHS_LENGTH, at each of bounds.WIDTHS
+# Requests, length, draft tokens: three cells that miss their share of a copy, one that does not.
 COPIED = ((256, 32_768, 4), (64, 131_072, 2), (512, 131_072, 8), (128, 131_072, 4))
 CELLS = ((512, 131_072, "paged"), (64, 131_072, "both"), (128, 131_072, "both"))
 METRICS = {  # ours: ncu's
@@ -83,15 +84,16 @@ def gather() -> list[dict[str, Any]]:
     """Microseconds by requests, length and the table's width."""
     import torch
 
-    from sglang_nsa_plugin.cli import bench_cases, timing
+    from sglang_nsa_plugin.cli import bench_cases
 
+    width = bench_cases.Setup().width
+    cells = [(bs, length, width) for bs, length in GATHERED]
+    cells += [(GATHERED_AT_WIDTHS, bounds.WIDTHS_LENGTH, width) for width in bounds.WIDTHS]
     found = []
-    for bs, length, width in GATHERED:
+    for bs, length, width in cells:
         slots = torch.zeros((bs + 1, width), dtype=torch.int32, device="cuda")
         source = slots[1:, : length : bench_cases.PAGE]
-        target = torch.empty(source.shape, dtype=torch.int32, device="cuda")
-        times = timing.gpu_times({"gather": lambda s=source, t=target: t.copy_(s)}, 0.3)["gather"]
-        us = timing.spread(times)["median"]
+        us = copy_us(source, torch.empty(source.shape, dtype=torch.int32, device="cuda"))
         found.append({"requests": bs, "length": length, "width": width, "us": us})
     return found
 
@@ -100,20 +102,26 @@ def copies() -> list[dict[str, Any]]:
     """Microseconds and GB a second, read and written, by requests, length and draft tokens."""
     import torch
 
-    from sglang_nsa_plugin.cli import timing
+    from sglang_nsa_plugin.cli import bench_cases
 
+    width = bench_cases.Setup().width
     found = []
     for bs, length, draft_tokens in COPIED:
-        slots = torch.zeros((bs + 1, WIDTH), dtype=torch.int32, device="cuda")
-        table = torch.empty((bs, draft_tokens, WIDTH), dtype=torch.int32, device="cuda")
+        slots = torch.zeros((bs + 1, width), dtype=torch.int32, device="cuda")
+        table = torch.empty((bs, draft_tokens, width), dtype=torch.int32, device="cuda")
         target = table[:, :, :length]
-        source = slots[1:, None, :length].expand_as(target)
-        times = timing.gpu_times({"copy": lambda s=source, t=target: t.copy_(s)}, 0.3)["copy"]
-        us = timing.spread(times)["median"]
+        us = copy_us(slots[1:, None, :length].expand_as(target), target)
         moved = 4 * bs * length * (1 + draft_tokens)
         cell = {"requests": bs, "length": length, "draft_tokens": draft_tokens}
         found.append({**cell, "us": us, "gb_s": round(moved / us / 1000)})
     return found
+
+
+def copy_us(source: torch.Tensor, target: torch.Tensor) -> float:
+    from sglang_nsa_plugin.cli import timing
+
+    times = timing.gpu_times({"copy": lambda: target.copy_(source)}, 0.3)["copy"]
+    return timing.spread(times)["median"]
 
 
 def dram() -> dict[str, Any]:

@@ -65,14 +65,7 @@ def _shortest_launch(bench: dict[str, Any]) -> str:
     return f", torch's shortest launch of a kernel {bench['launch_us']['median']:.1f} µs of the host"
 
 
-def is_by_kernel(bench: dict[str, Any]) -> bool:
-    """Whether the copy bandwidth is a kernel's. The first runs asked a copy engine, which is slower."""
-    return bench.get("copy_by") == "kernel"
-
-
 def _of_a_copy(bench: dict[str, Any]) -> str:
-    if not is_by_kernel(bench):
-        return ""
     return (
         "*Of a copy*: the bytes that the fill must move over its time, as a share of the "
         f"{bench['copy_gb_s']['median']:,.0f} GB/s that a copy moved in the same run. "
@@ -87,12 +80,12 @@ def _table(bench: dict[str, Any], first: dict[str, Any]) -> str:
             wanted = {**same, "requests": requests, "length": length}
             rows = {case["tables"]: case for case in bench["cases"] if wanted.items() <= case.items()}
             if rows:
-                lines.append(_line(requests, length, rows, is_by_kernel(bench)))
+                lines.append(_line(requests, length, rows))
     rule = "|---" * len(COLUMNS) + "|"
     return "\n".join([f"| {' | '.join(COLUMNS)} |", rule, *lines])
 
 
-def _line(requests: int, length: int, rows: dict[str, dict[str, Any]], by_kernel: bool) -> str:
+def _line(requests: int, length: int, rows: dict[str, dict[str, Any]]) -> str:
     both, paged = rows["both"], rows["paged"]
     recorded = next(row for row in rows.values() if "ours" in row["gpu_us"])
     host, whole = recorded["host_us"], recorded["gpu_us"]
@@ -106,7 +99,7 @@ def _line(requests: int, length: int, rows: dict[str, dict[str, Any]], by_kernel
         f"{whole['ours']:.1f}",
         f"{both['gpu_us']['sglang_kernel']:.1f}",
         f"{both['gpu_us']['cuda']:.1f}",
-        f"{both['copy_share']['cuda']:.0%}" if by_kernel else "-",
+        f"{both['copy_share']['cuda']:.0%}",
         f"{paged['gpu_us']['sglang_kernel']:.1f}",
         f"{paged['gpu_us']['cuda']:.1f}",
     ]

@@ -35,17 +35,20 @@ def paired(
 ) -> dict[str, Any]:
     """Measures both in turn ``count`` times, after one pair to warm up.
 
-    A pair's values are the medians of ``rounds`` turns. Each server has half of the cores. The order
-    changes with each turn and the halves change hands with every second one: four turns hold each
-    order on each half.
+    A pair's values are the medians of ``rounds`` turns. Each server has half of the cores meanwhile.
+    The order changes with each turn and the halves change hands with every second one: four turns hold
+    each order on each half.
     """
+    cores = sorted(os.sched_getaffinity(0))
     values: dict[str, list[float]] = {subject.name: [], reference.name: []}
     for pair in range(-1, count):
         turns = range(pair * rounds, (pair + 1) * rounds)
-        found = [_turn(subject, reference, measure, turn) for turn in turns]
+        found = [_turn(subject, reference, measure, turn, cores) for turn in turns]
         if pair >= 0:
             for name, each in values.items():
                 each.append(statistics.median(turn[name] for turn in found))
+    for target in (subject, reference):
+        target.pin(cores)
     ratios = [a / b for a, b in zip(values[subject.name], values[reference.name], strict=True)]
     return {
         "pairs": count,
@@ -56,9 +59,12 @@ def paired(
 
 
 def _turn(
-    subject: Server, reference: Server, measure: Callable[[Server, int], float], number: int
+    subject: Server,
+    reference: Server,
+    measure: Callable[[Server, int], float],
+    number: int,
+    cores: list[int],
 ) -> dict[str, float]:
-    cores = sorted(os.sched_getaffinity(0))
     middle = len(cores) // 2
     halves = cores[:middle], cores[middle:]
     # whichever half is the faster one, and on shared hosts one is for minutes, nobody keeps it

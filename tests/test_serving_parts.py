@@ -28,7 +28,7 @@ import results  # noqa: E402
 import rows  # noqa: E402
 import serve_figures  # noqa: E402
 import serve_test  # noqa: E402
-from arms import serve_args  # noqa: E402
+from arms import serve_args, stop_all  # noqa: E402
 from server import Answer, Server, ServerError, free_ports  # noqa: E402
 
 # A stand-in for `sglang.launch_server`: it takes --port and answers as the fixture expects.
@@ -128,6 +128,24 @@ def is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_servers_of_a_fleet_end_side_by_side(tmp_path):
+    slow = """
+        def end(*_):
+            time.sleep(2)
+            os._exit(0)
+        signal.signal(signal.SIGTERM, end)
+    """
+    servers = [stand_in(tmp_path / str(number), slow) for number in range(3)]
+    for server in servers:
+        server.start()
+    for server in servers:
+        server.wait_ready(20)
+    begin = time.monotonic()
+    stop_all(SimpleNamespace(server=server) for server in servers)
+    assert time.monotonic() - begin < 5
+    assert all(server.process is None for server in servers)
 
 
 def test_ports_leave_room_for_the_one_that_sglang_derives():
@@ -272,6 +290,8 @@ def test_a_pair_is_the_median_of_each_order_on_each_half_of_the_cores():
     low, high = sorted({half for _, half in firsts})
     assert sorted(low + high) == sorted(os.sched_getaffinity(0))
     assert all({asked[i][2], asked[i + 1][2]} == {low, high} for i in range(0, len(asked), 2))
+    everything = sorted(os.sched_getaffinity(0))
+    assert pinned == {"plugin": everything, "sglang": everything}  # afterwards
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
