@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
 
 // As many blocks as the largest batch of these shapes can use.
 int64_t most_blocks(const Fill& fill) {
-  const int64_t chunks = fill.requests * ceil_div(fill.req_to_token.columns, kTokensOfBlock);
+  const int64_t chunks = fill.requests * ceil_div(fill.req_to_token.columns, kTokensOfBlock<>);
   return maximum(ceil_div(fill.rows, kThreads), chunks);
 }
 

@@ -152,12 +152,14 @@ __device__ void fill_pages(const StaticFill& launch, uint32_t block) {
   }
 }
 
+template <uint32_t kInFlight>
 __device__ void fill_tokens(const StaticFill& launch, uint32_t block) {
   const PageTable& table = launch.fill.tables[0];
   const uint32_t chunk = divide(block, launch.requests);
   const bool enabled = is_enabled(launch.fill);
   const Copy copy = copy_of(launch, table, block - chunk * launch.requests.value);
-  if (enabled) copy_tokens(copy, table, chunk * kTokensOfBlock + warp() * kTokensOfWarp);
+  const uint32_t begin = chunk * kTokensOfBlock<kInFlight> + warp() * kTokensOfWarp<kInFlight>;
+  if (enabled) copy_tokens<kInFlight>(copy, table, begin);
 }
 
 __device__ void fill_shared_tokens(const StaticFill& launch, uint32_t block) {
@@ -202,16 +204,18 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     fill_pages(launch, block - launch.pages_begin);
   } else if (launch.shares_tokens) {
     fill_shared_tokens(launch, block - launch.tokens_begin);
+  } else if (launch.small_chunks) {
+    fill_tokens<1>(launch, block - launch.tokens_begin);
   } else {
-    fill_tokens(launch, block - launch.tokens_begin);
+    fill_tokens<kVectors>(launch, block - launch.tokens_begin);
   }
 }
 
-// Chunks that the token table can have.
-int64_t most_chunks(const Fill& fill) {
+// Chunks of so many tokens that the token table can have.
+int64_t most_chunks(const Fill& fill, uint32_t chunk_tokens) {
   if (fill.tables[0].data == nullptr) return 0;
   const int64_t tokens = minimum(fill.tables[0].columns, fill.req_to_token.columns);
-  return fill.requests * ceil_div(tokens, kTokensOfBlock);
+  return fill.requests * ceil_div(tokens, chunk_tokens);
 }
 
 }  // namespace
@@ -225,8 +229,12 @@ StaticFill static_fill(const Fill& fill, int multiprocessors) {
   launch.schedule_begin = launch.rows_begin + static_cast<int>(ceil_div(fill.rows, kThreads));
   launch.pages_begin = launch.schedule_begin + (fill.schedule.data != nullptr);
 
-  const int64_t chunks = most_chunks(fill);
-  launch.shares_tokens = chunks > multiprocessors * kResidentBlocks;
+  // Few tokens spread over more multiprocessors in small chunks, as long as all their blocks are resident.
+  const int64_t resident = multiprocessors * kResidentBlocks;
+  const int64_t small_chunks = most_chunks(fill, kTokensOfBlock<1>);
+  launch.small_chunks = small_chunks <= resident;
+  const int64_t chunks = launch.small_chunks ? small_chunks : most_chunks(fill, kTokensOfBlock<>);
+  launch.shares_tokens = chunks > resident;
   if (fill.tables[1].data != nullptr && !launch.shares_tokens) {
     const int64_t useful = maximum(ceil_div(fill.tables[1].columns, kThreads), 1);
     const int64_t parts = multiprocessors * kPageBlocks / maximum(fill.requests, 1);

@@ -19,6 +19,7 @@ struct StaticFill {
   int tokens_begin;
   int parts;  // blocks that share one request's pages
   bool shares_tokens;
+  bool small_chunks;  // blocks with a vector a lane copy the tokens
   Divisor requests;
   Divisor extend_len;
   Fill fill;

@@ -7,11 +7,14 @@
 
 namespace nsa {
 
-// Neighbouring columns that a lane moves as one 16-byte vector, and vectors that it has in flight.
+// Neighbouring columns that a lane moves as one 16-byte vector, and vectors that it has in flight at most.
 constexpr uint32_t kVector = 4;
 constexpr uint32_t kVectors = 4;
-constexpr uint32_t kTokensOfWarp = kWarp * kVector * kVectors;
-constexpr uint32_t kTokensOfBlock = kWarps * kTokensOfWarp;
+// With so many vectors in flight in each lane.
+template <uint32_t kInFlight>
+constexpr uint32_t kTokensOfWarp = kWarp * kVector * kInFlight;
+template <uint32_t kInFlight = kVectors>
+constexpr uint32_t kTokensOfBlock = kWarps * kTokensOfWarp<kInFlight>;
 
 struct Copy {
   const int32_t* source;  // the request's tokens; null: outside the pool, every cell is 0
@@ -66,24 +69,25 @@ __device__ inline void copy_cells(const Copy& copy, const Divisor& page_size, ui
 
 // A warp's columns [begin, begin + kTokensOfWarp), 16 bytes at a time. No cell at or past the length is
 // touched: the last columns, which are no whole vector, go one by one.
+template <uint32_t kInFlight>
 __device__ inline void copy_vectors(const Copy& copy, uint32_t begin) {
   const uint32_t vectors_end = copy.columns / kVector * kVector;
   const uint32_t first = begin + kVector * lane();
-  int4 values[kVectors];
+  int4 values[kInFlight];
 #pragma unroll
-  for (uint32_t v = 0; v < kVectors; ++v) {
+  for (uint32_t v = 0; v < kInFlight; ++v) {
     const uint32_t column = first + v * kWarp * kVector;
     const bool reads = column < vectors_end && copy.source != nullptr;
     values[v] = reads ? __ldg(reinterpret_cast<const int4*>(copy.source + column)) : int4{0, 0, 0, 0};
   }
   const uint32_t last = vectors_end + lane();
-  const bool is_last = last < copy.columns && vectors_end - begin < kTokensOfWarp;
+  const bool is_last = last < copy.columns && vectors_end - begin < kTokensOfWarp<kInFlight>;
   const int32_t last_value = is_last && copy.source != nullptr ? __ldg(copy.source + last) : 0;
   int32_t* out = copy.out;
 #pragma unroll 1
   for (uint32_t row = 0; row < copy.rows; ++row, out += copy.row_stride) {
 #pragma unroll
-    for (uint32_t v = 0; v < kVectors; ++v) {
+    for (uint32_t v = 0; v < kInFlight; ++v) {
       const uint32_t column = first + v * kWarp * kVector;
       if (column < vectors_end) __stcs(reinterpret_cast<int4*>(out + column), values[v]);
     }
@@ -92,10 +96,11 @@ __device__ inline void copy_vectors(const Copy& copy, uint32_t begin) {
 }
 
 // A warp's columns [begin, begin + kTokensOfWarp) of the token table.
+template <uint32_t kInFlight>
 __device__ inline void copy_tokens(Copy copy, const PageTable& table, uint32_t begin) {
   if (begin >= copy.columns) return;
-  if (table.moves == Moves::kVectors) return copy_vectors(copy, begin);
-  copy.columns = min(copy.columns, begin + kTokensOfWarp);
+  if (table.moves == Moves::kVectors) return copy_vectors<kInFlight>(copy, begin);
+  copy.columns = min(copy.columns, begin + kTokensOfWarp<kInFlight>);
   const bool stores_vectors = table.moves == Moves::kStoredVectors;
   const uint32_t step = stores_vectors ? 1 : kWarp;
 #pragma unroll 1
@@ -109,7 +114,7 @@ __device__ inline void copy_tokens(Copy copy, const PageTable& table, uint32_t b
 // one of the rows at a time.
 __device__ inline void copy_pages(const Copy& copy, const PageTable& table, uint32_t begin) {
   const uint32_t first = divide_up(begin, table.page_size);
-  const uint32_t end = min(copy.columns, divide_up(begin + kTokensOfBlock, table.page_size));
+  const uint32_t end = min(copy.columns, divide_up(begin + kTokensOfBlock<>, table.page_size));
   if (copy.rows == 0) return;
   uint32_t row = warp();
 #pragma unroll 1
@@ -126,18 +131,19 @@ __device__ inline void copy_pages(const Copy& copy, const PageTable& table, uint
 // The live tokens of a request come in chunks of kTokensOfBlock, one for a block at a time.
 __device__ inline uint32_t chunks_of(const Fill& fill, int32_t length) {
   const uint32_t tokens = static_cast<uint32_t>(clamp(length, 0, fill.req_to_token.columns));
-  return (tokens + kTokensOfBlock - 1) / kTokensOfBlock;
+  return (tokens + kTokensOfBlock<> - 1) / kTokensOfBlock<>;
 }
 
 // What the tables hold of a chunk. Pages come behind the tokens: those were just read.
 __device__ inline void copy_chunk(const Fill& fill, int32_t length, int64_t pool_row,
                                   uint32_t first_row, uint32_t rows, uint32_t chunk) {
-  const uint32_t begin = chunk * kTokensOfBlock;
+  const uint32_t begin = chunk * kTokensOfBlock<>;
   const auto copy = [&](const PageTable& table) {
     return copy_of(fill, table, length, pool_row, first_row, rows);
   };
   if (fill.tables[0].data != nullptr) {
-    copy_tokens(copy(fill.tables[0]), fill.tables[0], begin + warp() * kTokensOfWarp);
+    copy_tokens<kVectors>(copy(fill.tables[0]), fill.tables[0],
+                          begin + warp() * kTokensOfWarp<kVectors>);
   }
   if (fill.tables[1].data != nullptr) copy_pages(copy(fill.tables[1]), fill.tables[1], begin);
 }

@@ -332,7 +332,9 @@ def test_rows_and_bases_that_no_vector_fits(
     fill_backend.check(replace(case, layouts={**case.layouts, "page_table_1": DENSE}))
 
 
-@pytest.mark.parametrize("columns", [3, 4, 5, 511, 513, 1023, 1024, 1025, 2049, 4095, 4096, 4097])
+@pytest.mark.parametrize(
+    "columns", [3, 4, 5, 127, 129, 511, 513, 1023, 1024, 1025, 2049, 4095, 4096, 4097]
+)
 def test_tables_around_the_copied_blocks(fill_backend: Backend, columns: int) -> None:
     lengths = [columns - 1, columns, columns + 1]
     case = Case(seq_lens=lengths, tokens=columns + 1, width=columns, dtypes=ALL_INT32)

@@ -234,9 +234,9 @@ def test_full_size(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["vectors", "cells"])
-@pytest.mark.parametrize("requests", [70, 300])
+@pytest.mark.parametrize("requests", [3, 20, 70, 300])
 def test_long_tables_of_many_requests(requests: int, odd: bool) -> None:
-    """More chunks of tokens than blocks at a time: blocks share out those that are live."""
+    """A block for each small chunk of tokens, or each large one, or blocks that share out the large."""
     lengths = [(977 * r) % 41_000 if r % 3 else 0 for r in range(requests)]
     case = Case(
         seq_lens=lengths,
