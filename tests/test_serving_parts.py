@@ -518,7 +518,8 @@ def test_sglangs_own_parser_takes_the_flags_of_every_setup():
         assert parsed.speculative_num_steps == setup.draft_tokens - 1
         assert parsed.max_total_tokens == int(SHARED_GPU_ARGS[SHARED_GPU_ARGS.index("200000")])
         if "--mem-fraction-static" in setup.flags:
-            assert parsed.mem_fraction_static > 0.3, "the setup's own flag wins"
+            own = setup.flags[setup.flags.index("--mem-fraction-static") + 1]
+            assert parsed.mem_fraction_static == float(own), "the setup's own flag wins"
 
 
 # A scheduler's metrics, and what SGLang's HTTP process makes of those in the folder.
