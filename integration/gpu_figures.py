@@ -63,17 +63,19 @@ def sanitized_tests(part: Part) -> Iterator[Row]:
     if not ran:
         return
     passed = sorted({tool["tests"].get("passed", 0) for tool in ran.values()})
-    others = [
-        f"{tool['of_other_kernels']:,} by {name} in kernels that are not ours"
-        for name, tool in ran.items()
-        if tool["of_other_kernels"]
-    ]
+    others = [elsewhere(name, tool) for name, tool in ran.items() if tool["of_other_kernels"]]
     failed = sorted({name for tool in ran.values() for name in tool["failed"]})
     yield (
         f"compute-sanitizer over the tests: {', '.join(ran)}",
         f"{' or '.join(map(str, passed))} passed under each",
         "; ".join([errors(ran), *others, *(f"`{name}` failed" for name in failed)]),
     )
+
+
+def elsewhere(name: str, tool: Part) -> str:
+    places = ", ".join(f"`{place}`" for place in tool.get("other_kernels", ()))
+    where = f"in {places}" if places else "in no kernel that it names"
+    return f"{tool['of_other_kernels']:,} by {name} outside our kernels, {where}"
 
 
 def tools(part: Part) -> dict[str, Part]:

@@ -167,10 +167,11 @@ def findings(tool: str, output: str) -> tuple[int | None, int]:
 
 
 def other_kernels(output: str) -> list[str]:
-    """The names, without template arguments, of the kernels that are not ours and have findings."""
+    """What else has findings: kernels, without template arguments, and copies that are no kernels."""
     lines = re.findall(r"^=+ +at (.*)", output.replace("(anonymous namespace)::", ""), re.MULTILINE)
     names = {re.split(r"[<(+]", line.removeprefix("void "), maxsplit=1)[0] for line in lines}
-    return sorted(name for name in names if not any(ours in name for ours in KERNELS))
+    copies = re.findall(r"^=+ .*on access by (.+)", output, re.MULTILINE)
+    return sorted({name for name in names if not any(ours in name for ours in KERNELS)} | set(copies))
 
 
 def parts() -> dict[str, Callable[[], dict[str, Any]]]:

@@ -9,11 +9,11 @@ failing, so each request has a limit, behind which its server counts as broken.
 from __future__ import annotations
 
 import random
+import statistics
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
 import psutil
 import pytest
@@ -90,7 +90,7 @@ def test_mixed_load(arms: Arms, report: Report, request: pytest.FixtureRequest) 
     assert all(load.errors == [] for load in loads.values())
     assert apart < APART_LIMIT
     assert grown["gpu"] < GPU_GROWTH_MIB
-    assert grown["plugin"] < grown["sglang"] + HOST_GROWTH_MIB
+    assert grown["plugin"] < max(grown["sglang"], 0) + HOST_GROWTH_MIB
     assert record["fallbacks"] == {}
     assert record["replays"] + record["launches"] > seconds
 
@@ -140,8 +140,15 @@ def resident_mib(arm: Arm) -> int:
     return sum(sizes) >> 20
 
 
-def growth(samples: list[dict[str, int]]) -> dict[str, Any]:
-    """How far the greatest of the last third is above the greatest of the third before."""
+def growth(samples: list[dict[str, int]]) -> dict[str, int]:
+    """How far the median of the last third is above the median of the third before.
+
+    Not the greatest: a process that forks counts twice for a moment.
+    """
     third = max(1, len(samples) // 3)
     last, before = samples[-third:], samples[-2 * third : -third] or samples[-third:]
-    return {name: max(s[name] for s in last) - max(s[name] for s in before) for name in samples[0]}
+
+    def middle(part: list[dict[str, int]], name: str) -> int:
+        return statistics.median_low(sample[name] for sample in part)
+
+    return {name: middle(last, name) - middle(before, name) for name in samples[0]}

@@ -497,6 +497,16 @@ def test_variables_are_set_and_removed(monkeypatch):
     assert changed["PYTHONPATH"] == os.path.abspath("here")
 
 
+def test_memory_that_grows_is_told_from_a_process_that_forks():
+    from test_load import growth
+
+    leaking = [{"plugin": 4_800 + 10 * i, "sglang": 4_700} for i in range(30)]
+    forked = [{"plugin": 4_800, "sglang": 4_700} for _ in range(30)]
+    forked[15]["sglang"] = forked[25]["plugin"] = 10_600
+    assert growth(leaking) == {"plugin": 100, "sglang": 0}
+    assert growth(forked) == {"plugin": 0, "sglang": 0}
+
+
 def test_sglangs_own_parser_takes_the_flags_of_every_setup():
     import argparse
     import importlib
