@@ -59,14 +59,14 @@ def releases() -> str:
     by_age = sorted(matrix["parts"], key=release_key)
     rows = [release(version, matrix["parts"][version]) for version in by_age]
     return (
-        "| SGLang | generation | adapter | hooks | values compared without a GPU | on an H200 | servers, identical "
+        "| SGLang | generation | adapter | hooks | values compared without a GPU | on a GPU | servers, identical "
         "token ids | host µs of one plan | launches |\n|---|---|---|---|---|---|---|---|---|\n"
         + "\n".join(rows)
         + f"\n\nGenerations of SGLang's code: {generations()}. *Host µs* and *launches*: what SGLang's own call costs before a draft-extend forward of 8 requests "
         "of 32k tokens, and ours; from `sglang-nsa-plugin bench` on an H200, both in one run. All values "
         f"compared were equal. From `integration/results/` (`releases.json`: {matrix['date'][:10]}, "
         f"{commits('compared', matrix)}; `gpu-test-VERSION.json`, `bench-h200-VERSION.json`, `serve-VERSION.json`, each with its commit: "
-        f"on a GPU the releases but 0.5.17 were tried with an earlier kernel).\n\n{gpus()}"
+        f"`gpu-test` of the releases but 0.5.17, and each `bench`, is of an earlier kernel).\n\n{gpus()}"
     )
 
 
@@ -272,9 +272,10 @@ def fence(run: dict[str, Any]) -> str:
 def source(serve: dict[str, Any], gpu: dict[str, Any]) -> str:
     versions = serve["versions"]
     return (
-        f"From `integration/results/serve-0.5.17.json` and `gpu-test-0.5.17.json`: {hosts(serve)}, "
-        f"SGLang {versions['sglang']}, torch {versions['torch']}, {serve['date'][:10]}; {commits('served', serve)}; "
-        f"{commits('GPU tests', gpu)}. Each part of a file says which commit it is of."
+        f"From `integration/results/serve-0.5.17.json`: {hosts(serve)}, {commits('served', serve)}, until "
+        f"{serve['date'][:10]}; and `gpu-test-0.5.17.json`: {hosts(gpu)}, {commits('tested', gpu)}, until "
+        f"{gpu['date'][:10]}; both with SGLang {versions['sglang']} and torch {versions['torch']}. Each part of a "
+        "file says which GPU and commit it is of."
     )
 
 
@@ -285,7 +286,7 @@ def hosts(run: dict[str, Any]) -> str:
     said = most.replace(", ", ", driver ")
     for gpu in others:
         setups = dict.fromkeys(part.partition(".")[0] for part in by_gpus[gpu])
-        said += f" ({' and '.join(setups)}: {gpu.replace(', ', ', driver ')})"
+        said += f" ({', '.join(setups)}: {gpu.replace(', ', ', driver ')})"
     return said
 
 
