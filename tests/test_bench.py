@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,6 +43,14 @@ def test_without_a_gpu_it_times_the_twin_and_says_so(tmp_path):
         assert not any(name.startswith("gpu") for name in row)
         for path, (low, high) in row["host_quartiles"].items():
             assert low <= row["host_us"][path] <= high
+
+
+@without_gpu
+def test_builds_of_the_kernel_are_not_compared_without_a_gpu():
+    command = [sys.executable, str(ROOT / "integration" / "kernel_versions.py"), "any.so"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "kernel_versions: needs an NVIDIA GPU, torch finds none\n"
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from commands import needs_sglang
+from conftest import ROOT
 
-from sglang_nsa_plugin.cli import timing
+from sglang_nsa_plugin.cli import bench_paths, timing
+from sglang_nsa_plugin.kernels import library
+
+sys.path.insert(0, str(ROOT / "integration"))
+import kernel_versions
 
 pytestmark = pytest.mark.gpu
 timed = pytest.mark.unsanitized("what is timed has the GPU to itself")
@@ -66,3 +73,22 @@ def test_rows_on_a_gpu(monkeypatch):
         assert row["nodes"]["event_record"] == 1
         assert row["launches"]["ours"] == 0
         assert row["memory_bytes"]["ours"] <= row["memory_bytes"]["sglang"]
+
+
+@timed
+def test_builds_of_the_kernel_are_timed_in_the_same_cells(monkeypatch):
+    cells = [(1, 2_048, "both"), (8, 2_048, "paged")]
+    monkeypatch.setattr(kernel_versions, "CELLS", {(4_096, 2): cells})
+    own = library.load()
+    rows = list(kernel_versions.measured({"old": own, "new": own}))
+    assert [(row["requests"], row["length"], row["tables"]) for row in rows] == cells
+    for row in rows:
+        old, new = (row["us"][build]["median"] for build in ("old", "new"))
+        assert 0.5 < old / new < 2
+
+
+def test_a_build_that_writes_other_values_is_named(monkeypatch):
+    monkeypatch.setattr(kernel_versions, "CELLS", {(4_096, 2): [(1, 2_048, "both")]})
+    broken = {"bind": lambda *_: lambda _: None}
+    with pytest.raises(bench_paths.DifferentValuesError, match="new"):
+        next(kernel_versions.measured({"old": library.load(), "new": broken}))
