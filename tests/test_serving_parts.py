@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -497,14 +498,22 @@ def test_variables_are_set_and_removed(monkeypatch):
     assert changed["PYTHONPATH"] == os.path.abspath("here")
 
 
-def test_memory_that_grows_is_told_from_a_process_that_forks():
+@pytest.mark.parametrize("value", [max, statistics.median_low])
+def test_memory_that_grows_is_seen(value):
     from test_load import growth
 
-    leaking = [{"plugin": 4_800 + 10 * i, "sglang": 4_700} for i in range(30)]
-    forked = [{"plugin": 4_800, "sglang": 4_700} for _ in range(30)]
-    forked[15]["sglang"] = forked[25]["plugin"] = 10_600
-    assert growth(leaking) == {"plugin": 100, "sglang": 0}
-    assert growth(forked) == {"plugin": 0, "sglang": 0}
+    samples = [{"plugin": 4_800 + 10 * i, "sglang": 4_700} for i in range(30)]
+    assert [growth(samples, arm, value) for arm in ("plugin", "sglang")] == [100, 0]
+
+
+@pytest.mark.parametrize(("moment", "greatest"), [(15, -5_900), (25, 5_900)])
+def test_a_process_that_comes_and_goes_is_no_growth(moment, greatest):
+    from test_load import growth
+
+    samples = [{"plugin": 4_700} for _ in range(30)]
+    samples[moment]["plugin"] += 5_900
+    assert growth(samples, "plugin", max) == greatest
+    assert growth(samples, "plugin", statistics.median_low) == 0
 
 
 def test_sglangs_own_parser_takes_the_flags_of_every_setup():
