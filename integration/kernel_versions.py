@@ -32,6 +32,9 @@ CELLS: dict[tuple[int, int], list[tuple[int, int, str]]] = {
     (163_904, 4): [
         *((bs, length, BOTH) for bs in (1, 2, 3, 8, 64) for length in (2_048, 32_768, 131_072)),
         *((bs, length, PAGED) for bs in (1, 8, 64, 128) for length in (2_048, 32_768, 131_072)),
+        *((bs, 32_768, BOTH) for bs in (128, 256, 512)),
+        (128, 131_072, BOTH),
+        (256, 32_768, PAGED),
     ],
     (163_904, 2): [(64, 131_072, BOTH), (64, 131_072, PAGED)],
     (163_904, 8): [(1, 2_048, BOTH), (1, 131_072, BOTH), (8, 131_072, PAGED), (64, 131_072, PAGED)],
