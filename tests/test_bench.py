@@ -137,6 +137,17 @@ def test_slow_paths_get_fewer_rounds_all_alike(monkeypatch):
     assert min(samples["slow"]) > 9_000 > max(samples["fast"])
 
 
+def test_every_call_runs_before_the_first_graph_is_recorded(monkeypatch):
+    """A graph keeps the memory of its calls: another call then needs as much again beside it."""
+    done = []
+    calls = {name: lambda name=name: done.append(name) for name in "ab"}
+    monkeypatch.setattr(timing.torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(timing, "_record", lambda call, count, pool: done.append((count, pool)))
+    monkeypatch.setattr(timing, "_slope_us", lambda one, many: 1.0)
+    assert set(timing.gpu_times(calls, 0.0)) == {"a", "b"}
+    assert done == ["a", "b", *[(1, "pool"), (timing.REPEATS, "pool")] * 2]
+
+
 def test_spread_is_the_median_and_the_quartiles():
     assert timing.spread([5.0, 1.0, 2.0, 4.0, 1000.0]) == {"median": 4.0, "q1": 2.0, "q3": 5.0}
 

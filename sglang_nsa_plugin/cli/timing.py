@@ -35,10 +35,12 @@ def gpu_times(calls: Mapping[str, Call], seconds: float) -> dict[str, list[float
 
     The slope leaves the launch of the graph out. Calls must not wait for the device.
     """
+    for call in calls.values():  # all of them first: a graph keeps what its calls allocate
+        call()
     pool = torch.cuda.graph_pool_handle()  # graphs run one after another: they can share memory
     slopes: dict[str, Callable[[], float]] = {}
     for name, call in calls.items():
-        one, many = (capture(call, count, pool) for count in (1, REPEATS))
+        one, many = (_record(call, count, pool) for count in (1, REPEATS))
         slopes[name] = functools.partial(_slope_us, one, many)
     return _alternate(slopes, GPU_ROUNDS, seconds)
 
@@ -86,9 +88,14 @@ def _host_us(call: Call) -> float:
     return spent / 1000
 
 
-def capture(call: Call, count: int = 1, pool: Any = None, keep: bool = False) -> torch.cuda.CUDAGraph:
-    """A graph of so many calls, after one that loads and compiles what the call needs."""
+def capture(call: Call, keep: bool = False) -> torch.cuda.CUDAGraph:
+    """A graph of one call, after one that loads and compiles what the call needs."""
     call()
+    return _record(call, keep=keep)
+
+
+def _record(call: Call, count: int = 1, pool: Any = None, keep: bool = False) -> torch.cuda.CUDAGraph:
+    """A graph of so many calls, of which one has run before."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph(keep_graph=keep)
     with torch.cuda.graph(graph, pool=pool):
