@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 ARMS = ("plugin", "sglang")
+GPU_GROWTH_MIB = 256  # of the last third of a load over the third before: more is no noise
 Row = dict[str, Any]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rows import ARMS, Row, accepted_drafts, mean_tokens, mismatched
+from rows import ARMS, GPU_GROWTH_MIB, Row, accepted_drafts, mean_tokens, mismatched
 
 # Setups of the servers and what is different about them.
 SETUPS = {
@@ -101,5 +101,14 @@ def under_load(parts: dict[str, Any]) -> list[str]:
         f"{load['clients']} clients for {load['seconds'] / 60:.0f} minutes: {answered['plugin']['answered']:,} requests "
         f"with the plugin, {answered['sglang']['answered']:,} without, {sum(map(len, load['errors'].values()))} failed; "
         f"tokens per step {steps['plugin']:.3f} and {steps['sglang']:.3f}; "
-        f"GPU memory grew by {load['memory_mib']['grown']['gpu']} MiB in the last third."
+        f"{gpu_memory(load['memory_mib']['grown']['gpu'])}."
     ]
+
+
+def gpu_memory(grown: int) -> str:
+    """How much it grew, where nothing else on the GPU can have hidden that."""
+    if grown <= -GPU_GROWTH_MIB:
+        return (
+            f"GPU memory fell by {-grown:,} MiB as other servers on it ended, so its growth is not known"
+        )
+    return f"GPU memory grew by {grown} MiB in the last third"

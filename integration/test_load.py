@@ -20,7 +20,7 @@ import psutil
 import pytest
 from arms import NO_PROBE, PLUGIN_ENV, SGLANG_ENV, Arm, Arms, Setup
 from compare import Report, gpu_memory_mib, prompts, read_record, relative
-from rows import added, mean_tokens
+from rows import GPU_GROWTH_MIB, added, mean_tokens
 from server import Server, ServerError
 
 # Few sizes: most batches are padded, and the server starts sooner.
@@ -39,7 +39,6 @@ LONGEST = 1_600
 SHARED = prompts([500] * 4, seed=91)  # beginnings that some requests have in common
 SAMPLE_EVERY_S = 5.0
 APART_LIMIT = 0.01
-GPU_GROWTH_MIB = 256
 HOST_GROWTH_MIB = 128
 
 
@@ -94,7 +93,8 @@ def test_mixed_load(arms: Arms, report: Report, request: pytest.FixtureRequest) 
     assert [each for each in clients if each.is_alive()] == []
     assert all(load.errors == [] for load in loads.values())
     assert apart < APART_LIMIT
-    assert grown["gpu"] < GPU_GROWTH_MIB
+    # much less is no better: what else ran on the GPU has ended, and would hide growth
+    assert abs(grown["gpu"]) < GPU_GROWTH_MIB
     assert grown["plugin"] < grown["sglang"] + HOST_GROWTH_MIB
     assert record["fallbacks"] == {}
     assert record["replays"] + record["launches"] > seconds

@@ -516,6 +516,11 @@ def test_a_process_that_comes_and_goes_is_no_growth(moment, greatest):
     assert growth(samples, "plugin", statistics.median_low) == 0
 
 
+def test_gpu_memory_that_falls_a_lot_tells_nothing_of_growth():
+    assert serve_figures.gpu_memory(12) == "GPU memory grew by 12 MiB in the last third"
+    assert serve_figures.gpu_memory(-8_617).endswith("its growth is not known")
+
+
 def test_sglangs_own_parser_takes_the_flags_of_every_setup():
     import argparse
     import importlib
