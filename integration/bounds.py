@@ -1,12 +1,17 @@
 """What a committed run of ``bench`` on a GPU has to meet: each bound names the cells that miss it.
 
-Each function takes what ``measured`` makes of ``results/bench-h200-VERSION.json`` and returns a line for
+    python integration/bounds.py integration/results/bench-GPU-VERSION.json
+
+Each function takes what ``measured`` makes of ``results/bench-GPU-VERSION.json`` and returns a line for
 each cell over its bound, none where all meet it. Times are medians in microseconds.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 Bench = Mapping[str, Any]
@@ -171,24 +176,6 @@ def compiles(bench: Bench) -> list[str]:
     ]
 
 
-def in_words(bench: Bench) -> str:
-    """For README: how many cells of the paged kernel meet which bound, and what misses its bound."""
-    rows, missed, held = paged_rows(bench), paged_kernel(bench), held_to_gather(bench)
-    met = len(rows) - len(missed)
-    said = (
-        f"Of {len(rows)} cells of the page-64 table alone, {met} take {PAGED_US:.0f} µs "
-        f"at most, or {OVER_COPY} times what their bytes take at the copy bandwidth."
-    )
-    if held:
-        cells = "; ".join(f"{_over(row, paged_limit(bench, row))}" for row in held)
-        said += (
-            f" {len(held)} do not, and are held to {OVER_GATHER} times a plain read of one slot a page, "
-            f"because memory gives 64 bytes where the fill needs 32: {cells}."
-        )
-    others = [line for bound in BOUNDS if bound is not paged_kernel for line in bound(bench)]
-    return said + (f" Missed: {'; '.join(others)}." if others else "")
-
-
 BOUNDS = (
     paged_kernel,
     paged_kernel_gather,
@@ -199,3 +186,18 @@ BOUNDS = (
     nodes,
     compiles,
 )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("result", type=Path, help="integration/results/bench-GPU-VERSION.json")
+    bench = measured(json.loads(parser.parse_args().result.read_text()))
+    print(f"{len(bench['cases'])} cells, {len(paged_rows(bench))} of them paged")
+    for bound in BOUNDS:
+        missed = bound(bench)
+        print("\n  ".join([f"{bound.__name__}: {len(missed)} over", *missed]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

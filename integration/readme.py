@@ -66,7 +66,7 @@ def releases() -> str:
         "of 32k tokens, and ours; from `sglang-nsa-plugin bench` on an H200, both in one run. All values "
         f"compared were equal. From `integration/results/` (`releases.json`: {matrix['date'][:10]}, "
         f"{commits('compared', matrix)}; `gpu-test-VERSION.json`, `bench-h200-VERSION.json`, `serve-VERSION.json`, each with its commit: "
-        f"`gpu-test` of the releases but 0.5.17, and each `bench`, is of an earlier kernel).\n\n{gpus()}"
+        f"`gpu-test` of the releases but 0.5.17, and each `bench` there, is of an earlier kernel).\n\n{gpus()}"
     )
 
 
