@@ -12,7 +12,12 @@ from enum import IntEnum
 
 import torch
 
-from sglang_nsa_plugin.kernels import library
+from sglang_nsa_plugin.kernels import cpu, cuda, library
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why tensors of this device cannot be compared here, or None."""
+    return cuda.unavailable() if device.type == "cuda" else cpu.unavailable()
 
 
 class Field(IntEnum):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sglang_nsa_plugin import shadow
 from sglang_nsa_plugin.shadow import Comparison, Difference, Field, Pair, Report
 from sglang_nsa_plugin.state import STATE
 
@@ -23,16 +24,26 @@ TABLES = ("page_table_1", "real_page_table")
 FLASHMLA_NUMBERS = 7
 
 
+def found_difference() -> bool:
+    """Whether a shadow check of this process has found one: SGLang then fills for all its backends."""
+    return STATE.first_mismatch is not None
+
+
 class ShadowCheck:
     """Counts steps, runs the comparison of each Nth one, and takes notice of what it found.
 
     Nothing waits for the device: what a comparison found is known some steps later. From then on
     :meth:`failed` is true and SGLang has to fill.
+
+    Raises:
+        RuntimeError: the library that compares does not run on this device.
     """
 
     def __init__(self, every: int, device: torch.device) -> None:
+        why_not = shadow.unavailable(device)
+        if why_not is not None:
+            raise RuntimeError(f"the shadow check cannot run: {why_not}")
         self.report = Report(device)
-        self.difference: Difference | None = None
         self._every = every
         self._steps = 0
         self._latest: Comparison | None = None
@@ -51,14 +62,14 @@ class ShadowCheck:
 
     def failed(self) -> bool:
         """Whether a difference has become known; the first time it is logged and counted."""
-        if self.difference is None and self._latest is not None and self.report.arrived():
+        if not found_difference() and self._latest is not None and self.report.arrived():
             values = self.report.values[Field.VALUES]
             STATE.values_checked += values - self._values
             self._values = values
-            self.difference = self._latest.difference()
-            if self.difference is not None:
-                self._tell(self.difference)
-        return self.difference is not None
+            difference = self._latest.difference()
+            if difference is not None:
+                self._tell(difference)
+        return found_difference()
 
     def _tell(self, difference: Difference) -> None:
         STATE.mismatches += difference.count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from importlib.metadata import version
 
 from sglang_nsa_plugin import options
@@ -73,6 +74,18 @@ def decline(asked_for: str, reason: str) -> None:
             f"Use 'auto' or 'off' to serve with SGLang's own fill"
         )
     step_aside(reason)
+
+
+def decline_after(asked_for: str, error: Exception) -> None:
+    """Declines because the fill could not be set up.
+
+    Raises:
+        BackendUnavailableError: the backend was asked for by name.
+    """
+    if isinstance(error, BackendUnavailableError):  # says it all
+        raise error
+    why = textwrap.shorten(str(error), 300)
+    decline(asked_for, f"the fill could not be set up: {type(error).__name__}: {why}")
 
 
 def count_fallback(reason: str) -> None:

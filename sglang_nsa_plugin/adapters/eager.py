@@ -17,7 +17,7 @@ import torch
 
 from sglang_nsa_plugin import dispatch
 from sglang_nsa_plugin.adapters import hooks
-from sglang_nsa_plugin.adapters.decision import decline, take_over
+from sglang_nsa_plugin.adapters.decision import START_ERRORS, decline, decline_after, take_over
 from sglang_nsa_plugin.adapters.eager_fill import EagerFill
 from sglang_nsa_plugin.adapters.eager_names import CTX_LENS, DSA, NSA, Names, names_of_generation
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook
@@ -87,15 +87,27 @@ def _init(
         return
     refusal = uncovered(backend, model_runner, _armed.names)
     if refusal is None:
-        _take_over(backend, dispatch.choose(_armed.asked_for, backend.req_to_token.device), _armed)
+        _take_over(backend, _armed)
     elif STATE.reason != refusal:  # a draft worker makes several backends; they say it once
         decline(_armed.asked_for, refusal)
 
 
-def _take_over(backend: Any, choice: dispatch.Choice, armed: Armed) -> None:
-    setattr(backend, ATTRIBUTE, EagerFill(backend, choice, armed.names, armed.check_every))
-    if armed.accepted is not None:
-        setattr(backend, RAGGED_ATTRIBUTE, RaggedFill(backend, choice, armed.names, armed.accepted))
+def _take_over(backend: Any, armed: Armed) -> None:
+    global _armed
+    fills: dict[str, EagerFill | RaggedFill] = {}
+    try:
+        choice = dispatch.choose(armed.asked_for, backend.req_to_token.device)
+        fills[ATTRIBUTE] = EagerFill(backend, choice, armed.names, armed.check_every)
+        if armed.accepted is not None:
+            fills[RAGGED_ATTRIBUTE] = RaggedFill(
+                backend, choice, armed.names, armed.accepted, armed.check_every
+            )
+    except START_ERRORS as error:
+        decline_after(armed.asked_for, error)
+        _armed = None  # the worker's other backends stay with SGLang, too
+        return
+    for name, fill in fills.items():
+        setattr(backend, name, fill)
     take_over(choice)
 
 

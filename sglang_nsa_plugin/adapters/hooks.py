@@ -7,6 +7,7 @@ uses. Versions are never compared.
 from __future__ import annotations
 
 import dataclasses
+import dis
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -43,20 +44,38 @@ class Fields:
     names: tuple[str, ...]
 
 
-def misfits(rows: Iterable[Hook | Call | Fields]) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Sets:
+    """Attributes that a method of SGLang sets on its object, and an adapter reads there."""
+
+    target: str
+    names: tuple[str, ...]
+
+
+Row = Hook | Call | Fields | Sets
+
+
+def misfits(rows: Iterable[Row]) -> list[str]:
     """What the installed SGLang lacks, one sentence a row; empty when everything fits."""
     return [problem for row in rows if (problem := _misfit(row)) is not None]
 
 
-def _misfit(row: Hook | Call | Fields) -> str | None:
+def _misfit(row: Row) -> str | None:
     try:
         target = pkgutil.resolve_name(row.target)
     except (ImportError, AttributeError) as error:
         return f"{row.target} is missing ({error})"
     if isinstance(row, Fields):
+        if not dataclasses.is_dataclass(target):
+            return f"{row.target} is no dataclass"
         present = {field.name for field in dataclasses.fields(target)}
         missing = [name for name in row.names if name not in present]
         return f"{row.target} has no field {', '.join(missing)}" if missing else None
+    if not inspect.isroutine(target):
+        return f"{row.target} is no function"
+    if isinstance(row, Sets):
+        missing = [name for name in row.names if name not in _attributes_set(target)]
+        return f"{row.target} sets no attribute {', '.join(missing)}" if missing else None
     names = tuple(inspect.signature(target).parameters)
     if isinstance(row, Hook):
         accepted, compared = (row.parameters, *row.also), names
@@ -66,6 +85,12 @@ def _misfit(row: Hook | Call | Fields) -> str | None:
         expected = " or ".join(f"({', '.join(parameters)})" for parameters in accepted)
         return f"{row.target} takes ({', '.join(names)}), expected {expected}"
     return None
+
+
+def _attributes_set(method: Callable[..., Any]) -> set[str]:
+    code = getattr(inspect.unwrap(method), "__code__", None)
+    instructions = dis.get_instructions(code) if code is not None else ()
+    return {each.argval for each in instructions if each.opname == "STORE_ATTR"}
 
 
 _installed: dict[str, object] = {}  # target: what stands there since our hook was applied

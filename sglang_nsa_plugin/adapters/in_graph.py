@@ -8,7 +8,6 @@ there the fill and the tables that SGLang derives from it are recorded. At repla
 from __future__ import annotations
 
 import contextlib
-import textwrap
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,8 +18,14 @@ from sglang_nsa_plugin import dispatch
 from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.captured import DraftExtendFill, is_capturing
 from sglang_nsa_plugin.adapters.configuration import resolved
-from sglang_nsa_plugin.adapters.decision import START_ERRORS, CaptureError, decline, take_over
-from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook
+from sglang_nsa_plugin.adapters.decision import (
+    START_ERRORS,
+    CaptureError,
+    decline,
+    decline_after,
+    take_over,
+)
+from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Sets
 
 NAME = "in-graph"
 ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend whose draft-extend fill is ours
@@ -39,6 +44,7 @@ BACKEND_ATTRIBUTES = (
 _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _BACKEND = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend"
 _METADATA = "sglang.srt.layers.attention.dsa_backend.DSAMetadata"
+_FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info"
 _RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
 
 
@@ -50,14 +56,15 @@ def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
     backend = product[1] if isinstance(product, tuple) else product
     refusal = uncovered(backend, factory.draft_model_runner)
     if refusal is None:
-        _take_over(backend, dispatch.choose(_asked_for, backend.req_to_token.device))
+        _take_over(backend, _asked_for)
     else:
         decline(_asked_for, refusal)
     return product
 
 
-def _take_over(backend: Any, choice: dispatch.Choice) -> None:
+def _take_over(backend: Any, asked_for: str) -> None:
     try:
+        choice = dispatch.choose(asked_for, backend.req_to_token.device)
         fill = DraftExtendFill(backend, choice, _check_every)
     except START_ERRORS as error:
         _give_up(error)
@@ -71,8 +78,7 @@ def _give_up(error: Exception) -> None:
     """Hands every backend back to SGLang, or ends the start where the fill was asked for by name."""
     global _asked_for
     assert _asked_for is not None  # nothing is taken over before
-    why = textwrap.shorten(str(error), 300)
-    decline(_asked_for, f"the fill could not be set up: {type(error).__name__}: {why}")
+    decline_after(_asked_for, error)
     _asked_for = None
     for backend in list(_taken_over):
         hand_back(backend)
@@ -225,6 +231,15 @@ NEEDS = (
             "flashmla_metadata",
         ),
     ),
+    Call(f"{_FORWARD_BATCH}.ForwardMode.is_draft_extend_v2", ("self",)),
+    Fields(
+        f"{_FORWARD_BATCH}.ForwardBatch",
+        ("forward_mode", "batch_size", "seq_lens", "req_pool_indices"),
+    ),
+    Sets(f"{_FACTORY}.__init__", ("draft_model_runner",)),
+    Sets(f"{_BACKEND}.init_cuda_graph_state", ("decode_cuda_graph_metadata",)),
+    Sets(f"{_RUNNER}.__init__", ("draft_extend_attn_backend", "model_runner")),
+    Sets(f"{_RUNNER}.execute", ("bs",)),
 )
 
 _asked_for: str | None = None

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 from typing import Any
 
+from sglang_nsa_plugin.adapters.checked import DIFFERENT, found_difference
 from sglang_nsa_plugin.adapters.decision import count_fallback
 from sglang_nsa_plugin.adapters.eager_fill import (
     OTHER_SIZES,
@@ -22,22 +24,40 @@ from sglang_nsa_plugin.adapters.eager_names import Names
 from sglang_nsa_plugin.dispatch import Choice
 from sglang_nsa_plugin.state import STATE
 
+logger = logging.getLogger(__name__)
+
+UNCHECKED = (
+    "a shadow check was asked for, but the draft-extend replays of this server are not checked: SGLang "
+    "leaves rows of theirs unfilled"
+)
 OTHER_ROWS = "the captured page table and lengths have different numbers of rows"
 
 
 class RaggedFill:
-    """The fills of one backend's captured metadata objects, one for each batch size."""
+    """The fills of one backend's captured metadata objects, one for each batch size.
 
-    def __init__(self, backend: Any, choice: Choice, names: Names, accepted: str) -> None:
+    ``check_every`` is what was asked for; no ragged replay is shadow-checked, and the first one says so.
+    """
+
+    def __init__(
+        self, backend: Any, choice: Choice, names: Names, accepted: str, check_every: int = 0
+    ) -> None:
         self.backend = backend
         self.names = names
         self.bind = choice.bind
         self._accepted = accepted
+        self._says_unchecked = bool(check_every)
         self._schedule = schedule_of(importlib.import_module(names.module))
         self._captured: dict[int, Captured] = {}
 
     def replay(self, bs: int, seq_lens: Any, req_pool_indices: Any, spec_info: Any) -> bool:
         """Fills the tensors of this batch size; False when SGLang has to do it instead."""
+        if found_difference():
+            count_fallback(DIFFERENT)
+            return False
+        if self._says_unchecked:
+            logger.warning("sglang-nsa-plugin: %s", UNCHECKED)
+            self._says_unchecked = False
         backend, names = self.backend, self.names
         metadata = backend.decode_cuda_graph_metadata[bs]
         captured = self._captured.get(bs)

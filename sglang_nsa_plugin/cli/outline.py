@@ -1,4 +1,4 @@
-"""A package imported as an outline: classes, fields and parameters, read from its source.
+"""A package imported as an outline: classes, fields, parameters and the attributes that methods set.
 
 Importing SGLang's attention backend takes seconds, prints, and starts a CUDA context on a GPU host.
 Whether an adapter fits is a question about names and parameters, and the source answers it at once.
@@ -131,7 +131,9 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.stmt:
         if isinstance(decorator, ast.Name)
         and decorator.id in ("staticmethod", "classmethod", "property")
     ]
-    node.body = [ast.Pass()]
+    stored = (each for each in ast.walk(node) if isinstance(each, ast.Attribute))
+    names = sorted({each.attr for each in stored if isinstance(each.ctx, ast.Store)})
+    node.body = [ast.Pass(), *ast.parse("".join(f"_.{name} = None\n" for name in names)).body]
     return node
 
 

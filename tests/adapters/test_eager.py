@@ -319,6 +319,31 @@ def test_what_is_not_covered_is_declined_at_start_up(state, caplog, monkeypatch,
         EagerRig(CPU, **server_args)
 
 
+def test_an_error_while_a_fill_is_set_up_leaves_every_backend_to_sglang(state, caplog, monkeypatch):
+    from sglang_nsa_plugin import plugin
+    from sglang_nsa_plugin.adapters import eager
+    from sglang_nsa_plugin.cli.eager_rig import EagerRig
+    from sglang_nsa_plugin.dispatch import BackendUnavailableError
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(eager.dispatch, "choose", no_memory)
+    arguments = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="nsa")
+    plugin.activate(arguments)
+    rigs = [EagerRig(CPU) for _ in range(2)]
+    assert not any(hasattr(rig.backend, eager.ATTRIBUTE) for rig in rigs)
+    reason = "the fill could not be set up: OutOfMemoryError: CUDA out of memory"
+    assert (state.adapter, state.backend, state.reason) == (None, None, reason)
+    assert len([r for r in caplog.records if reason in r.getMessage()]) == 1
+
+    arguments._nsa_metadata_backend = "torch"
+    plugin.activate(arguments)
+    with pytest.raises(BackendUnavailableError, match=f"torch was asked for by name .* {reason}"):
+        EagerRig(CPU)
+
+
 def test_a_backend_without_an_attribute_is_declined(twin):
     from sglang_nsa_plugin.adapters import eager
 
@@ -415,6 +440,23 @@ def test_ragged_replays_equal_sglangs(backend, rig, state):
         assert result.first is None, result.first
     assert state.launches == 24
     assert not state.fallbacks
+
+
+@replays_ragged
+def test_ragged_replays_say_that_they_are_not_checked_and_end_with_a_difference(state, caplog):
+    from sglang_nsa_plugin.adapters.checked import DIFFERENT
+    from sglang_nsa_plugin.adapters.ragged_fill import UNCHECKED
+
+    twin = make_twin(check_every=1)
+    twin.capture_setup(4)
+    random_batch(twin, torch.Generator().manual_seed(12), raw_bs=4)
+    accepted = torch.tensor([1, 4, 2, 3], dtype=torch.int32)
+    for _ in range(2):
+        twin.ours.replay(4, accepted)
+    assert len([r for r in caplog.records if UNCHECKED in r.getMessage()]) == 1
+    state.first_mismatch = "an eager step's"
+    twin.ours.replay(4, accepted)
+    assert (state.launches, state.checks, state.fallbacks) == (2, 0, {DIFFERENT: 1})
 
 
 @replays_ragged

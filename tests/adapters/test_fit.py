@@ -11,6 +11,9 @@ from isolated import run, run_fresh
 from sglang_nsa_plugin.adapters import in_graph
 from sglang_nsa_plugin.cli import fit, outline
 
+of_graphs = pytest.mark.skipif(
+    not in_graph.is_generation(), reason="this SGLang does not capture DSA's draft-extend in graphs"
+)
 IMPORTED = """
 import json
 from sglang_nsa_plugin.adapters import eager, hooks, in_graph
@@ -59,6 +62,18 @@ def test_modules_that_are_loaded_stay():
             "(self, cache_seqlens, seq_len_q)",
         ),
         ("    cu_seqlens_k: torch.Tensor", "    cu_k: torch.Tensor", " has no field cu_seqlens_k"),
+        pytest.param(
+            "        self.bs = bs",
+            "        self.size = bs",
+            ".execute sets no attribute bs",
+            marks=of_graphs,
+        ),
+        pytest.param(
+            "self.decode_cuda_graph_metadata: Dict =",
+            "self.graph_metadata: Dict =",
+            ".init_cuda_graph_state sets no attribute decode_cuda_graph_metadata",
+            marks=of_graphs,
+        ),
     ],
 )
 def test_what_changed_is_named(there, instead, misfit, monkeypatch):

@@ -160,6 +160,8 @@ def test_a_shadow_check_ends_start_up_where_the_library_is_missing(tmp_path):
     done = run(program, "--nsa-metadata-check", "10")
     assert done.returncode != 0
     assert "--nsa-metadata-check cannot run: the compiled library" in done.stderr
+    off = run(program, "--nsa-metadata-check", "10", "--nsa-metadata-backend", "off")
+    assert off.returncode == 0, off.stderr
 
 
 def test_unknown_variable_ends_with_the_choices():
@@ -261,6 +263,14 @@ HookRegistry.register(target, lambda original, *a, **k: original(*a, **k), HookT
         (
             "del dsa_backend.DSAMetadata.__dataclass_fields__['real_page_table']",
             "DSAMetadata has no field real_page_table",
+        ),
+        (
+            "dsa_backend.DSAMetadata = type('DSAMetadata', (), {'topk_v2_plan': None})",
+            "DSAMetadata is no dataclass",
+        ),
+        (
+            "runner.EAGLEDraftExtendCudaGraphRunner.__init__ = lambda self, eagle_worker: None",
+            "__init__ sets no attribute draft_extend_attn_backend, model_runner",
         ),
         (
             "runner.EAGLEDraftExtendCudaGraphRunner.execute = lambda self, forward_batch, rows: None",

@@ -97,6 +97,16 @@ def test_a_planted_error_is_found_and_sglang_takes_over(field, state, monkeypatc
     assert state.checks == 1
 
 
+def test_a_difference_ends_our_fill_of_every_backend(state):
+    """A process can have several draft-extend backends, each with a check of its own."""
+    from sglang_nsa_plugin.adapters.checked import DIFFERENT
+
+    twin = make_twin(check_every=1)
+    state.first_mismatch = "another backend's"
+    twin.replay(random_batch(twin, torch.Generator().manual_seed(6)))
+    assert (state.replays, state.fallbacks) == (0, {DIFFERENT: 1})
+
+
 def test_the_check_leaves_the_metadata_alone(state):
     """SGLang fills the copy: what the model reads keeps its tensors and its values."""
     twin = make_twin(check_every=1)

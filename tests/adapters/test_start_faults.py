@@ -36,6 +36,15 @@ def fail_in_bind(patch, error):
     patch.setattr(dispatch, "choose", chosen)
 
 
+def fail_in_choice(patch, error):
+    from sglang_nsa_plugin import dispatch
+
+    def failing(*_):
+        raise error
+
+    patch.setattr(dispatch, "choose", failing)
+
+
 def fail_in_first_run(patch, error):
     from sglang_nsa_plugin.adapters.captured import DraftExtendFill
 
@@ -138,6 +147,25 @@ def test_a_backend_without_memory_for_its_switch_stays_with_sglang(state, monkey
     monkeypatch.setattr(in_graph, "DraftExtendFill", no_memory)
     with pytest.raises(RuntimeError, match=r"did not take over .*: the fill could not be set up: OutOf"):
         make_twin().replay(1)
+
+
+def test_no_memory_for_the_self_test_leaves_the_backend_to_sglang(state, monkeypatch):
+    fail_in_choice(monkeypatch, OUT_OF_MEMORY)
+    with pytest.raises(RuntimeError, match=r"did not take over .*: the fill could not be set up: OutOf"):
+        make_twin().replay(1)
+
+
+def test_a_shadow_check_without_its_library_leaves_the_backend_to_sglang(state, monkeypatch):
+    """A server's command line refuses it; an engine made from Python comes here."""
+    from sglang_nsa_plugin.kernels import cpu
+
+    monkeypatch.setattr(cpu, "unavailable", lambda: "the library was built without CUDA")
+    with pytest.raises(RuntimeError, match=r": the shadow check cannot run: the library was built"):
+        make_twin("torch", check_every=1)
+    with pytest.raises(
+        RuntimeError, match=r"did not take over .*: the shadow check cannot run: the lib"
+    ):
+        make_twin(check_every=1).replay(1)
 
 
 def test_one_backend_that_fails_hands_back_the_others(state, monkeypatch):
