@@ -108,7 +108,5 @@ def under_load(parts: dict[str, Any]) -> list[str]:
 def gpu_memory(grown: int) -> str:
     """How much it grew, where nothing else on the GPU can have hidden that."""
     if grown <= -GPU_GROWTH_MIB:
-        return (
-            f"GPU memory fell by {-grown:,} MiB as other servers on it ended, so its growth is not known"
-        )
+        return f"GPU memory fell by {-grown:,} MiB in the last third, so something else on the GPU had ended and its growth is not known"
     return f"GPU memory grew by {grown} MiB in the last third"

@@ -20,12 +20,13 @@ READ = {
 }
 # The schedule of DeepGEMM's logits no longer fits these, and their kernel waits forever: the last test.
 HANGS = {"dsa_seqlens_expanded": "the indexer's logits (DeepGEMM), the top-k, and both their plans"}
+# The graph has no page_table_1 here: only the top-k without SGLANG_OPT_USE_TOPK_V2, an unfused one and
+# FlashInfer's read it, and then it is there.
 UNREAD = {
     "cache_seqlens_int32": "Indexer._get_topk_paged takes its shape, and draft-extend's lengths from "
     "dsa_seqlens_expanded; the CuTe logits, which would read it, are left out there",
     "cu_seqlens_k": "only _forward_standard_mha reads it, and a captured draft-extend never takes MHA",
     "dsa_cu_seqlens_k": "only _forward_fa3 reads it, for fa3 as the decode backend",
-    "page_table_1": "only the top-k without SGLANG_OPT_USE_TOPK_V2, an unfused one and FlashInfer's",
 }
 FIELDS = (*READ, *HANGS, *UNREAD)
 CORRUPTIBLE = {**PLUGIN_ENV, "NSA_PROBE_CORRUPT": ",".join(FIELDS)}

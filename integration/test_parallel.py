@@ -92,4 +92,5 @@ def test_every_rank_is_in_the_graph_and_decided_alike(arms: Arms, report: Report
 
 def decided(record: dict[str, Any]) -> dict[str, Any]:
     """What ranks have to agree on."""
-    return {name: record[name] for name in ("version", "adapter", "backend", "reason", "captures")}
+    names = ("version", "adapter", "backend", "mqa_schedule", "reason", "captures")
+    return {name: record[name] for name in names}

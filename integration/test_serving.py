@@ -108,14 +108,14 @@ def test_time_per_step(arms: Arms, report: Report) -> None:
     """One request at a time: seconds of the whole request over its speculative steps."""
     figures = paired(arms["plugin"].server, arms["sglang"].server, step_milliseconds, STEP_PAIRS)
     report("step_time", {"unit": "ms per speculative step, 1 request", **figures})
-    assert figures["plugin_over_sglang"]["median"] > 0
+    assert 0.2 < figures["plugin_over_sglang"]["median"] < 5  # a wild one means that something is broken
 
 
 def test_throughput(arms: Arms, report: Report) -> None:
     """16 requests at once: new tokens of all over the seconds until the last has ended."""
     figures = paired(arms["plugin"].server, arms["sglang"].server, throughput, THROUGHPUT_PAIRS)
     report("throughput", {"unit": f"new tokens per second, {AT_ONCE} at once", **figures})
-    assert figures["plugin_over_sglang"]["median"] > 0
+    assert 0.2 < figures["plugin_over_sglang"]["median"] < 5  # a wild one means that something is broken
 
 
 def test_record_counts_every_step(arms: Arms, report: Report) -> None:

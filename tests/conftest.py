@@ -64,10 +64,14 @@ def _gpu_memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def state() -> State:
-    """The plugin's state of this process, emptied: earlier tests counted into it."""
+def state() -> Iterator[State]:
+    """The plugin's state of this process, emptied: earlier tests counted into it, and later ones will.
+
+    A difference that a test planted would end our fill in all tests behind it.
+    """
     STATE.__init__()  # type: ignore[misc]
-    return STATE
+    yield STATE
+    STATE.__init__()  # type: ignore[misc]
 
 
 @pytest.fixture

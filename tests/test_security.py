@@ -229,6 +229,26 @@ def test_no_source_evaluates_text_or_reaches_outside() -> None:
     assert {name: found - HARMLESS for name, found in used.items() if found - HARMLESS} == {}
 
 
+# What commands do beyond that, as SECURITY.md has it.
+OF_COMMANDS = {
+    "cli/outline.py": {"compile(", "exec("},
+    "cli/found.py": {"shutil.which", "subprocess.run", "subprocess.SubprocessError"},
+    "cli/timing.py": {f"ctypes.{name}" for name in ("CDLL", "byref", "c_int", "c_size_t", "c_void_p")},
+    **{f"cli/{name}.py": {"write_text("} for name in ("bench", "demo", "verify")},
+}
+
+
+def test_commands_do_no_more_than_is_written() -> None:
+    used = {
+        name: set(FORBIDDEN.findall(ast.unparse(tree))) for name, tree in sources(commands=True).items()
+    }
+    assert {name: found for name, found in used.items() if found} == OF_COMMANDS
+    writes = re.findall(
+        r"\.savefig\(|write_text\(", "".join(map(ast.unparse, sources(commands=True).values()))
+    )
+    assert sorted(set(writes)) == [".savefig(", "write_text("]
+
+
 # What a request can do
 
 HOSTILE = [0, 1, -1, 39, 40, 41, 2**20, 2**31 - 41, INT32_MIN, INT32_MAX]

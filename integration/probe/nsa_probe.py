@@ -113,8 +113,7 @@ class Corruption:
             threading.Thread(target=self._follow, name="nsa-corruption", daemon=True).start()
         for number, field in enumerate(self.fields):
             tensor = getattr(metadata, field)
-            if tensor is None:
-                continue
+            assert tensor is not None, f"{field}: is not there to be made wrong"
             on = self.switches[number] * fill.enabled
             if tensor.dim() == 1:
                 tensor.sub_(tensor // 2 * on)

@@ -361,6 +361,17 @@ def test_the_take_over_is_logged_once(state, caplog):
     assert said[0].endswith("adapter eager, implementation cpu: first choice, cpu self-test passed")
 
 
+def test_an_error_in_service_goes_on_to_sglang(twin, monkeypatch):
+    from sglang_nsa_plugin.adapters.eager_fill import PageTable
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PageTable, "view", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        twin.ours.plan(twin.ours.batch(random_batch(twin, torch.Generator().manual_seed(18))))
+
+
 # --- the shadow check ---
 
 

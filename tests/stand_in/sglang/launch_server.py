@@ -109,6 +109,7 @@ def record(pid: int) -> dict:
         "version": "0",
         "adapter": "in-graph",
         "backend": "cuda",
+        "mqa_schedule": "cuda",
         "reason": "stand-in",
         "captures": [1, 2] if State.graphs else [],
         "replays": State.replays if State.graphs else 0,
