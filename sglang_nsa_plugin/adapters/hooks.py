@@ -1,7 +1,7 @@
 """A table row for each place of SGLang that an adapter hooks or calls, and how it is checked.
 
-An adapter fits a release when every row does: the target exists and has the parameters that the hook
-uses. Versions are never compared.
+An adapter fits a release when every row does: the target exists and has the parameters, fields or
+attributes that the adapter uses. Versions are never compared.
 """
 
 from __future__ import annotations
