@@ -268,8 +268,7 @@ def fence(run: dict[str, Any]) -> str:
         f"Waiting for the whole forward instead gave {step['median']:.2f} times the step time, "
         f"{ratio(step)}, and {many['median']:.2f} times the throughput, {ratio(many)}: the whole forward was "
         f"the faster one in {below_one(step)} pairs of steps and behind in {below_one(many)} of throughput. These are "
-        "single turns on a shared host, not yet the medians of four that pairs are made of now, and they "
-        "show no gain of this event on a model this small. `tests/gpu/test_gpu_in_graph.py` shows that the read is covered and that "
+        "single turns on a shared host, not yet the medians of four that pairs are made of now. `tests/gpu/test_gpu_in_graph.py` shows that the read is covered and that "
         "the scheduler goes on before the forward ends. From `integration/results/fence-0.5.17.json`, "
         f"{run['date'][:10]}, commit {run['commit'][:7]}, an earlier kernel."
     )

@@ -44,6 +44,7 @@ AT_ONCE_LENGTHS = LENGTHS[:AT_ONCE]
 STEP_PAIRS = 20
 THROUGHPUT_PAIRS = 20
 LEAST_STEPS = 1000
+WILD = 5.0  # times: a ratio that means that something is broken
 FILL_LIMIT_US = 10.0
 DRAFT_TOKENS = 4
 
@@ -108,14 +109,14 @@ def test_time_per_step(arms: Arms, report: Report) -> None:
     """One request at a time: seconds of the whole request over its speculative steps."""
     figures = paired(arms["plugin"].server, arms["sglang"].server, step_milliseconds, STEP_PAIRS)
     report("step_time", {"unit": "ms per speculative step, 1 request", **figures})
-    assert 0.2 < figures["plugin_over_sglang"]["median"] < 5  # a wild one means that something is broken
+    assert 1 / WILD < figures["plugin_over_sglang"]["median"] < WILD
 
 
 def test_throughput(arms: Arms, report: Report) -> None:
     """16 requests at once: new tokens of all over the seconds until the last has ended."""
     figures = paired(arms["plugin"].server, arms["sglang"].server, throughput, THROUGHPUT_PAIRS)
     report("throughput", {"unit": f"new tokens per second, {AT_ONCE} at once", **figures})
-    assert 0.2 < figures["plugin_over_sglang"]["median"] < 5  # a wild one means that something is broken
+    assert 1 / WILD < figures["plugin_over_sglang"]["median"] < WILD
 
 
 def test_record_counts_every_step(arms: Arms, report: Report) -> None:

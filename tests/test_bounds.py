@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from copy import deepcopy
@@ -181,6 +182,7 @@ HELD_BOUNDS = [
 GPUS = pytest.mark.parametrize("gpu", NOT_MET)
 
 
+@functools.cache
 def measured(gpu):
     """What the newest release's committed file says of this GPU."""
     files = (ROOT / "integration" / "results").glob(f"{gpu}-*.json")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,7 +94,6 @@ def _init(
 
 
 def _take_over(backend: Any, armed: Armed) -> None:
-    global _armed
     fills: dict[str, EagerFill | RaggedFill] = {}
     try:
         choice = dispatch.choose(armed.asked_for, backend.req_to_token.device)
@@ -103,12 +103,22 @@ def _take_over(backend: Any, armed: Armed) -> None:
                 backend, choice, armed.names, armed.accepted, armed.check_every
             )
     except START_ERRORS as error:
-        decline_after(armed.asked_for, error)
-        _armed = None  # the worker's other backends stay with SGLang, too
+        _give_up(armed.asked_for, error)
         return
-    for name, fill in fills.items():
-        setattr(backend, name, fill)
+    vars(backend).update(fills)
+    _taken_over.add(backend)
     take_over(choice)
+
+
+def _give_up(asked_for: str, error: Exception) -> None:
+    """Hands every backend back to SGLang, or ends the start where the fill was asked for by name."""
+    global _armed
+    decline_after(asked_for, error)
+    _armed = None
+    for backend in list(_taken_over):
+        for name in (ATTRIBUTE, RAGGED_ATTRIBUTE):
+            vars(backend).pop(name, None)
+    _taken_over.clear()
 
 
 def uncovered(backend: Any, model_runner: Any, names: Names) -> str | None:
@@ -258,6 +268,7 @@ class Armed:
 
 
 _armed: Armed | None = None
+_taken_over: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def arm(names: Names, accepted: str | None, backend: str, check_every: int) -> None:

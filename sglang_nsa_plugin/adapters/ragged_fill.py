@@ -36,11 +36,11 @@ OTHER_ROWS = "the captured page table and lengths have different numbers of rows
 class RaggedFill:
     """The fills of one backend's captured metadata objects, one for each batch size.
 
-    ``check_every`` is what was asked for; no ragged replay is shadow-checked, and the first one says so.
+    No ragged replay is shadow-checked; where ``check_every`` asks for that, the first one says so.
     """
 
     def __init__(
-        self, backend: Any, choice: Choice, names: Names, accepted: str, check_every: int = 0
+        self, backend: Any, choice: Choice, names: Names, accepted: str, check_every: int
     ) -> None:
         self.backend = backend
         self.names = names

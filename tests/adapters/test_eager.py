@@ -361,6 +361,26 @@ def test_the_take_over_is_logged_once(state, caplog):
     assert said[0].endswith("adapter eager, implementation cpu: first choice, cpu self-test passed")
 
 
+def test_one_backend_that_fails_hands_back_the_others(state, monkeypatch):
+    """The record speaks for all of them."""
+    from sglang_nsa_plugin.adapters import eager
+    from sglang_nsa_plugin.cli.eager_rig import EagerRig
+
+    twin = make_twin()
+    assert hasattr(twin.ours.backend, eager.ATTRIBUTE)
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(eager, "EagerFill", no_memory)
+    EagerRig(CPU)
+    assert (state.adapter, state.backend) == (None, None)
+    twin.ours.plan(twin.ours.batch(random_batch(twin, torch.Generator().manual_seed(19))))
+    assert not hasattr(twin.ours.backend, eager.ATTRIBUTE)
+    assert not hasattr(twin.ours.backend, eager.RAGGED_ATTRIBUTE)
+    assert state.launches == 0
+
+
 def test_an_error_in_service_goes_on_to_sglang(twin, monkeypatch):
     from sglang_nsa_plugin.adapters.eager_fill import PageTable
 

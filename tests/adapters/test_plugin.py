@@ -34,13 +34,15 @@ print(options.backend_of(args))
 CHECK = PARSE.replace("backend_of", "check_of")
 
 
+def with_library(program: str, change: str) -> str:
+    """The program where the compiled library is another than it should be."""
+    line = f"from sglang_nsa_plugin.kernels import library; {change}"
+    return program.replace("parser = argparse", f"{line}\nparser = argparse")
+
+
 def without_library(program: str, folder: Path) -> str:
-    """The program where the compiled library is missing."""
-    return program.replace(
-        "parser = argparse",
-        "from sglang_nsa_plugin.kernels import library; import pathlib\n"
-        f"library.LIBRARY = pathlib.Path({str(folder / 'gone.so')!r})\nparser = argparse",
-    )
+    gone = str(folder / "gone.so")
+    return with_library(program, f"import pathlib; library.LIBRARY = pathlib.Path({gone!r})")
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -162,6 +164,9 @@ def test_a_shadow_check_ends_start_up_where_the_library_is_missing(tmp_path):
     assert "--nsa-metadata-check cannot run: the compiled library" in done.stderr
     off = run(program, "--nsa-metadata-check", "10", "--nsa-metadata-backend", "off")
     assert off.returncode == 0, off.stderr
+    done = run(with_library(CHECK, "library.has_cuda = lambda: False"), "--nsa-metadata-check", "10")
+    assert done.returncode != 0
+    assert "--nsa-metadata-check cannot run: the library was built without nvcc" in done.stderr
 
 
 def test_unknown_variable_ends_with_the_choices():

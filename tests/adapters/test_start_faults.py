@@ -36,15 +36,6 @@ def fail_in_bind(patch, error):
     patch.setattr(dispatch, "choose", chosen)
 
 
-def fail_in_choice(patch, error):
-    from sglang_nsa_plugin import dispatch
-
-    def failing(*_):
-        raise error
-
-    patch.setattr(dispatch, "choose", failing)
-
-
 def fail_in_first_run(patch, error):
     from sglang_nsa_plugin.adapters.captured import DraftExtendFill
 
@@ -138,19 +129,14 @@ def test_the_same_error_ends_a_start_that_asked_by_name(fail, error, state, monk
     assert f"{type(error).__name__}: {error}" in str(ended.value)
 
 
-def test_a_backend_without_memory_for_its_switch_stays_with_sglang(state, monkeypatch):
-    from sglang_nsa_plugin.adapters import in_graph
-
+@pytest.mark.parametrize("step", ["dispatch.choose", "DraftExtendFill"])
+def test_a_backend_without_memory_for_its_self_test_or_switch_stays_with_sglang(
+    step, state, monkeypatch
+):
     def no_memory(*_):
         raise OUT_OF_MEMORY
 
-    monkeypatch.setattr(in_graph, "DraftExtendFill", no_memory)
-    with pytest.raises(RuntimeError, match=r"did not take over .*: the fill could not be set up: OutOf"):
-        make_twin().replay(1)
-
-
-def test_no_memory_for_the_self_test_leaves_the_backend_to_sglang(state, monkeypatch):
-    fail_in_choice(monkeypatch, OUT_OF_MEMORY)
+    monkeypatch.setattr(f"sglang_nsa_plugin.adapters.in_graph.{step}", no_memory)
     with pytest.raises(RuntimeError, match=r"did not take over .*: the fill could not be set up: OutOf"):
         make_twin().replay(1)
 
