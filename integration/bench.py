@@ -1,12 +1,13 @@
 """``make bench``: the full bench of the installed SGLang on this GPU, into a committed result file.
 
-    python integration/bench.py [--only bench|gather|copies|dram ...]
+    python integration/bench.py [--only bench|gather|widths|copies|dram ...]
 
 Writes integration/results/bench-GPU-VERSION.json, or below NSA_RESULTS_DIR, and where matplotlib is
-installed the picture beside it. Four parts: ``bench`` is the command's own result. ``gather`` is a
+installed the picture beside it. Five parts: ``bench`` is the command's own result. ``gather`` is a
 floor for the paged table: the time in which torch reads one slot of each page, 256 bytes apart, and does
-nothing else. ``copies`` is how fast torch alone writes the rows of the token table in the same places.
-``dram`` holds what ncu counts in three fills, next to the bytes that they must move.
+nothing else. ``widths`` times tables of different widths in turn, where ``bench`` has minutes between
+them. ``copies`` is how fast torch alone writes the rows of the token table in the same places. ``dram``
+holds what ncu counts in three fills, next to the bytes that they must move.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ import results
 if TYPE_CHECKING:
     import torch
 
+    from sglang_nsa_plugin.cli.bench_cases import DirectFills
+
 GATHERED = [(bs, length) for bs in (64, 128, 256, 512) for length in (32_768, 131_072)]
 GATHERED_AT_WIDTHS = 512  # requests of bounds.WIDTHS_LENGTH, at each of bounds.WIDTHS
+WIDTHS_SECONDS = 2.0
 # Requests, length, draft tokens: three cells that miss their share of a copy, one that does not.
 COPIED = ((256, 32_768, 4), (64, 131_072, 2), (512, 131_072, 8), (128, 131_072, 4))
 CELLS = ((512, 131_072, "paged"), (64, 131_072, "both"), (128, 131_072, "both"))
@@ -47,7 +51,7 @@ TIME_LIMIT_S = 540
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parts = {"bench": bench, "gather": gather, "copies": copies, "dram": dram}
+    parts = {"bench": bench, "gather": gather, "widths": widths, "copies": copies, "dram": dram}
     parser.add_argument("--only", choices=parts, action="append")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)  # what ncu watches
     arguments = parser.parse_args()
@@ -96,6 +100,40 @@ def gather() -> list[dict[str, Any]]:
         us = copy_us(source, torch.empty(source.shape, dtype=torch.int32, device="cuda"))
         found.append({"requests": bs, "length": length, "width": width, "us": us})
     return found
+
+
+def widths() -> list[dict[str, Any]]:
+    """Microseconds of our paged fill by requests and the table's width, each width in every round."""
+    from sglang_nsa_plugin.cli import timing
+    from sglang_nsa_plugin.cli.bench_cases import PAGED, Case, write_lengths
+    from sglang_nsa_plugin.kernels import cuda
+
+    most = max(bounds.WIDTHS_REQUESTS)
+    tables = {width: direct_fills(most, width) for width in bounds.WIDTHS}
+    found = []
+    for bs in bounds.WIDTHS_REQUESTS:
+        for fills in tables.values():
+            write_lengths(fills.inputs, Case(bs, bounds.WIDTHS_LENGTH))
+        calls = {str(width): cuda.bind(fills.args(bs, PAGED)) for width, fills in tables.items()}
+        times = timing.gpu_times(calls, WIDTHS_SECONDS)
+        found += [
+            {"requests": bs, "width": int(width), "us": timing.spread(samples)}
+            for width, samples in times.items()
+        ]
+    return found
+
+
+def direct_fills(requests: int, width: int) -> DirectFills:
+    """Fills of at most so many requests, over random slots."""
+    import torch
+
+    from sglang_nsa_plugin.cli import bench_cases
+    from sglang_nsa_plugin.cli.batches import make_inputs
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    inputs = make_inputs(device, requests, requests + 1, width, bench_cases.PAGE)
+    bench_cases.write_slots(inputs)
+    return bench_cases.DirectFills(inputs, requests, bench_cases.Setup().draft_tokens)
 
 
 def copies() -> list[dict[str, Any]]:
@@ -157,14 +195,10 @@ def fill_once(requests: int, length: int, tables: str) -> None:
     import torch
 
     from sglang_nsa_plugin.cli import bench_cases
-    from sglang_nsa_plugin.cli.batches import make_inputs
     from sglang_nsa_plugin.kernels import cuda
 
-    setup = bench_cases.Setup()
-    inputs = make_inputs(torch.device("cuda", 0), requests, requests + 1, setup.width, bench_cases.PAGE)
-    bench_cases.write_slots(inputs)
-    bench_cases.write_lengths(inputs, bench_cases.Case(requests, length))
-    fills = bench_cases.DirectFills(inputs, requests, setup.draft_tokens)
+    fills = direct_fills(requests, bench_cases.Setup().width)
+    bench_cases.write_lengths(fills.inputs, bench_cases.Case(requests, length))
     cuda.bind(fills.args(requests, tables))()
     torch.cuda.synchronize()
 

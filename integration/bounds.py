@@ -22,6 +22,7 @@ OVER_COPY = 1.2  # of the time that the bytes take at the copy bandwidth of the 
 OVER_GATHER = 1.5
 WIDTHS = (4_096, 163_904, 1_048_640)
 WIDTHS_LENGTH = 2_048
+WIDTHS_REQUESTS = (1, 8, 64, 512)
 WIDTHS_SHARE, WIDTHS_US = 0.15, 0.3  # noise
 COPY_SHARE = 0.85
 COPY_SHARE_FROM = 64_000_000  # bytes moved
@@ -30,8 +31,10 @@ NODES = {"flashmla_sparse": 3, "flashmla_kv": 6}
 
 
 def measured(result: Mapping[str, Any]) -> Bench:
-    """The parts ``bench`` and ``gather`` of a result file as one."""
-    return {**result["parts"]["bench"], "gather_us": result["parts"]["gather"]}
+    """The parts ``bench``, ``gather`` and, where it was run, ``widths`` of a result file as one."""
+    parts = result["parts"]
+    timed = {"widths_us": parts["widths"]} if "widths" in parts else {}
+    return {**parts["bench"], "gather_us": parts["gather"], **timed}
 
 
 def cell(row: Row) -> str:
@@ -104,12 +107,24 @@ def widths(bench: Bench) -> list[str]:
 
 
 def times_by_width(bench: Bench) -> dict[int, dict[int, float]]:
-    """Requests → width → time, of the requests that were timed at all WIDTHS."""
+    """Requests → width → time, of the requests that were timed at all WIDTHS.
+
+    From the part where they were timed in turn; from the grid in a file of before there was one.
+    """
     found: dict[int, dict[int, float]] = {}
+    for requests, width, us in _timed_in_turn(bench) if "widths_us" in bench else _timed_in_grid(bench):
+        found.setdefault(requests, {})[width] = us
+    return {requests: times for requests, times in found.items() if times.keys() == set(WIDTHS)}
+
+
+def _timed_in_turn(bench: Bench) -> Iterator[tuple[int, int, float]]:
+    return ((timed["requests"], timed["width"], timed["us"]["median"]) for timed in bench["widths_us"])
+
+
+def _timed_in_grid(bench: Bench) -> Iterator[tuple[int, int, float]]:
     for row in paged_rows(bench):
         if row["length"] == WIDTHS_LENGTH and row["draft_tokens"] == 4:
-            found.setdefault(row["requests"], {})[row["width"]] = row["gpu_us"]["cuda"]
-    return {requests: times for requests, times in found.items() if times.keys() == set(WIDTHS)}
+            yield row["requests"], row["width"], row["gpu_us"]["cuda"]
 
 
 def _spread(times: Mapping[int, float]) -> float:

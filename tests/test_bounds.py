@@ -62,6 +62,13 @@ def bench(*cases, gather=()):
     return {"copy_gb_s": {"median": 4_200.0}, "cases": list(cases), "gather_us": timed}
 
 
+def in_turn(*timed):
+    """A bench whose widths were timed in turn; its grid alone would miss the bound."""
+    grid = bench(of_width(4_096, 2.0), of_width(163_904, 9.0), of_width(1_048_640, 2.0))
+    cells = [{"requests": n, "width": width, "us": {"median": us}} for n, width, us in timed]
+    return {**grid, "widths_us": cells}
+
+
 def gpu(cuda: float, sglang_kernel: float = 100.0):
     return {"gpu_us": {"cuda": cuda, "sglang_kernel": sglang_kernel}}
 
@@ -81,6 +88,7 @@ MEETS = [
     (bounds.widths, bench(of_width(4_096, 2.0), of_width(163_904, 2.3), of_width(1_048_640, 2.1))),
     (bounds.widths, bench(of_width(4_096, 10.0), of_width(163_904, 11.5), of_width(1_048_640, 10))),
     (bounds.widths, bench(of_width(4_096, 2.0), of_width(163_904, 9.0))),  # not timed at all widths
+    (bounds.widths, in_turn((8, 4_096, 2.0), (8, 163_904, 2.3), (8, 1_048_640, 2.1))),
     (bounds.both_tables, bench(row("both", **LARGE, copy_share={"cuda": 0.85}))),
     (bounds.both_tables, bench(row("both"))),  # moves less
     (bounds.never_slower, bench(row(**gpu(2.7, 2.7)))),
@@ -103,6 +111,7 @@ MISSES = [
         bench(of_width(4_096, 2.0), of_width(163_904, 2.1), of_width(1_048_640, 2.31)),
         "2.31 µs at width 1,048,640",
     ),
+    (bounds.widths, in_turn((8, 4_096, 2.0), (8, 163_904, 2.31), (8, 1_048_640, 2.0)), "2.31 µs"),
     (bounds.both_tables, bench(row("both", **LARGE, copy_share={"cuda": 0.84})), "0.84"),
     (bounds.never_slower, bench(row("both", **gpu(2.8, 2.7))), "cuda 2.80 µs, SGLang's kernel 2.70"),
     (bounds.never_slower, bench(row(**gpu(2.8, 2.7))), "cuda 2.80 µs, SGLang's kernel 2.70"),
@@ -143,6 +152,13 @@ def test_cells_held_to_the_gather_are_those_that_miss_the_first_bound():
     both = bench(beyond, within, gather=[(8, 2_048, 20.0)])
     assert bounds.held_to_gather(both) == [beyond]
     assert bounds.held_to_gather(bench(beyond, gather=[(8, 2_048, 9.0)])) == []
+
+
+def test_widths_that_were_timed_in_turn_are_part_of_what_was_measured():
+    timed = [{"requests": 8, "width": 4_096, "us": {"median": 2.0}}]
+    parts = {"bench": bench(row()), "gather": []}
+    assert bounds.measured({"parts": {**parts, "widths": timed}})["widths_us"] == timed
+    assert "widths_us" not in bounds.measured({"parts": parts})
 
 
 def test_a_result_file_is_told_bound_by_bound(tmp_path, monkeypatch, capsys):
