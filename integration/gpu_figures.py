@@ -33,7 +33,7 @@ def figures(gpu: dict[str, Part], serve: dict[str, Part], loads: Sequence[Part])
         "|---|---|---|",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
-    return ["\n".join(table), *cost_of_a_check(gpu.get("soak", {}))]
+    return ["\n".join(table), *cost_of_a_check(gpu.get("check_cost", {}))]
 
 
 def tested(part: Part) -> Iterator[Row]:
@@ -157,12 +157,14 @@ def counted(part: Part) -> Iterator[Row]:
     yield "replays that a server counts", "before and after a load", "; ".join(said)
 
 
-def cost_of_a_check(soak: Part) -> list[str]:
-    if "cost_of_check_us" not in soak:
+def cost_of_a_check(part: Part) -> list[str]:
+    if not part:
         return []
-    without, with_check = (soak["cost_of_check_us"][name] for name in ("unchecked", "checked"))
+    (host, stream), (checked_host, checked_stream) = (
+        [part["us"][arm][clock]["median"] for clock in ("host", "stream")]
+        for arm in ("unchecked", "checked")
+    )
     return [
-        f"A shadow check takes a replay from {without['host']:.0f} to {with_check['host']:.0f} µs "
-        f"of the host's time and from {without['stream']:.0f} to {with_check['stream']:.0f} µs "
-        "of the stream's."
+        f"A shadow check takes a replay from {host:.0f} to {checked_host:.0f} µs of the host's time and "
+        f"from {stream:.0f} to {checked_stream:.0f} µs of the stream's."
     ]

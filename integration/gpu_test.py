@@ -37,11 +37,12 @@ def main() -> int:
         "adapters": lambda: run_tests("tests/gpu/test_gpu_in_graph.py", "tests/gpu/test_gpu_eager.py"),
         **sanitizers.parts(),
         "demo": run_demo,
-        "soak": run_soak,
+        "soak": lambda: run_script("soak.py"),
+        "check_cost": lambda: run_script("check_cost.py"),  # with the GPU to itself
     }
     parser.add_argument("--only", choices=parts, action="append")
     # tests has those of adapters, too; timing is of `make bench`; the others take many minutes
-    by_name = ("adapters", "timing", "fuzz", "sanitized_tests", "soak")
+    by_name = ("adapters", "timing", "fuzz", "sanitized_tests", "soak", "check_cost")
     only = parser.parse_args().only or [name for name in parts if name not in by_name]
     outcome: dict[str, Any] = {}
     for name in only:
@@ -82,11 +83,11 @@ def run_demo() -> dict[str, Any]:
         return {"passed": run.returncode == 0, **found}
 
 
-def run_soak() -> dict[str, Any]:
-    """A million shadow-checked replays, see integration/soak.py."""
+def run_script(name: str) -> dict[str, Any]:
+    """What a script of this folder writes with --json."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "soak.json"
-        command = [sys.executable, str(ROOT / "integration" / "soak.py"), "--json", str(path)]
+        path = Path(folder) / "result.json"
+        command = [sys.executable, str(ROOT / "integration" / name), "--json", str(path)]
         subprocess.run(command, cwd=folder, timeout=TIME_LIMIT_S, check=False)
         return json.loads(path.read_text()) if path.is_file() else {"passed": False}
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ def main() -> int:
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
         numbers = [(number, each) for number in range(arguments.processes)]
         runs = pool.starmap_async(soak, numbers).get(arguments.time_limit_s)
-        cost = pool.apply_async(cost_of_check).get(arguments.time_limit_s)  # with the GPU to itself
     found = {
         "passed": all(run["passed"] for run in runs),
         "replays": sum(run["record"]["replays"] for run in runs),
@@ -49,7 +47,6 @@ def main() -> int:
         "mismatches": sum(run["record"]["mismatches"] for run in runs),
         "values_compared": sum(run["values_compared"] for run in runs),
         "seconds": round(time.monotonic() - begin, 1),
-        "cost_of_check_us": cost,
         "runs": runs,
     }
     if arguments.json:
@@ -96,36 +93,6 @@ def soak(number: int, replays: int) -> dict[str, Any]:
         "values_compared": report[Field.VALUES],
         "record": found,
     }
-
-
-def cost_of_check() -> dict[str, dict[str, float]]:
-    """Median microseconds of a replay of 8 requests of 4k tokens with and without a check behind it.
-
-    ``host``: of the calls; ``stream``: from the first to the last work that they put on the stream.
-    """
-    import torch
-
-    from sglang_nsa_plugin.cli.replay import Twin
-
-    twin = Twin(torch.device("cuda", 0), (8,), check_every=1, pool_size=POOL, context_len=4_096)
-    twin.inputs.seq_lens.fill_(4_000)
-    fill = twin._taken_over()
-    cost = {}
-    for name, checked in (("unchecked", None), ("checked", fill.checked)):
-        fill.checked = checked
-        host, stream = [], []
-        for _ in range(300):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            begin.record()
-            before = time.perf_counter()
-            twin.replay(8)
-            host.append(1e6 * (time.perf_counter() - before))
-            end.record()
-            end.synchronize()
-            stream.append(1e3 * begin.elapsed_time(end))
-        cost[name] = {"host": statistics.median(host), "stream": statistics.median(stream)}
-    return cost
 
 
 if __name__ == "__main__":
