@@ -75,7 +75,9 @@ def sanitized_tests(part: Part) -> Iterator[Row]:
 def elsewhere(name: str, tool: Part) -> str:
     places = ", ".join(f"`{place}`" for place in tool.get("other_kernels", ()))
     where = f"in {places}" if places else "in no kernel that it names"
-    return f"{tool['of_other_kernels']:,} by {name} outside our kernels, {where}"
+    tests = ", ".join(f"`{test.partition('::')[2]}`" for test in tool.get("found_in", ()))
+    during = f", during {tests}" if tests else ""
+    return f"{tool['of_other_kernels']:,} by {name} outside our kernels, {where}{during}"
 
 
 def tools(part: Part) -> dict[str, Part]:

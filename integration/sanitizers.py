@@ -11,9 +11,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import results
@@ -39,6 +41,7 @@ SHARDS = (
     (FUZZ, "-k", "not any_batch"),
     ("tests", *(f"--ignore={path}" for path in ("tests/gpu", "tests/test_values.py", FUZZ))),
 )
+VAST = ("tests/test_values.py", FUZZ)  # tests that hold 17 GB each: one process a tool
 FUZZ_BATCHES = 100
 FILLS = "tests/gpu/sanitized_fill.py"
 PLANTED = ("memcheck", "initcheck")  # the tools that find what FILLS --planted does wrong
@@ -52,10 +55,8 @@ def sanitize_fills() -> dict[str, Any]:
     if shutil.which("compute-sanitizer") is None:
         return MISSING
     planted = tuple(f"planted, {tool}" for tool in PLANTED)
-    calls = [(tool, [FILLS], UNCACHED) for tool in TOOLS]
-    calls += [(tool, [FILLS, "--planted"], UNCACHED) for tool in PLANTED]
-    with ThreadPoolExecutor(len(calls)) as pool:
-        runs = dict(zip(TOOLS + planted, pool.map(lambda call: _run(*call), calls), strict=True))
+    calls = [(tool, [FILLS]) for tool in TOOLS] + [(tool, [FILLS, "--planted"]) for tool in PLANTED]
+    runs = dict(zip(TOOLS + planted, _run_side_by_side(calls, UNCACHED), strict=True))
     for run in runs.values():
         fills = re.search(r"sanitized fills: (\d+)", run.pop("output"))
         run["fills"] = int(fills[1]) if fills else 0
@@ -68,16 +69,27 @@ def sanitize_tests() -> dict[str, Any]:
     """The GPU tests under each tool, but those that say why they cannot run there."""
     if shutil.which("compute-sanitizer") is None:
         return MISSING
-    pytest = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--sanitized"]
-    pytest += ["--fuzz-batches", str(FUZZ_BATCHES)]
-    calls = [(tool, [*pytest, *shard], {}) for tool in TOOLS for shard in SHARDS]
-    with ThreadPoolExecutor(len(calls)) as pool:
-        runs = list(pool.map(lambda call: _run(*call), calls))
+    calls = [(tool, _tests(tool, "gpu and not vast", *shard)) for tool in TOOLS for shard in SHARDS]
+    vast = [(tool, _tests(tool, "gpu and vast", *VAST)) for tool in TOOLS]
+    runs = _run_side_by_side(calls) + _run_side_by_side(vast)
     found = {
-        tool: _sum([run for run, call in zip(runs, calls, strict=True) if call[0] == tool])
+        tool: _sum([run for run, call in zip(runs, calls + vast, strict=True) if call[0] == tool])
         for tool in TOOLS
     }
     return {"passed": all(tool["passed"] for tool in found.values()), **found}
+
+
+def _tests(tool: str, marked: str, *files: str) -> list[str]:
+    """Arguments for Python: the tests of these files, each named before what the tool says of it."""
+    options = ["-v", "-p", "no:cacheprovider", "--sanitized", tool, "--fuzz-batches", str(FUZZ_BATCHES)]
+    return ["-m", "pytest", "-m", marked, *options, *files]
+
+
+def _run_side_by_side(
+    calls: Sequence[tuple[str, list[str]]], environment: Mapping[str, str] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(lambda call: _run(*call, environment), calls))
 
 
 def _sum(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -91,6 +103,7 @@ def _sum(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "errors": None if None in errors else sum(errors),
         "of_other_kernels": sum(run["of_other_kernels"] for run in runs),
         "other_kernels": sorted({name for run in runs for name in run["other_kernels"]}),
+        "found_in": dict(sum((Counter(run["found_in"]) for run in runs), Counter()).most_common()),
         "tests": counts,
         "failed": results.failed_tests(output),
         "left_out": _left_out(output),
@@ -110,7 +123,7 @@ def _left_out(output: str) -> dict[str, int]:
     return reasons
 
 
-def _run(tool: str, arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:
+def _run(tool: str, arguments: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
     begin = time.monotonic()
     # timeout(1) ends the whole process group: the tool's child would stay on the GPU
     command = ["timeout", "--kill-after=10", str(TIME_LIMIT_S), *_tool(tool), sys.executable, *arguments]
@@ -133,6 +146,7 @@ def _run(tool: str, arguments: list[str], environment: dict[str, str]) -> dict[s
         "errors": errors,
         "of_other_kernels": of_others,
         "other_kernels": other_kernels(run.stdout) if of_others else [],
+        "found_in": found_in(run.stdout) if of_others else {},
         "exit_code": run.returncode,
         "seconds": round(time.monotonic() - begin, 1),
         "output": run.stdout,
@@ -172,6 +186,16 @@ def other_kernels(output: str) -> list[str]:
     names = {re.split(r"[<(+]", line.removeprefix("void "), maxsplit=1)[0] for line in lines}
     copies = re.findall(r"^=+ .*on access by (.+)", output, re.MULTILINE)
     return sorted({name for name in names if not any(ours in name for ours in KERNELS)} | set(copies))
+
+
+def found_in(output: str) -> dict[str, int]:
+    """Test → reads of what was never written, which the tool tells between the names of the tests."""
+    test, found = "", Counter[str]()
+    for line in output.splitlines():
+        named = re.search(r"\btests/\S+?\.py::\w+", line)
+        test = named[0] if named else test
+        found[test] += "Uninitialized" in line
+    return {test: count for test, count in found.items() if count}
 
 
 def parts() -> dict[str, Callable[[], dict[str, Any]]]:

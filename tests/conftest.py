@@ -93,7 +93,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
     parser.addoption(
-        "--sanitized", action="store_true", help="skip what cannot run in compute-sanitizer"
+        "--sanitized", metavar="TOOL", help="skip what cannot run in this tool of compute-sanitizer"
     )
 
 
@@ -132,10 +132,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         missing = _missing_gpu()
         if missing is not None:
             pytest.skip(missing)
-    unsanitized = item.get_closest_marker("unsanitized")
-    if unsanitized and item.config.getoption("--sanitized"):
-        (reason,) = unsanitized.args
-        pytest.skip(f"not under compute-sanitizer: {reason}")
+    tool = item.config.getoption("--sanitized")
+    for mark in item.iter_markers("unsanitized"):
+        if tool is not None and tool in mark.kwargs.get("tools", (tool,)):
+            pytest.skip(f"not under compute-sanitizer: {mark.args[0]}")
 
 
 def _missing_gpu() -> str | None:

@@ -96,7 +96,8 @@ def test_any_batch(fill_backend: Backend, scale: Scale, asked_for: int | None) -
 # Offsets above 2**31
 
 
-@pytest.mark.unsanitized("17 GB in each of the four tools at once, and what they note about it")
+@pytest.mark.vast
+@pytest.mark.unsanitized("it notes of each byte of 17 GB whether it was written", tools=("initcheck",))
 def test_any_batch_with_a_tensor_that_spans_2_to_the_31(
     fill_backend: Backend, scale: Scale, asked_for: int | None
 ) -> None:

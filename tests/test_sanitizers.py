@@ -15,6 +15,8 @@ import sanitizers
 STAND_IN = """#!/bin/sh
 if [ "$1" = --help ]; then echo "  --kernel-name arg  filter"; exit; fi
 echo "========= COMPUTE-SANITIZER"
+echo "tests/gpu/test_a.py::test_one PASSED [ 50%]"
+echo "tests/gpu/test_a.py::test_two[x] "
 FINDING
 echo "SKIPPED [2] tests/test_values.py:403: not under compute-sanitizer: 17 GB"
 echo "SKIPPED [1] tests/conftest.py:135: needs two GPUs"
@@ -55,16 +57,16 @@ def test_clean_tools_pass_with_their_number_of_tests(stand_in):
     assert list(found) == ["memcheck", "racecheck", "initcheck", "synccheck"]
     for tool in found.values():
         assert (tool["errors"], tool["of_other_kernels"]) == (0, 0)
-        assert tool["tests"] == {"passed": 25, "skipped": 15}  # of five processes
-        assert tool["left_out"] == {"17 GB": 10}
+        assert tool["tests"] == {"passed": 30, "skipped": 18}  # of six processes
+        assert tool["left_out"] == {"17 GB": 12}
 
 
 @pytest.mark.parametrize(
     ("finding", "initcheck", "named", "others"),
     [
-        (OF_OURS, (5, 0), [], 5),
-        (OF_OTHERS, (0, 5), ["at::reduce_kernel"], 5),
-        (OF_COPIES, (0, 5), ["cudaMemcpy source"], 5),
+        (OF_OURS, (6, 0), [], 6),
+        (OF_OTHERS, (0, 6), ["at::reduce_kernel"], 6),
+        (OF_COPIES, (0, 6), ["cudaMemcpy source"], 6),
         (CRASHED, (None, 0), [], None),
     ],
     ids=["of ours", "of others", "of copies", "crashed"],
@@ -77,8 +79,23 @@ def test_findings_are_those_of_our_kernels(stand_in, finding, initcheck, named, 
     tool = found["initcheck"]
     assert (tool["errors"], tool["of_other_kernels"]) == initcheck
     assert tool["other_kernels"] == named
+    assert tool["found_in"] == ({"tests/gpu/test_a.py::test_two": 6} if named else {})
     assert tool["passed"] == (finding in (OF_OTHERS, OF_COPIES))
     assert found["memcheck"]["errors"] == others
+
+
+def test_what_holds_17_gb_is_watched_too_but_not_beside_others(stand_in, monkeypatch):
+    stand_in(CLEAN)
+    rounds = []
+    side_by_side = sanitizers._run_side_by_side
+    monkeypatch.setattr(
+        sanitizers, "_run_side_by_side", lambda calls: rounds.append(calls) or side_by_side(calls)
+    )
+    sanitizers.sanitize_tests()
+    small, vast = rounds
+    assert [tool for tool, _ in vast] == list(sanitizers.TOOLS)
+    assert all("gpu and vast" in arguments for _, arguments in vast)
+    assert all("gpu and not vast" in arguments for _, arguments in small)
 
 
 def test_fills_pass_only_where_planted_errors_are_found(stand_in):
