@@ -76,9 +76,11 @@ void check(int error, const char* what) {
 
 template <typename Bound>
 ffi::Function launcher(int (*launch)(const Bound&, void*), const Bound& bound, int device) {
-  return ffi::Function::FromTyped([launch, bound, device](int64_t stream) {
+  const auto call =
+      std::make_shared<RepeatedCall>([launch, bound](void* stream) { return launch(bound, stream); });
+  return ffi::Function::FromTyped([call, device](int64_t stream) {
     const ffi::CUDADeviceGuard guard(device);
-    check(launch(bound, reinterpret_cast<void*>(stream)), "draft-extend metadata fill");
+    check((*call)(reinterpret_cast<void*>(stream)), "draft-extend metadata fill");
   });
 }
 

@@ -1,6 +1,9 @@
 // The ways to run a fill and a comparison. The binding checks and packs; these only run.
 #pragma once
 
+#include <functional>
+#include <memory>
+
 #include "compare.h"
 #include "fill.h"
 
@@ -40,6 +43,20 @@ int fill_ragged_on_cuda(const RaggedFill& launch, void* stream);
 
 // Two kernel launches on `stream`, on the current device; returns a cudaError_t.
 int compare_on_cuda(const Comparison& all, void* stream);
+
+// A call that launches kernels on a stream, again and again. After a few calls it goes on as a CUDA
+// graph, whose launch takes half of the host's time. On a stream that is captured it stays as it is.
+class RepeatedCall {
+ public:
+  explicit RepeatedCall(std::function<int(void*)> call);
+  ~RepeatedCall();
+  int operator()(void* stream);  // returns a cudaError_t
+
+ private:
+  struct Graph;
+  std::function<int(void*)> call_;
+  std::unique_ptr<Graph> graph_;
+};
 
 int multiprocessors_of(int device);
 const char* cuda_error_text(int error);

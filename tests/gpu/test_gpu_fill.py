@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from sglang_nsa_plugin import (
     fill_draft_extend_metadata_cuda,
     fill_draft_extend_metadata_cuda_adaptive,
 )
+from sglang_nsa_plugin.cli import timing
 from sglang_nsa_plugin.kernels import cuda
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +37,7 @@ STATIC = Case(
     width=128,
     pages=8,
 )
+CALLS = 6  # more than a bound fill of CUDA launches plainly
 RAGGED = replace(STATIC, extend_lens=[4, 0, 2, 3, 1], rows=20, row_count=True)
 
 
@@ -130,6 +133,86 @@ def test_several_graphs_share_their_inputs(backend: Backend) -> None:
             guarded.check(lambda _, graph=graph: (graph.replay(), torch.cuda.synchronize()))
 
 
+# A call that comes again and again is a CUDA graph of its own
+
+
+def repeated(case: Case) -> tuple[Guarded, Callable[[], None]]:
+    """A bound fill that was called often enough."""
+    guarded = Guarded(case, GPU)
+    bound = Backend(GPU, "cuda").bind(guarded.args)
+    for _ in range(CALLS):
+        bound()
+    torch.cuda.synchronize()
+    guarded.poison()
+    return guarded, bound
+
+
+@pytest.mark.parametrize("case", [STATIC, RAGGED], ids=["static", "ragged"])
+def test_a_repeated_call_follows_its_inputs(case: Case) -> None:
+    guarded, bound = repeated(case)
+    for lengths in ([3, 50, 99, 1, 0], [128, 1, 1, 64, 65]):
+        guarded.args.seq_lens.copy_(torch.tensor(lengths))
+        guarded.poison()
+        guarded.check(lambda _: (bound(), torch.cuda.synchronize()))
+
+
+@pytest.mark.unsanitized("the profiler and the tool cannot both be attached")
+def test_a_repeated_call_launches_one_graph() -> None:
+    _, bound = repeated(STATIC)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
+        bound()
+        torch.cuda.synchronize()
+    launches = [event.name for event in profile.events() if "Launch" in event.name]
+    assert launches == ["cudaGraphLaunch"]
+
+
+def test_a_repeated_call_is_captured_as_a_kernel() -> None:
+    guarded, bound = repeated(STATIC)
+    assert timing.graph_nodes(bound) == {"kernel": 1}
+    graph = capture(bound)
+    guarded.poison()
+    guarded.check(lambda _: (graph.replay(), torch.cuda.synchronize()))
+
+
+def test_a_repeated_call_of_several_threads() -> None:
+    guarded, bound = repeated(STATIC)
+
+    def call() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(100):
+                bound()
+
+    def call_from_threads(_: object) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(call) for _ in range(4)]:
+                done.result()
+        torch.cuda.synchronize()
+
+    guarded.check(call_from_threads)
+
+
+def test_the_graph_of_a_call_is_made_while_another_stream_is_captured() -> None:
+    guarded = Guarded(STATIC, GPU)
+    bound = Backend(GPU, "cuda").bind(guarded.args)
+    elsewhere, numbers = torch.cuda.Stream(), torch.zeros(8, device=GPU)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+
+    def call_in_a_capture(_: object) -> None:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            numbers.add_(1)
+            with torch.cuda.stream(elsewhere):
+                for _ in range(CALLS):
+                    bound()
+        torch.cuda.synchronize()
+
+    guarded.check(call_in_a_capture)
+    graph.replay()
+    assert numbers.tolist() == [1] * 8
+
+
 # The host
 
 
@@ -158,16 +241,18 @@ def test_a_bound_fill_allocates_nothing(name: str) -> None:
     assert torch.cuda.memory_stats(GPU)["allocation.all.allocated"] == before
 
 
+@pytest.mark.parametrize("calls", [1, CALLS])
 @pytest.mark.parametrize("bound_on", ["default stream", "another stream"])
 @pytest.mark.unsanitized("the tool waits for the kernels that it watches")
-def test_a_fill_runs_on_the_stream_that_is_current(backend: Backend, bound_on: str) -> None:
+def test_a_fill_runs_on_the_stream_that_is_current(backend: Backend, bound_on: str, calls: int) -> None:
     """When it is called, not when it was bound: it waits for a slow producer on that stream."""
     guarded = Guarded(STATIC, GPU)
     args = guarded.args
     other = torch.cuda.Stream() if bound_on == "another stream" else torch.cuda.current_stream()
     with torch.cuda.stream(other):
         bound = backend.bind(args)
-        bound()
+        for _ in range(calls):
+            bound()
     torch.cuda.synchronize()
     new = torch.tensor([7, 128, 33, 90, 2], device=GPU)
     args.seq_lens.copy_(new)
