@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
@@ -17,6 +16,7 @@ from typing import Any
 
 import checkpoint
 import pytest
+import results
 from arms import Arm, Arms
 from rows import Row, accepted_drafts, added, mean_tokens, mismatched
 from server import Answer, Server
@@ -209,6 +209,4 @@ def needs_graphs(arms: Arms) -> None:
 
 def gpu_memory_mib() -> list[int]:
     """Memory in use on each GPU, in MiB."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return [int(line) for line in output.split()]
+    return [int(line) for line in results.of_gpus("memory.used")]

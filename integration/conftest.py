@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -95,11 +93,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def gpus() -> int:
-    """How many GPUs this machine has."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    """How many GPUs there are to be used."""
+    return len(results.of_gpus("name"))
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +125,7 @@ def arms(
     """The servers of one setup, started together: by default with the plugin and as SGLang is."""
     setup: Setup = request.param
     if gpus < setup.gpus:
-        pytest.skip(f"setup {setup.name} needs {setup.gpus} NVIDIA GPU(s), nvidia-smi lists {gpus}")
+        pytest.skip(f"setup {setup.name} needs {setup.gpus} NVIDIA GPU(s), there are {gpus}")
     try:
         running = fleet.ready(setup)
         report(f"{setup.name}.start", _started(running, model))

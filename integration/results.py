@@ -78,7 +78,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "gpus": _gpus(),
+        "gpus": of_gpus("name,driver_version"),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in DISTRIBUTIONS},
     }
@@ -99,10 +99,14 @@ def commit() -> str:
     return git.stdout.strip() or "unknown"
 
 
-def _gpus() -> list[str]:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+def of_gpus(query: str) -> list[str]:
+    """What nvidia-smi says of each GPU that CUDA_VISIBLE_DEVICES leaves; nothing where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        command += ["--id", visible]
     try:
-        output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
         return []
     return output.strip().splitlines()

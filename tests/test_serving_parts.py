@@ -418,6 +418,17 @@ def test_parts_that_stand_alone_stay_and_say_which_run_they_are_of(tmp_path, mon
     assert list(json.loads(path.read_text())["parts"]) == ["bench"]
 
 
+def test_gpus_are_those_that_are_left_visible(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert results.of_gpus("name") == ["--query-gpu=name --format=csv,noheader,nounits"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert results.of_gpus("name") == ["--query-gpu=name --format=csv,noheader,nounits --id 1"]
+
+
 def test_the_readme_counts_what_differs():
     ours, theirs = (Answer([1, 2], 0.1, {"spec_accept_histogram": [1, 1]}) for _ in range(2))
     other = Answer([1, 3], 0.1, {"spec_accept_histogram": [1, 1]})
