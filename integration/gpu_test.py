@@ -41,7 +41,8 @@ def main() -> int:
         "check_cost": lambda: run_script("check_cost.py"),  # with the GPU to itself
     }
     parser.add_argument("--only", choices=parts, action="append")
-    # tests has those of adapters, too; timing is of `make bench`; the others take many minutes
+    # tests has those of adapters, too; timing and check_cost want the GPU to themselves; the others take
+    # many minutes
     by_name = ("adapters", "timing", "fuzz", "sanitized_tests", "soak", "check_cost")
     only = parser.parse_args().only or [name for name in parts if name not in by_name]
     outcome: dict[str, Any] = {}

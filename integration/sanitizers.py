@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import results
@@ -71,7 +70,7 @@ def sanitize_tests() -> dict[str, Any]:
         return MISSING
     calls = [(tool, _tests(tool, "gpu and not vast", *shard)) for tool in TOOLS for shard in SHARDS]
     vast = [(tool, _tests(tool, "gpu and vast", *VAST)) for tool in TOOLS]
-    runs = _run_side_by_side(calls) + _run_side_by_side(vast)
+    runs = _run_side_by_side(calls, {}) + _run_side_by_side(vast, {})
     found = {
         tool: _sum([run for run, call in zip(runs, calls + vast, strict=True) if call[0] == tool])
         for tool in TOOLS
@@ -86,7 +85,7 @@ def _tests(tool: str, marked: str, *files: str) -> list[str]:
 
 
 def _run_side_by_side(
-    calls: Sequence[tuple[str, list[str]]], environment: Mapping[str, str] = MappingProxyType({})
+    calls: Sequence[tuple[str, list[str]]], environment: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(lambda call: _run(*call, environment), calls))
@@ -117,10 +116,10 @@ def _left_out(output: str) -> dict[str, int]:
     skipped = re.findall(
         r"^SKIPPED \[(\d+)\] .*not under compute-sanitizer: (.+)$", output, re.MULTILINE
     )
-    reasons: dict[str, int] = {}
+    reasons = Counter[str]()
     for count, reason in skipped:
-        reasons[reason] = reasons.get(reason, 0) + int(count)
-    return reasons
+        reasons[reason] += int(count)
+    return dict(reasons)
 
 
 def _run(tool: str, arguments: list[str], environment: Mapping[str, str]) -> dict[str, Any]:

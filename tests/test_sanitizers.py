@@ -89,7 +89,9 @@ def test_what_holds_17_gb_is_watched_too_but_not_beside_others(stand_in, monkeyp
     rounds = []
     side_by_side = sanitizers._run_side_by_side
     monkeypatch.setattr(
-        sanitizers, "_run_side_by_side", lambda calls: rounds.append(calls) or side_by_side(calls)
+        sanitizers,
+        "_run_side_by_side",
+        lambda calls, env: rounds.append(calls) or side_by_side(calls, env),
     )
     sanitizers.sanitize_tests()
     small, vast = rounds
