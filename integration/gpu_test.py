@@ -43,7 +43,15 @@ def main() -> int:
     parser.add_argument("--only", choices=parts, action="append")
     # tests has those of adapters, too; timing and check_cost want the GPU to themselves; the others take
     # many minutes
-    by_name = ("adapters", "timing", "fuzz", "sanitized_tests", "soak", "check_cost")
+    by_name = (
+        "adapters",
+        "timing",
+        "fuzz",
+        "sanitized_tests",
+        "sanitized_vast_tests",
+        "soak",
+        "check_cost",
+    )
     only = parser.parse_args().only or [name for name in parts if name not in by_name]
     outcome: dict[str, Any] = {}
     for name in only:

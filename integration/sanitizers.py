@@ -33,14 +33,17 @@ KERNELS = (
 UNFILTERED = "initcheck"
 TIME_LIMIT_S = 480
 FUZZ = "tests/test_fuzz.py"
+IN_GRAPH = "tests/gpu/test_gpu_in_graph.py"
 SHARDS = (
-    ("tests/gpu",),
+    (IN_GRAPH,),
+    ("tests/gpu", f"--ignore={IN_GRAPH}"),
     ("tests/test_values.py",),
     (FUZZ, "-k", "any_batch"),
     (FUZZ, "-k", "not any_batch"),
     ("tests", *(f"--ignore={path}" for path in ("tests/gpu", "tests/test_values.py", FUZZ))),
 )
-VAST = ("tests/test_values.py", FUZZ)  # tests that hold 17 GB each: one process a tool
+VAST_SHARDS = (("tests/test_values.py", FUZZ),)  # of tests that hold 17 GB each: one process a tool
+VAST_TOOLS = tuple(tool for tool in TOOLS if tool != "initcheck")  # which they skip
 FUZZ_BATCHES = 100
 FILLS = "tests/gpu/sanitized_fill.py"
 PLANTED = ("memcheck", "initcheck")  # the tools that find what FILLS --planted does wrong
@@ -66,15 +69,22 @@ def sanitize_fills() -> dict[str, Any]:
 
 def sanitize_tests() -> dict[str, Any]:
     """The GPU tests under each tool, but those that say why they cannot run there."""
+    return _tests_under_each(TOOLS, "gpu and not vast", SHARDS)
+
+
+def sanitize_vast_tests() -> dict[str, Any]:
+    """Those that hold 17 GB each: apart, for three of them side by side leave room for little else."""
+    return _tests_under_each(VAST_TOOLS, "gpu and vast", VAST_SHARDS)
+
+
+def _tests_under_each(
+    tools: Sequence[str], marked: str, shards: Sequence[tuple[str, ...]]
+) -> dict[str, Any]:
     if shutil.which("compute-sanitizer") is None:
         return MISSING
-    calls = [(tool, _tests(tool, "gpu and not vast", *shard)) for tool in TOOLS for shard in SHARDS]
-    vast = [(tool, _tests(tool, "gpu and vast", *VAST)) for tool in TOOLS]
-    runs = _run_side_by_side(calls, {}) + _run_side_by_side(vast, {})
-    found = {
-        tool: _sum([run for run, call in zip(runs, calls + vast, strict=True) if call[0] == tool])
-        for tool in TOOLS
-    }
+    calls = [(tool, _tests(tool, marked, *shard)) for tool in tools for shard in shards]
+    runs = list(zip(calls, _run_side_by_side(calls, {}), strict=True))
+    found = {tool: _sum([run for (by, _), run in runs if by == tool]) for tool in tools}
     return {"passed": all(tool["passed"] for tool in found.values()), **found}
 
 
@@ -199,4 +209,8 @@ def found_in(output: str) -> dict[str, int]:
 
 def parts() -> dict[str, Callable[[], dict[str, Any]]]:
     """What gpu_test.py runs, by name."""
-    return {"sanitizers": sanitize_fills, "sanitized_tests": sanitize_tests}
+    return {
+        "sanitizers": sanitize_fills,
+        "sanitized_tests": sanitize_tests,
+        "sanitized_vast_tests": sanitize_vast_tests,
+    }

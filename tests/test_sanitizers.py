@@ -84,20 +84,17 @@ def test_findings_are_those_of_our_kernels(stand_in, finding, initcheck, named, 
     assert found["memcheck"]["errors"] == others
 
 
-def test_what_holds_17_gb_is_watched_too_but_not_beside_others(stand_in, monkeypatch):
+def test_what_holds_17_gb_is_watched_apart(stand_in, monkeypatch):
     stand_in(CLEAN)
-    rounds = []
-    side_by_side = sanitizers._run_side_by_side
-    monkeypatch.setattr(
-        sanitizers,
-        "_run_side_by_side",
-        lambda calls, env: rounds.append(calls) or side_by_side(calls, env),
-    )
-    sanitizers.sanitize_tests()
-    small, vast = rounds
-    assert [tool for tool, _ in vast] == list(sanitizers.TOOLS)
-    assert all("gpu and vast" in arguments for _, arguments in vast)
-    assert all("gpu and not vast" in arguments for _, arguments in small)
+    calls = []
+    run = sanitizers._run
+    monkeypatch.setattr(sanitizers, "_run", lambda *call: calls.append(call) or run(*call))
+    assert list(sanitizers.sanitize_tests()) == ["passed", *sanitizers.TOOLS]
+    assert all("gpu and not vast" in arguments for _, arguments, _ in calls)
+    calls.clear()
+    assert sanitizers.sanitize_vast_tests()["passed"]
+    assert [tool for tool, _, _ in calls] == ["memcheck", "racecheck", "synccheck"]
+    assert all("gpu and vast" in arguments for _, arguments, _ in calls)
 
 
 def test_fills_pass_only_where_planted_errors_are_found(stand_in):
