@@ -76,9 +76,10 @@ def sanitized_tests(which: str, part: Part) -> Iterator[Row]:
 def elsewhere(name: str, tool: Part) -> str:
     places = ", ".join(f"`{place}`" for place in tool.get("other_kernels", ()))
     where = f"in {places}" if places else "in no kernel that it names"
-    tests = ", ".join(f"`{test.partition('::')[2]}`" for test in tool.get("found_in", ()))
-    during = f", during {tests}" if tests else ""
-    return f"{tool['of_other_kernels']:,} by {name} outside our kernels, {where}{during}"
+    askers = ", ".join(f"{count:,} {asker}" for asker, count in tool.get("copies", {}).items())
+    return (
+        f"{tool['of_other_kernels']:,} by {name} outside our kernels, {where}{askers and ': '}{askers}"
+    )
 
 
 def tools(part: Part) -> dict[str, Part]:

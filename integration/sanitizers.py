@@ -31,6 +31,13 @@ KERNELS = (
 )
 # A value that an unwatched kernel wrote would count as never written: this one watches all of them.
 UNFILTERED = "initcheck"
+# What tests/told_copies.py prints, and what the tool says of a copy.
+TOLD = re.compile(
+    r"copy of (?P<address>0x[0-9a-f]+), (?P<bytes>\d+) bytes, (?P<how>\w+) for (?P<asker>\S+)"
+)
+READ_BY_COPY = re.compile(r"Uninitialized access to (?P<address>0x[0-9a-f]+) on access by cudaMemcpy")
+NOT_MADE = "only recorded"  # into a CUDA graph: what it will copy is written when the graph runs
+UNKNOWN = "not told"
 TIME_LIMIT_S = 480
 FUZZ = "tests/test_fuzz.py"
 IN_GRAPH = "tests/gpu/test_gpu_in_graph.py"
@@ -90,7 +97,16 @@ def _tests_under_each(
 
 def _tests(tool: str, marked: str, *files: str) -> list[str]:
     """Arguments for Python: the tests of these files, each named before what the tool says of it."""
-    options = ["-v", "-p", "no:cacheprovider", "--sanitized", tool, "--fuzz-batches", str(FUZZ_BATCHES)]
+    options = [
+        "-v",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "--sanitized",
+        tool,
+        "--fuzz-batches",
+        str(FUZZ_BATCHES),
+    ]
     return ["-m", "pytest", "-m", marked, *options, *files]
 
 
@@ -112,7 +128,7 @@ def _sum(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "errors": None if None in errors else sum(errors),
         "of_other_kernels": sum(run["of_other_kernels"] for run in runs),
         "other_kernels": sorted({name for run in runs for name in run["other_kernels"]}),
-        "found_in": dict(sum((Counter(run["found_in"]) for run in runs), Counter()).most_common()),
+        "copies": dict(sum((run["copies"] for run in runs), Counter[str]()).most_common()),
         "tests": counts,
         "failed": results.failed_tests(output),
         "left_out": _left_out(output),
@@ -155,7 +171,7 @@ def _run(tool: str, arguments: list[str], environment: Mapping[str, str]) -> dic
         "errors": errors,
         "of_other_kernels": of_others,
         "other_kernels": other_kernels(run.stdout) if of_others else [],
-        "found_in": found_in(run.stdout) if of_others else {},
+        "copies": copies_by(run.stdout),
         "exit_code": run.returncode,
         "seconds": round(time.monotonic() - begin, 1),
         "output": run.stdout,
@@ -178,15 +194,45 @@ def _option_of_kernels() -> str:
 
 
 def findings(tool: str, output: str) -> tuple[int | None, int]:
-    """Errors of our kernels, None where the tool did not come to its end, and those of others."""
+    """Errors of our kernels and copies, None where the tool did not end by itself; those of others."""
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
     if summary is None:
         return None, 0
     total = int(summary[1])
     if tool != UNFILTERED:
         return total, 0
-    ours = len(re.findall(rf"^=+ +at .*(?:{'|'.join(KERNELS)})", output, re.MULTILINE))
-    return ours, total - ours
+    kernels = len(re.findall(rf"^=+ +at .*(?:{'|'.join(KERNELS)})", output, re.MULTILINE))
+    copies = sum(count for asker, count in copies_by(output).items() if not _is_sglangs(asker))
+    return kernels + copies, total - kernels - copies
+
+
+def copies_by(output: str) -> Counter[str]:
+    """Who asked → copies that read what was never written, as tests/told_copies.py tells them."""
+    told: dict[
+        tuple[int, int], tuple[bool, str]
+    ] = {}  # address and bytes → recorded, asker; newest last
+    found = Counter[str]()
+    for line in output.splitlines():
+        if copy := TOLD.search(line):
+            place = int(copy["address"], 16), int(copy["bytes"])
+            told.pop(place, None)
+            told[place] = copy["how"] == "recorded", copy["asker"]
+        elif read := READ_BY_COPY.search(line):
+            found[_asker(told, int(read["address"], 16))] += 1
+    return found
+
+
+def _is_sglangs(asker: str) -> bool:
+    return asker == NOT_MADE or asker.startswith("sglang.")
+
+
+def _asker(told: dict[tuple[int, int], tuple[bool, str]], address: int) -> str:
+    newest = True
+    for (begin, size), (recorded, asker) in reversed(told.items()):
+        if begin <= address < begin + size:
+            return NOT_MADE if recorded and newest else asker
+        newest = False
+    return UNKNOWN
 
 
 def other_kernels(output: str) -> list[str]:
@@ -195,16 +241,6 @@ def other_kernels(output: str) -> list[str]:
     names = {re.split(r"[<(+]", line.removeprefix("void "), maxsplit=1)[0] for line in lines}
     copies = re.findall(r"^=+ .*on access by (.+)", output, re.MULTILINE)
     return sorted({name for name in names if not any(ours in name for ours in KERNELS)} | set(copies))
-
-
-def found_in(output: str) -> dict[str, int]:
-    """Test → reads of what was never written, which the tool tells between the names of the tests."""
-    test, found = "", Counter[str]()
-    for line in output.splitlines():
-        named = re.search(r"\btests/\S+?\.py::\w+", line)
-        test = named[0] if named else test
-        found[test] += "Uninitialized" in line
-    return {test: count for test, count in found.items() if count}
 
 
 def parts() -> dict[str, Callable[[], dict[str, Any]]]:

@@ -6,6 +6,7 @@ there is no GPU, and compiled where there is one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ if not HAS_GPU:
 
 import hypothesis  # noqa: E402
 from cases import CPU, Backend  # noqa: E402
+from told_copies import ToldCopies  # noqa: E402
 
 from sglang_nsa_plugin.state import STATE, State  # noqa: E402
 
@@ -61,6 +63,13 @@ def _gpu_memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.node.get_closest_marker("gpu") and HAS_GPU:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def _copies_are_told(request: pytest.FixtureRequest) -> Iterator[None]:
+    is_asked_for = request.config.getoption("--sanitized") == "initcheck"
+    with ToldCopies() if is_asked_for else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

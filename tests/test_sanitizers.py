@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from told_copies import ToldCopies
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "integration"))
 import sanitizers
@@ -30,12 +32,17 @@ echo "=========     at void nsa::(anonymous namespace)::fill_kernel<(bool)1>(nsa
 echo "========= ERROR SUMMARY: 1 error"
 """
 OF_OTHERS = OF_OURS.replace("nsa::(anonymous namespace)::fill", "at::(anonymous namespace)::reduce")
-# Of torch's copies, which no kernel makes.
-OF_COPIES = """
-echo "========= Host API memory access error at host access to 0x7f0e of size 16 bytes"
-echo "=========     Uninitialized access at 0x7f0e on access by cudaMemcpy source"
-echo "========= ERROR SUMMARY: 1 error"
+READ = """\
+========= Host API memory access error at host access to 0x7ef0 of size 64 bytes
+=========     Uninitialized access to 0x7f0e on access by cudaMemcpy source
 """
+OF_A_COPY = f"""cat <<'END'
+copy of 0x7ef0, 64 bytes, made for ASKER
+{READ}========= ERROR SUMMARY: 1 error
+END
+"""
+OF_SGLANGS_COPY = OF_A_COPY.replace("ASKER", "sglang.srt.backend.copy_")
+OF_OUR_COPY = OF_A_COPY.replace("ASKER", "sglang_nsa_plugin.kernels.torch._write")
 CRASHED = "exit 1"
 
 
@@ -66,10 +73,11 @@ def test_clean_tools_pass_with_their_number_of_tests(stand_in):
     [
         (OF_OURS, (6, 0), [], 6),
         (OF_OTHERS, (0, 6), ["at::reduce_kernel"], 6),
-        (OF_COPIES, (0, 6), ["cudaMemcpy source"], 6),
+        (OF_SGLANGS_COPY, (0, 6), ["cudaMemcpy source"], 6),
+        (OF_OUR_COPY, (6, 0), [], 6),
         (CRASHED, (None, 0), [], None),
     ],
-    ids=["of ours", "of others", "of copies", "crashed"],
+    ids=["of ours", "of others", "of SGLang's copy", "of our copy", "crashed"],
 )
 def test_findings_are_those_of_our_kernels(stand_in, finding, initcheck, named, others):
     """The other tools watch our kernels alone: whatever they find is ours."""
@@ -79,9 +87,58 @@ def test_findings_are_those_of_our_kernels(stand_in, finding, initcheck, named, 
     tool = found["initcheck"]
     assert (tool["errors"], tool["of_other_kernels"]) == initcheck
     assert tool["other_kernels"] == named
-    assert tool["found_in"] == ({"tests/gpu/test_a.py::test_two": 6} if named else {})
-    assert tool["passed"] == (finding in (OF_OTHERS, OF_COPIES))
+    assert tool["passed"] == (finding in (OF_OTHERS, OF_SGLANGS_COPY))
     assert found["memcheck"]["errors"] == others
+
+
+@pytest.mark.parametrize(
+    ("told", "by"),
+    [
+        (["0x7ef0, 64 bytes, made for ours.fill"], "ours.fill"),
+        (["0x7ef0, 30 bytes, made for ours.fill"], sanitizers.UNKNOWN),
+        (["0x7f0f, 64 bytes, made for ours.fill"], sanitizers.UNKNOWN),
+        (["0x7ef0, 64 bytes, recorded for ours.fill"], sanitizers.NOT_MADE),
+        (["0x7ef0, 64 bytes, recorded for ours.fill", "0x9000, 4 bytes, made for replay"], "ours.fill"),
+        (["0x7ef0, 64 bytes, made for ours.fill", "0x7f00, 32 bytes, made for plan"], "plan"),
+        (
+            [
+                "0x7ef0, 64 bytes, made for ours.fill",
+                "0x7f00, 32 bytes, made for plan",
+                "0x7ef0, 64 bytes, made for ours.fill",
+            ],
+            "ours.fill",
+        ),
+    ],
+    ids=[
+        "made",
+        "ends before",
+        "begins behind",
+        "recorded now",
+        "recorded earlier",
+        "the newest",
+        "again",
+    ],
+)
+def test_a_copy_is_of_who_asked_for_it(told, by):
+    """A copy that was recorded earlier is made when its graph runs, and counts then."""
+    assert sanitizers.copies_by("".join(f"copy of {copy}\n" for copy in told) + READ) == {by: 1}
+
+
+def test_copies_are_told_as_they_are_looked_for(capsys):
+    source = torch.zeros(3, 5, dtype=torch.int32)[:, :4]
+    with ToldCopies("cpu"):
+        for copied in (torch.empty(3, 4).copy_, torch.clone, lambda tensor: tensor.to(torch.int64)):
+            copied(source)
+        torch.add(source, 1)
+    told = [sanitizers.TOLD.fullmatch(line) for line in capsys.readouterr().out.splitlines()]
+    asker = f"{__name__}.test_copies_are_told_as_they_are_looked_for"
+    expected = {"address": hex(source.data_ptr()), "bytes": "56", "how": "made"}
+    assert [copy.groupdict() for copy in told[1:]] == [
+        {**expected, "asker": asker},
+        {**expected, "asker": asker.replace("test_copies_are_told_as_they_are_looked_for", "<lambda>")},
+    ]
+    assert told[0]["address"] == expected["address"]
+    assert len(told) == 3
 
 
 def test_what_holds_17_gb_is_watched_apart(stand_in, monkeypatch):

@@ -1,0 +1,55 @@
+"""Who asked for a copy: compute-sanitizer's initcheck tells the address that it read, and no more."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+# Operators that may copy with cudaMemcpy → which argument they read.
+COPIES = {aten.copy_: 1, aten._to_copy: 0, aten.clone: 0, aten._local_scalar_dense: 0}
+
+
+class ToldCopies(TorchDispatchMode):
+    """Prints of each copy from a device, before it is made, what integration/sanitizers.py looks for.
+
+    As in ``copy of 0x7eff13a00200, 1064 bytes, recorded for MODULE.FUNCTION``: recorded is one that a
+    CUDA graph will make later, made any other.
+    """
+
+    def __init__(self, device_type: str = "cuda") -> None:
+        super().__init__()
+        self.device_type = device_type
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        place = COPIES.get(operator.overloadpacket)
+        if place is not None and args[place].device.type == self.device_type and args[place].numel():
+            print(_told(args[place]), flush=True)
+        return operator(*args, **(kwargs or {}))
+
+
+def _told(source: torch.Tensor) -> str:
+    steps = zip(source.shape, source.stride(), strict=True)
+    cells = 1 + sum((size - 1) * stride for size, stride in steps)
+    recorded = source.is_cuda and torch.cuda.is_current_stream_capturing()
+    return (
+        f"copy of {source.data_ptr():#x}, {cells * source.element_size()} bytes, "
+        f"{'recorded' if recorded else 'made'} for {_asker()}"
+    )
+
+
+def _asker() -> str:
+    """The innermost function that is neither torch's nor of this file."""
+    frame = sys._getframe()
+    while frame.f_back is not None and _module(frame).partition(".")[0] in ("torch", __name__):
+        frame = frame.f_back
+    return f"{_module(frame)}.{frame.f_code.co_name}"
+
+
+def _module(frame: Any) -> str:
+    return str(frame.f_globals.get("__name__"))
