@@ -30,8 +30,8 @@ TP = (
     "0.7",
 )
 DP = ("--dp", str(RANKS), "--enable-dp-attention")
-TENSOR = Setup("tp2", TP, gpus=RANKS, limit_s=420.0)
-DATA = Setup("dp2", (*TP, *DP), gpus=RANKS, limit_s=420.0)
+TENSOR = Setup("tp2", TP, gpus=RANKS)
+DATA = Setup("dp2", (*TP, *DP), gpus=RANKS)
 SETUPS = (TENSOR, DATA)
 NEW_TOKENS = 96
 
