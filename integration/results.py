@@ -103,7 +103,9 @@ def of_gpus(query: str) -> list[str]:
     """What nvidia-smi says of each GPU that CUDA_VISIBLE_DEVICES leaves; nothing where there is none."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible:
+    if visible == "":  # hides all
+        return []
+    if visible is not None:
         command += ["--id", visible]
     try:
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout

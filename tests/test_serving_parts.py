@@ -427,6 +427,8 @@ def test_gpus_are_those_that_are_left_visible(tmp_path, monkeypatch):
     assert results.of_gpus("name") == ["--query-gpu=name --format=csv,noheader,nounits"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert results.of_gpus("name") == ["--query-gpu=name --format=csv,noheader,nounits --id 1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert results.of_gpus("name") == []
 
 
 def test_the_readme_counts_what_differs():
