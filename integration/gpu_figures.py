@@ -77,9 +77,8 @@ def elsewhere(name: str, tool: Part) -> str:
     places = ", ".join(f"`{place}`" for place in tool.get("other_kernels", ()))
     where = f"in {places}" if places else "in no kernel that it names"
     askers = ", ".join(f"{count:,} {asker}" for asker, count in tool.get("copies", {}).items())
-    return (
-        f"{tool['of_other_kernels']:,} by {name} outside our kernels, {where}{askers and ': '}{askers}"
-    )
+    found = f"{tool['of_other_kernels']:,} by {name} outside our kernels, {where}"
+    return f"{found}: {askers}" if askers else found
 
 
 def tools(part: Part) -> dict[str, Part]:

@@ -36,6 +36,7 @@ TOLD = re.compile(
     r"copy of (?P<address>0x[0-9a-f]+), (?P<bytes>\d+) bytes, (?P<how>\w+) for (?P<asker>\S+)"
 )
 READ_BY_COPY = re.compile(r"Uninitialized access to (?P<address>0x[0-9a-f]+) on access by cudaMemcpy")
+Told = dict[tuple[int, int], tuple[bool, str]]  # address and bytes → whether recorded, who asked
 NOT_MADE = "only recorded"  # into a CUDA graph: what it will copy is written when the graph runs
 UNKNOWN = "not told"
 TIME_LIMIT_S = 480
@@ -96,18 +97,9 @@ def _tests_under_each(
 
 
 def _tests(tool: str, marked: str, *files: str) -> list[str]:
-    """Arguments for Python: the tests of these files, each named before what the tool says of it."""
-    options = [
-        "-v",
-        "-s",
-        "-p",
-        "no:cacheprovider",
-        "--sanitized",
-        tool,
-        "--fuzz-batches",
-        str(FUZZ_BATCHES),
-    ]
-    return ["-m", "pytest", "-m", marked, *options, *files]
+    """Arguments for Python: the tests of these files; what they print stands beside the tool's words."""
+    options = f"-q -s -p no:cacheprovider --sanitized {tool} --fuzz-batches {FUZZ_BATCHES}"
+    return ["-m", "pytest", "-m", marked, *options.split(), *files]
 
 
 def _run_side_by_side(
@@ -166,12 +158,13 @@ def _run(tool: str, arguments: list[str], environment: Mapping[str, str]) -> dic
         f"--- {tool}, {' '.join(arguments)}: exit code {run.returncode}\n{run.stdout[-1500:]}",
         flush=True,
     )
-    errors, of_others = findings(tool, run.stdout)
+    copies = copies_by(run.stdout)
+    errors, of_others = findings(tool, run.stdout, copies)
     return {
         "errors": errors,
         "of_other_kernels": of_others,
         "other_kernels": other_kernels(run.stdout) if of_others else [],
-        "copies": copies_by(run.stdout),
+        "copies": copies,
         "exit_code": run.returncode,
         "seconds": round(time.monotonic() - begin, 1),
         "output": run.stdout,
@@ -193,7 +186,7 @@ def _option_of_kernels() -> str:
     return "--kernel-name" if "--kernel-name " in told.stdout + told.stderr else "--kernel-regex"
 
 
-def findings(tool: str, output: str) -> tuple[int | None, int]:
+def findings(tool: str, output: str, copies: Mapping[str, int]) -> tuple[int | None, int]:
     """Errors of our kernels and copies, None where the tool did not end by itself; those of others."""
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
     if summary is None:
@@ -201,32 +194,30 @@ def findings(tool: str, output: str) -> tuple[int | None, int]:
     total = int(summary[1])
     if tool != UNFILTERED:
         return total, 0
-    kernels = len(re.findall(rf"^=+ +at .*(?:{'|'.join(KERNELS)})", output, re.MULTILINE))
-    copies = sum(count for asker, count in copies_by(output).items() if not _is_sglangs(asker))
-    return kernels + copies, total - kernels - copies
+    ours = len(re.findall(rf"^=+ +at .*(?:{'|'.join(KERNELS)})", output, re.MULTILINE))
+    ours += sum(count for asker, count in copies.items() if not _is_of_others(asker))
+    return ours, total - ours
+
+
+def _is_of_others(asker: str) -> bool:
+    return asker == NOT_MADE or asker.startswith("sglang.")
 
 
 def copies_by(output: str) -> Counter[str]:
     """Who asked → copies that read what was never written, as tests/told_copies.py tells them."""
-    told: dict[
-        tuple[int, int], tuple[bool, str]
-    ] = {}  # address and bytes → recorded, asker; newest last
+    told: Told = {}
     found = Counter[str]()
     for line in output.splitlines():
         if copy := TOLD.search(line):
             place = int(copy["address"], 16), int(copy["bytes"])
-            told.pop(place, None)
+            told.pop(place, None)  # the newest are last
             told[place] = copy["how"] == "recorded", copy["asker"]
         elif read := READ_BY_COPY.search(line):
             found[_asker(told, int(read["address"], 16))] += 1
     return found
 
 
-def _is_sglangs(asker: str) -> bool:
-    return asker == NOT_MADE or asker.startswith("sglang.")
-
-
-def _asker(told: dict[tuple[int, int], tuple[bool, str]], address: int) -> str:
+def _asker(told: Told, address: int) -> str:
     newest = True
     for (begin, size), (recorded, asker) in reversed(told.items()):
         if begin <= address < begin + size:

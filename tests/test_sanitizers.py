@@ -11,14 +11,13 @@ import torch
 from told_copies import ToldCopies
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "integration"))
+import gpu_figures
 import sanitizers
 
 # Says of each tool what FINDING says, and of pytest what it says itself.
 STAND_IN = """#!/bin/sh
 if [ "$1" = --help ]; then echo "  --kernel-name arg  filter"; exit; fi
 echo "========= COMPUTE-SANITIZER"
-echo "tests/gpu/test_a.py::test_one PASSED [ 50%]"
-echo "tests/gpu/test_a.py::test_two[x] "
 FINDING
 echo "SKIPPED [2] tests/test_values.py:403: not under compute-sanitizer: 17 GB"
 echo "SKIPPED [1] tests/conftest.py:135: needs two GPUs"
@@ -122,6 +121,14 @@ def test_findings_are_those_of_our_kernels(stand_in, finding, initcheck, named, 
 def test_a_copy_is_of_who_asked_for_it(told, by):
     """A copy that was recorded earlier is made when its graph runs, and counts then."""
     assert sanitizers.copies_by("".join(f"copy of {copy}\n" for copy in told) + READ) == {by: 1}
+
+
+def test_the_readme_names_who_asked_for_copies(stand_in):
+    stand_in(OF_SGLANGS_COPY)
+    tool = sanitizers.sanitize_tests()["initcheck"]
+    assert gpu_figures.elsewhere("initcheck", tool) == (
+        "6 by initcheck outside our kernels, in `cudaMemcpy source`: 6 sglang.srt.backend.copy_"
+    )
 
 
 def test_copies_are_told_as_they_are_looked_for(capsys):

@@ -27,9 +27,10 @@ class ToldCopies(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        place = COPIES.get(operator.overloadpacket)
-        if place is not None and args[place].device.type == self.device_type and args[place].numel():
-            print(_told(args[place]), flush=True)
+        which = COPIES.get(operator.overloadpacket)
+        source = None if which is None else args[which]
+        if source is not None and source.device.type == self.device_type and source.numel():
+            print(_told(source), flush=True)
         return operator(*args, **(kwargs or {}))
 
 
