@@ -32,13 +32,11 @@ KERNELS = (
 # A value that an unwatched kernel wrote would count as never written: this one watches all of them.
 UNFILTERED = "initcheck"
 # What tests/told_copies.py prints, and what the tool says of a copy.
-TOLD = re.compile(
-    r"copy of (?P<address>0x[0-9a-f]+), (?P<bytes>\d+) bytes, (?P<how>\w+) for (?P<asker>\S+)"
-)
+TOLD = re.compile(r"copy of (?P<address>0x[0-9a-f]+), (?P<bytes>\d+) bytes, for (?P<asker>\S+)")
 READ_BY_COPY = re.compile(r"Uninitialized access to (?P<address>0x[0-9a-f]+) on access by cudaMemcpy")
-Told = dict[tuple[int, int], tuple[bool, str]]  # address and bytes → whether recorded, who asked
-NOT_MADE = "only recorded"  # into a CUDA graph: what it will copy is written when the graph runs
+Told = dict[tuple[int, int], str]  # address and bytes → who asked
 UNKNOWN = "not told"
+SGLANG = "sglang."
 TIME_LIMIT_S = 480
 FUZZ = "tests/test_fuzz.py"
 IN_GRAPH = "tests/gpu/test_gpu_in_graph.py"
@@ -163,7 +161,7 @@ def _run(tool: str, arguments: list[str], environment: Mapping[str, str]) -> dic
     return {
         "errors": errors,
         "of_other_kernels": of_others,
-        "other_kernels": other_kernels(run.stdout) if of_others else [],
+        "other_kernels": other_kernels(run.stdout),
         "copies": copies,
         "exit_code": run.returncode,
         "seconds": round(time.monotonic() - begin, 1),
@@ -187,20 +185,13 @@ def _option_of_kernels() -> str:
 
 
 def findings(tool: str, output: str, copies: Mapping[str, int]) -> tuple[int | None, int]:
-    """Errors of our kernels and copies, None where the tool did not end by itself; those of others."""
+    """Errors, None where the tool did not end by itself; and those copies that SGLang asked for."""
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
     if summary is None:
         return None, 0
-    total = int(summary[1])
-    if tool != UNFILTERED:
-        return total, 0
-    ours = len(re.findall(rf"^=+ +at .*(?:{'|'.join(KERNELS)})", output, re.MULTILINE))
-    ours += sum(count for asker, count in copies.items() if not _is_of_others(asker))
-    return ours, total - ours
-
-
-def _is_of_others(asker: str) -> bool:
-    return asker == NOT_MADE or asker.startswith("sglang.")
+    allowed = sum(count for asker, count in copies.items() if asker.startswith(SGLANG))
+    of_sglang = allowed if tool == UNFILTERED else 0
+    return int(summary[1]) - of_sglang, of_sglang
 
 
 def copies_by(output: str) -> Counter[str]:
@@ -211,19 +202,15 @@ def copies_by(output: str) -> Counter[str]:
         if copy := TOLD.search(line):
             place = int(copy["address"], 16), int(copy["bytes"])
             told.pop(place, None)  # the newest are last
-            told[place] = copy["how"] == "recorded", copy["asker"]
+            told[place] = copy["asker"]
         elif read := READ_BY_COPY.search(line):
             found[_asker(told, int(read["address"], 16))] += 1
     return found
 
 
 def _asker(told: Told, address: int) -> str:
-    newest = True
-    for (begin, size), (recorded, asker) in reversed(told.items()):
-        if begin <= address < begin + size:
-            return NOT_MADE if recorded and newest else asker
-        newest = False
-    return UNKNOWN
+    newest_first = reversed(told.items())
+    return next((by for (at, size), by in newest_first if at <= address < at + size), UNKNOWN)
 
 
 def other_kernels(output: str) -> list[str]:

@@ -16,8 +16,9 @@ COPIES = {aten.copy_: 1, aten._to_copy: 0, aten.clone: 0, aten._local_scalar_den
 class ToldCopies(TorchDispatchMode):
     """Prints of each copy from a device, before it is made, what integration/sanitizers.py looks for.
 
-    As in ``copy of 0x7eff13a00200, 1064 bytes, recorded for MODULE.FUNCTION``: recorded is one that a
-    CUDA graph will make later, made any other.
+    As in ``copy of 0x7eff13a00200, 1064 bytes, for MODULE.FUNCTION``. A copy of ours that is recorded
+    into a CUDA graph is not told but made by a kernel. The tool looks at the source of a recorded
+    cudaMemcpy while the graph has not written it yet; a kernel's reads it sees as they are made.
     """
 
     def __init__(self, device_type: str = "cuda") -> None:
@@ -30,18 +31,34 @@ class ToldCopies(TorchDispatchMode):
         which = COPIES.get(operator.overloadpacket)
         source = None if which is None else args[which]
         if source is not None and source.device.type == self.device_type and source.numel():
-            print(_told(source), flush=True)
+            asker = _asker()
+            if operator is aten.copy_.default and _is_recorded_for(asker) and _are_alike(*args[:2]):
+                return copied_by_kernel(*args[:2])
+            print(_told(source, asker), flush=True)
         return operator(*args, **(kwargs or {}))
 
 
-def _told(source: torch.Tensor) -> str:
+def copied_by_kernel(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """``target.copy_(source)``, never with cudaMemcpy."""
+    source = source.expand_as(target)
+    return torch.maximum(source, source, out=target)
+
+
+def _is_recorded_for(asker: str) -> bool:
+    if asker.startswith("sglang.") or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _are_alike(target: torch.Tensor, source: torch.Tensor) -> bool:
+    """Whether cudaMemcpy on one GPU could do: between types a kernel copies anyway."""
+    return target.device == source.device and target.dtype == source.dtype
+
+
+def _told(source: torch.Tensor, asker: str) -> str:
     steps = zip(source.shape, source.stride(), strict=True)
     cells = 1 + sum((size - 1) * stride for size, stride in steps)
-    recorded = source.is_cuda and torch.cuda.is_current_stream_capturing()
-    return (
-        f"copy of {source.data_ptr():#x}, {cells * source.element_size()} bytes, "
-        f"{'recorded' if recorded else 'made'} for {_asker()}"
-    )
+    return f"copy of {source.data_ptr():#x}, {cells * source.element_size()} bytes, for {asker}"
 
 
 def _asker() -> str:
