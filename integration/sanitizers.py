@@ -5,6 +5,7 @@ All tools run at once, each over several processes: a GPU host has cores and mem
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ READ_BY_COPY = re.compile(r"Uninitialized access to (?P<address>0x[0-9a-f]+) on 
 Told = dict[tuple[int, int], str]  # address and bytes → who asked
 UNKNOWN = "not told"
 SGLANG = "sglang."
+SHOWN = 5  # of the copies that nothing explains
 TIME_LIMIT_S = 480
 FUZZ = "tests/test_fuzz.py"
 IN_GRAPH = "tests/gpu/test_gpu_in_graph.py"
@@ -157,6 +159,9 @@ def _run(tool: str, arguments: list[str], environment: Mapping[str, str]) -> dic
         flush=True,
     )
     copies = copies_by(run.stdout)
+    unexplained = (read for read in _reads_by_copies(run.stdout) if not read[0].startswith(SGLANG))
+    for asker, words in itertools.islice(unexplained, SHOWN):
+        print(f"asked for by {asker}:\n{words}", flush=True)
     errors, of_others = findings(tool, run.stdout, copies)
     return {
         "errors": errors,
@@ -196,16 +201,22 @@ def findings(tool: str, output: str, copies: Mapping[str, int]) -> tuple[int | N
 
 def copies_by(output: str) -> Counter[str]:
     """Who asked → copies that read what was never written, as tests/told_copies.py tells them."""
+    return Counter(asker for asker, _ in _reads_by_copies(output))
+
+
+def _reads_by_copies(output: str) -> Iterator[tuple[str, str]]:
+    """Who asked, and the tool's words."""
     told: Told = {}
-    found = Counter[str]()
+    before = ""
     for line in output.splitlines():
         if copy := TOLD.search(line):
             place = int(copy["address"], 16), int(copy["bytes"])
             told.pop(place, None)  # the newest are last
             told[place] = copy["asker"]
         elif read := READ_BY_COPY.search(line):
-            found[_asker(told, int(read["address"], 16))] += 1
-    return found
+            yield _asker(told, int(read["address"], 16)), f"{before}\n{line}"
+        else:
+            before = line
 
 
 def _asker(told: Told, address: int) -> str:

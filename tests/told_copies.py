@@ -16,9 +16,9 @@ COPIES = {aten.copy_: 1, aten._to_copy: 0, aten.clone: 0, aten._local_scalar_den
 class ToldCopies(TorchDispatchMode):
     """Prints of each copy from a device, before it is made, what integration/sanitizers.py looks for.
 
-    As in ``copy of 0x7eff13a00200, 1064 bytes, for MODULE.FUNCTION``. A copy of ours that is recorded
-    into a CUDA graph is not told but made by a kernel. The tool looks at the source of a recorded
-    cudaMemcpy while the graph has not written it yet; a kernel's reads it sees as they are made.
+    As in ``copy of 0x7eff13a00200, 1064 bytes, for MODULE.FUNCTION``. What stays on the GPU is not told
+    but copied by a kernel, unless SGLang asks for it: a kernel's reads the tool sees as they are made.
+    At the source of a cudaMemcpy that is recorded into a graph it looks before the graph has written it.
     """
 
     def __init__(self, device_type: str = "cuda") -> None:
@@ -32,7 +32,8 @@ class ToldCopies(TorchDispatchMode):
         source = None if which is None else args[which]
         if source is not None and source.device.type == self.device_type and source.numel():
             asker = _asker()
-            if operator is aten.copy_.default and _is_recorded_for(asker) and _are_alike(*args[:2]):
+            is_ours = not asker.startswith("sglang.")
+            if is_ours and operator is aten.copy_.default and _are_alike(*args[:2]):
                 return copied_by_kernel(*args[:2])
             print(_told(source, asker), flush=True)
         return operator(*args, **(kwargs or {}))
@@ -44,15 +45,10 @@ def copied_by_kernel(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor
     return torch.maximum(source, source, out=target)
 
 
-def _is_recorded_for(asker: str) -> bool:
-    if asker.startswith("sglang.") or not torch.cuda.is_available():
-        return False
-    return torch.cuda.is_current_stream_capturing()
-
-
 def _are_alike(target: torch.Tensor, source: torch.Tensor) -> bool:
     """Whether cudaMemcpy on one GPU could do: between types a kernel copies anyway."""
-    return target.device == source.device and target.dtype == source.dtype
+    same = target.device == source.device and target.dtype == source.dtype
+    return same and not source.is_floating_point()  # lengths, slots and pages are integers
 
 
 def _told(source: torch.Tensor, asker: str) -> str:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.gpu
 timed = pytest.mark.unsanitized("what is timed has the GPU to itself")
 
 
+@pytest.mark.unsanitized("there kernels make the copies", tools=("initcheck",))
 def test_nodes_are_counted_by_kind():
     numbers = torch.zeros(4096, dtype=torch.int32, device="cuda")
     others, event = torch.ones_like(numbers), torch.cuda.Event(external=True)
