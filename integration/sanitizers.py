@@ -5,7 +5,6 @@ All tools run at once, each over several processes: a GPU host has cores and mem
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shutil
@@ -158,10 +157,10 @@ def _run(tool: str, arguments: list[str], environment: Mapping[str, str]) -> dic
         f"--- {tool}, {' '.join(arguments)}: exit code {run.returncode}\n{run.stdout[-1500:]}",
         flush=True,
     )
-    copies = copies_by(run.stdout)
-    unexplained = (read for read in _reads_by_copies(run.stdout) if not read[0].startswith(SGLANG))
-    for asker, words in itertools.islice(unexplained, SHOWN):
+    reads = list(reads_by_copies(run.stdout))
+    for asker, words in [read for read in reads if not read[0].startswith(SGLANG)][:SHOWN]:
         print(f"asked for by {asker}:\n{words}", flush=True)
+    copies = Counter(asker for asker, _ in reads)
     errors, of_others = findings(tool, run.stdout, copies)
     return {
         "errors": errors,
@@ -199,13 +198,8 @@ def findings(tool: str, output: str, copies: Mapping[str, int]) -> tuple[int | N
     return int(summary[1]) - of_sglang, of_sglang
 
 
-def copies_by(output: str) -> Counter[str]:
-    """Who asked → copies that read what was never written, as tests/told_copies.py tells them."""
-    return Counter(asker for asker, _ in _reads_by_copies(output))
-
-
-def _reads_by_copies(output: str) -> Iterator[tuple[str, str]]:
-    """Who asked, and the tool's words."""
+def reads_by_copies(output: str) -> Iterator[tuple[str, str]]:
+    """Copies of what was never written: who asked, by tests/told_copies.py, and the tool's words."""
     told: Told = {}
     before = ""
     for line in output.splitlines():

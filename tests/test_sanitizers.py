@@ -110,7 +110,8 @@ def test_all_findings_count_but_copies_that_sglang_asked_for(
     ids=["inside", "ends before", "begins behind", "the newest", "again"],
 )
 def test_a_copy_is_of_who_asked_for_it(told, by):
-    assert sanitizers.copies_by("".join(f"copy of {copy}\n" for copy in told) + READ) == {by: 1}
+    output = "".join(f"copy of {copy}\n" for copy in told) + READ
+    assert list(sanitizers.reads_by_copies(output)) == [(by, READ.rstrip())]
 
 
 def test_the_readme_names_who_asked_for_copies(stand_in):
