@@ -64,7 +64,7 @@ def test_other_weights(arms: Arms, model: Path, other_model: Path, report: Repor
     target = arms["sglang"].server
     first = [target.generate(prompt, 16).output_ids for prompt in ASKED]
     loaded = {name: load_weights(arm.server, other_model) for name, arm in arms.items()}
-    # both arms first: what one has in its cache already, it computes with other roundings than the other
+    # both before one alone: a prompt whose beginning is cached is computed with other roundings
     rows = one_at_a_time(arms, ASKED)
     others = [target.generate(prompt, 16).output_ids for prompt in ASKED]
     for arm in arms.values():
