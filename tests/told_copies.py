@@ -19,6 +19,7 @@ class ToldCopies(TorchDispatchMode):
     As in ``copy of 0x7eff13a00200, 1064 bytes, for MODULE.FUNCTION``. What stays on the GPU is not told
     but copied by a kernel, unless SGLang asks for it: a kernel's reads the tool sees as they are made.
     At the source of a cudaMemcpy that is recorded into a graph it looks before the graph has written it.
+    Between types a kernel copies anyway: told, it would be blamed for a later copy at its address.
     """
 
     def __init__(self, device_type: str = "cuda") -> None:
@@ -28,15 +29,20 @@ class ToldCopies(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         which = COPIES.get(operator.overloadpacket)
         source = None if which is None else args[which]
-        if source is not None and source.device.type == self.device_type and source.numel():
-            asker = _asker()
-            is_ours = not asker.startswith("sglang.")
-            if is_ours and operator is aten.copy_.default and _are_alike(*args[:2]):
-                return copied_by_kernel(*args[:2])
-            print(_told(source, asker), flush=True)
-        return operator(*args, **(kwargs or {}))
+        if source is None or source.device.type != self.device_type or not source.numel():
+            return operator(*args, **kwargs)
+        device, dtype = _target_type(operator, args, kwargs)
+        if device == source.device and dtype != source.dtype:
+            return operator(*args, **kwargs)
+        asker = _asker()
+        is_made_here = operator is aten.copy_.default and device == source.device
+        if is_made_here and not source.is_floating_point() and not asker.startswith("sglang."):
+            return copied_by_kernel(*args[:2])  # lengths, slots and pages: integers
+        print(_told(source, asker), flush=True)
+        return operator(*args, **kwargs)
 
 
 def copied_by_kernel(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -45,10 +51,12 @@ def copied_by_kernel(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor
     return torch.maximum(source, source, out=target)
 
 
-def _are_alike(target: torch.Tensor, source: torch.Tensor) -> bool:
-    """Whether cudaMemcpy on one GPU could do: between types a kernel copies anyway."""
-    same = target.device == source.device and target.dtype == source.dtype
-    return same and not source.is_floating_point()  # lengths, slots and pages are integers
+def _target_type(
+    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.device, torch.dtype]:
+    if operator is aten.copy_.default:
+        return args[0].device, args[0].dtype
+    return torch.device(kwargs.get("device") or args[0].device), kwargs.get("dtype") or args[0].dtype
 
 
 def _told(source: torch.Tensor, asker: str) -> str:
