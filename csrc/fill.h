@@ -117,8 +117,10 @@ inline Divisor divisor_of(int64_t value) {
 NSA_INLINE uint32_t divide(uint32_t x, const Divisor& by) {
   return static_cast<uint32_t>((static_cast<uint64_t>(x) * by.multiplier) >> by.shift);
 }
+// Without a branch, which would keep loads behind it from overlapping with those before it.
 NSA_INLINE uint32_t divide_up(uint32_t x, const Divisor& by) {
-  return x == 0 ? 0 : divide(x - 1, by) + 1;
+  const uint32_t is_any = x != 0;
+  return divide(x - is_any, by) + is_any;
 }
 
 NSA_INLINE int32_t low_word(const IndexVector& vector, int64_t i) {
@@ -224,9 +226,8 @@ NSA_INLINE void store_sum_starts(const Fill& fill) {
 }
 
 // Columns of a page table that a request of this length fills: those below the length that exist both
-// in the table and in req_to_token.
+// in the table, which has none if it was left out, and in req_to_token.
 NSA_INLINE uint32_t live_columns(const Fill& fill, const PageTable& table, int32_t length) {
-  if (table.data == nullptr) return 0;
   const uint32_t tokens = static_cast<uint32_t>(clamp(length, 0, fill.req_to_token.columns));
   return static_cast<uint32_t>(minimum(divide_up(tokens, table.page_size), table.columns));
 }

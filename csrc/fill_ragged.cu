@@ -93,8 +93,8 @@ __device__ void fill_tile(const Fill& fill, int64_t first, const Ends& carry, co
   for (uint32_t i = blockIdx.x; i < chunks; i += gridDim.x) {
     const int t = request_at_position(i, [&](int j) { return tile.ends[j].chunks - carry.chunks; });
     const Ends start = before(t);
-    copy_chunk(fill, tile.requests[t].length, tile.pool_rows[t], start.sums.row,
-               tile.ends[t].sums.row - start.sums.row, carry.chunks + i - start.chunks);
+    copy_part<kSharedVectors>(fill, tile.requests[t].length, tile.pool_rows[t], start.sums.row,
+                              tile.ends[t].sums.row - start.sums.row, carry.chunks + i - start.chunks);
   }
 }
 
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
 
 // As many blocks as the largest batch of these shapes can use.
 int64_t most_blocks(const Fill& fill) {
-  const int64_t chunks = fill.requests * ceil_div(fill.req_to_token.columns, kTokensOfBlock<>);
+  const int64_t chunks = fill.requests * ceil_div(fill.req_to_token.columns, kTokensOfChunk);
   return maximum(ceil_div(fill.rows, kThreads), chunks);
 }
 

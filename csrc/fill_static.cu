@@ -16,11 +16,17 @@
 namespace nsa {
 namespace {
 
-constexpr int kResidentBlocks = 4;  // of a multiprocessor
+constexpr int kResidentBlocks = 6;  // of a multiprocessor
+// Fewer where blocks share out chunks: kSharedVectors need more registers.
+constexpr int kResidentSharingBlocks = 4;
 // Blocks that copy pages, and tokens, for each multiprocessor. Tokens have more than are resident: blocks
 // that begin as others end keep what is written at one time together.
 constexpr int64_t kPageBlocks = 2;
 constexpr int64_t kTokenBlocks = 16;
+// Chunks for each multiprocessor that are so few that they are halved: more of them then have a part.
+constexpr int64_t kFewChunks = 2;
+// Cells of a token table that stay in L2 until they are read, 24 of its 50 MB; more are streamed.
+constexpr int64_t kKeptCells = 6'000'000;
 
 // ---- lengths
 
@@ -142,13 +148,10 @@ __device__ void fill_pages(const StaticFill& launch, uint32_t block) {
   const bool enabled = is_enabled(launch.fill);
   const Copy copy = copy_of(launch, table, block - part * launch.requests.value);
   if (!enabled) return;
-  const bool stores_vectors = table.moves == Moves::kStoredVectors;
-  const uint32_t thread = part * kThreads + threadIdx.x;
   const uint32_t threads = launch.parts * kThreads;
 #pragma unroll 1
-  for (uint32_t first = stores_vectors ? kVector * thread : thread; first < copy.columns;
-       first += kVector * threads) {
-    copy_cells(copy, table.page_size, first, stores_vectors ? 1 : threads);
+  for (uint32_t first = part * kThreads + threadIdx.x; first < copy.columns; first += kVector * threads) {
+    copy_cells<true>(copy, table.page_size, first, threads);
   }
 }
 
@@ -159,7 +162,8 @@ __device__ void fill_tokens(const StaticFill& launch, uint32_t block) {
   const bool enabled = is_enabled(launch.fill);
   const Copy copy = copy_of(launch, table, block - chunk * launch.requests.value);
   const uint32_t begin = chunk * kTokensOfBlock<kInFlight> + warp() * kTokensOfWarp<kInFlight>;
-  if (enabled) copy_tokens<kInFlight>(copy, table, begin);
+  const bool streams = int64_t{copy.columns} * launch.fill.rows > kKeptCells;
+  if (enabled) copy_tokens<kInFlight>(copy, table, begin, streams, [] {});
 }
 
 __device__ void fill_shared_tokens(const StaticFill& launch, uint32_t block) {
@@ -180,18 +184,25 @@ __device__ void fill_shared_tokens(const StaticFill& launch, uint32_t block) {
     __syncthreads();
     if (!enabled) return;
     const uint32_t chunks = ends[kThreads - 1];
+    const uint32_t parts = chunks > launch.few_chunks ? 1 : 2;  // of a chunk
 #pragma unroll 1
-    for (; next < chunks; next += blocks) {
-      const uint32_t t = find(ends, next);
-      const uint32_t chunk = next - (t == 0 ? 0 : ends[t - 1]);
-      copy_chunk(fill, lengths[t], pool_rows[t], (first + t) * q, q, chunk);
+    for (; next < parts * chunks; next += blocks) {
+      const uint32_t t = find(ends, next / parts);
+      const uint32_t part = next - parts * (t == 0 ? 0 : ends[t - 1]);
+      const uint32_t row = (first + t) * q;
+      if (parts == 1) {
+        copy_part<kSharedVectors>(fill, lengths[t], pool_rows[t], row, q, part);
+      } else {
+        copy_part<kSharedVectors / 2>(fill, lengths[t], pool_rows[t], row, q, part);
+      }
     }
-    next -= chunks;
+    next -= parts * chunks;
     __syncthreads();  // the next requests overwrite these
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kResidentBlocks)
+template <bool kSharesTokens>
+__global__ void __launch_bounds__(kThreads, kSharesTokens ? kResidentSharingBlocks : kResidentBlocks)
     fill_static_kernel(const __grid_constant__ StaticFill launch) {
   const int block = blockIdx.x;
   if (block < launch.rows_begin) {
@@ -202,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     fill_schedule(launch);
   } else if (block < launch.tokens_begin) {
     fill_pages(launch, block - launch.pages_begin);
-  } else if (launch.shares_tokens) {
+  } else if constexpr (kSharesTokens) {
     fill_shared_tokens(launch, block - launch.tokens_begin);
   } else if (launch.small_chunks) {
     fill_tokens<1>(launch, block - launch.tokens_begin);
@@ -231,23 +242,27 @@ StaticFill static_fill(const Fill& fill, int multiprocessors) {
 
   // Few tokens spread over more multiprocessors in small chunks, as long as all their blocks are resident.
   const int64_t resident = multiprocessors * kResidentBlocks;
-  const int64_t small_chunks = most_chunks(fill, kTokensOfBlock<1>);
-  launch.small_chunks = small_chunks <= resident;
-  const int64_t chunks = launch.small_chunks ? small_chunks : most_chunks(fill, kTokensOfBlock<>);
-  launch.shares_tokens = chunks > resident;
+  launch.small_chunks = most_chunks(fill, kTokensOfBlock<1>) <= resident;
+  const uint32_t tokens = launch.small_chunks ? kTokensOfBlock<1> : kTokensOfBlock<kVectors>;
+  launch.shares_tokens = most_chunks(fill, tokens) > resident;
+  launch.few_chunks = static_cast<uint32_t>(multiprocessors * kFewChunks);
   if (fill.tables[1].data != nullptr && !launch.shares_tokens) {
     const int64_t useful = maximum(ceil_div(fill.tables[1].columns, kThreads), 1);
     const int64_t parts = multiprocessors * kPageBlocks / maximum(fill.requests, 1);
     launch.parts = static_cast<int>(clamp(parts, 1, useful));
   }
   launch.tokens_begin = launch.pages_begin + static_cast<int>(fill.requests) * launch.parts;
-  launch.blocks =
-      launch.tokens_begin + static_cast<int>(minimum(chunks, multiprocessors * kTokenBlocks));
+  launch.blocks = launch.tokens_begin;
+  launch.blocks += static_cast<int>(
+      launch.shares_tokens
+          ? minimum(most_chunks(fill, kTokensOfChunk), multiprocessors * kTokenBlocks)
+          : most_chunks(fill, tokens));
   return launch;
 }
 
 int fill_static_on_cuda(const StaticFill& launch, void* stream) {
-  fill_static_kernel<<<launch.blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
+  const auto kernel = launch.shares_tokens ? fill_static_kernel<true> : fill_static_kernel<false>;
+  kernel<<<launch.blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
   return cudaGetLastError();
 }
 

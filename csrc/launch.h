@@ -21,8 +21,9 @@ struct StaticFill {
   int pages_begin;
   int tokens_begin;
   int parts;  // blocks that share one request's pages
-  bool shares_tokens;
   bool small_chunks;  // blocks with a vector a lane copy the tokens
+  bool shares_tokens;
+  uint32_t few_chunks;  // so many at most are halved
   Divisor requests;
   Divisor extend_len;
   Fill fill;

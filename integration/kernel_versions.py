@@ -33,7 +33,7 @@ CELLS: dict[tuple[int, int], list[tuple[int, int, str]]] = {
         *((bs, length, BOTH) for bs in (1, 2, 3, 8, 64) for length in (2_048, 32_768, 131_072)),
         *((bs, length, PAGED) for bs in (1, 8, 64, 128) for length in (2_048, 32_768, 131_072)),
         *((bs, 32_768, BOTH) for bs in (128, 256, 512)),
-        (128, 131_072, BOTH),
+        *((bs, 131_072, BOTH) for bs in (16, 32, 128)),
         *((bs, 32_768, PAGED) for bs in (256, 512)),
         *((bs, 131_072, PAGED) for bs in (256, 512)),
     ],
@@ -41,6 +41,7 @@ CELLS: dict[tuple[int, int], list[tuple[int, int, str]]] = {
     (163_904, 8): [
         (1, 2_048, BOTH),
         (1, 131_072, BOTH),
+        (8, 131_072, BOTH),
         (8, 131_072, PAGED),
         (64, 131_072, PAGED),
         (512, 2_048, PAGED),
