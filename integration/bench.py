@@ -6,14 +6,16 @@ Writes integration/results/bench-GPU-VERSION.json, or below NSA_RESULTS_DIR, and
 installed the picture beside it. Five parts: ``bench`` is the command's own result. ``gather`` is a
 floor for the paged table: the time in which torch reads one slot of each page, 256 bytes apart, and does
 nothing else. ``widths`` times tables of different widths in turn, where ``bench`` has minutes between
-them. ``copies`` is how fast torch alone writes the rows of the token table in the same places. ``dram``
-holds what ncu counts in three fills, next to the bytes that they must move.
+them. ``copies`` is how fast torch's copy and the driver's memset, which reads nothing, write the rows of
+the token table in the same places. ``dram`` holds what ncu counts in three fills, next to the bytes that
+they must move.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import io
 import json
 import shutil
@@ -36,8 +38,14 @@ if TYPE_CHECKING:
 GATHERED = [(bs, length) for bs in (64, 128, 256, 512) for length in (32_768, 131_072)]
 GATHERED_AT_WIDTHS = 512  # requests of bounds.WIDTHS_LENGTH, at each of bounds.WIDTHS
 WIDTHS_SECONDS = 2.0
-# Requests, length, draft tokens: three cells that miss their share of a copy, one that does not.
-COPIED = ((256, 32_768, 4), (64, 131_072, 2), (512, 131_072, 8), (128, 131_072, 4))
+COPY_SECONDS = 0.3
+# Requests, length, draft tokens: cells that have missed their share of a copy, and one that has not.
+COPIED = (
+    *((bs, 32_768, 4) for bs in (128, 256, 512)),
+    (64, 131_072, 2),
+    (512, 131_072, 8),
+    (128, 131_072, 4),
+)
 CELLS = ((512, 131_072, "paged"), (64, 131_072, "both"), (128, 131_072, "both"))
 METRICS = {  # ours: ncu's
     "dram_read": "dram__bytes_read.sum",
@@ -137,7 +145,10 @@ def direct_fills(requests: int, width: int) -> DirectFills:
 
 
 def copies() -> list[dict[str, Any]]:
-    """Microseconds and GB a second, read and written, by requests, length and draft tokens."""
+    """Microseconds and GB a second, read and written, by requests, length and draft tokens.
+
+    ``memset_gb_s`` are those of the driver's memset, which only writes.
+    """
     import torch
 
     from sglang_nsa_plugin.cli import bench_cases
@@ -149,16 +160,38 @@ def copies() -> list[dict[str, Any]]:
         table = torch.empty((bs, draft_tokens, width), dtype=torch.int32, device="cuda")
         target = table[:, :, :length]
         us = copy_us(slots[1:, None, :length].expand_as(target), target)
-        moved = 4 * bs * length * (1 + draft_tokens)
+        cells = bs * length
+        moved, written = 4 * cells * (1 + draft_tokens), 4 * cells * draft_tokens
+        memset_gb_s = round(written / memset_us(table, length) / 1000)
         cell = {"requests": bs, "length": length, "draft_tokens": draft_tokens}
-        found.append({**cell, "us": us, "gb_s": round(moved / us / 1000)})
+        found.append({**cell, "us": us, "gb_s": round(moved / us / 1000), "memset_gb_s": memset_gb_s})
     return found
+
+
+def memset_us(table: torch.Tensor, length: int) -> float:
+    """The driver's time to write the first cells of every row of an int32 table with one number."""
+    import torch
+
+    from sglang_nsa_plugin.cli import timing
+
+    memset = ctypes.CDLL("libcuda.so.1").cuMemsetD2D32Async
+    size, number = ctypes.c_size_t, ctypes.c_uint
+    memset.argtypes = (ctypes.c_uint64, size, number, size, size, ctypes.c_void_p)
+    pitch, rows = table.stride(-2) * table.element_size(), table.numel() // table.shape[-1]
+
+    def call() -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        if error := memset(table.data_ptr(), pitch, 1, length, rows, stream):
+            raise RuntimeError(f"cuMemsetD2D32Async returned CUDA error {error}")
+
+    times = timing.gpu_times({"memset": call}, COPY_SECONDS)["memset"]
+    return timing.spread(times)["median"]
 
 
 def copy_us(source: torch.Tensor, target: torch.Tensor) -> float:
     from sglang_nsa_plugin.cli import timing
 
-    times = timing.gpu_times({"copy": lambda: target.copy_(source)}, 0.3)["copy"]
+    times = timing.gpu_times({"copy": lambda: target.copy_(source)}, COPY_SECONDS)["copy"]
     return timing.spread(times)["median"]
 
 
