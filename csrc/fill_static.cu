@@ -25,8 +25,6 @@ constexpr int64_t kPageBlocks = 2;
 constexpr int64_t kTokenBlocks = 16;
 // Chunks for each multiprocessor that are so few that they are halved: more of them then have a part.
 constexpr int64_t kFewChunks = 2;
-// Cells of a token table that stay in L2 until they are read, 24 of its 50 MB; more are streamed.
-constexpr int64_t kKeptCells = 6'000'000;
 
 // ---- lengths
 
@@ -151,7 +149,7 @@ __device__ void fill_pages(const StaticFill& launch, uint32_t block) {
   const uint32_t threads = launch.parts * kThreads;
 #pragma unroll 1
   for (uint32_t first = part * kThreads + threadIdx.x; first < copy.columns; first += kVector * threads) {
-    copy_cells<true>(copy, table.page_size, first, threads);
+    copy_cells<false>(copy, table.page_size, first, threads);
   }
 }
 
@@ -162,8 +160,7 @@ __device__ void fill_tokens(const StaticFill& launch, uint32_t block) {
   const bool enabled = is_enabled(launch.fill);
   const Copy copy = copy_of(launch, table, block - chunk * launch.requests.value);
   const uint32_t begin = chunk * kTokensOfBlock<kInFlight> + warp() * kTokensOfWarp<kInFlight>;
-  const bool streams = int64_t{copy.columns} * launch.fill.rows > kKeptCells;
-  if (enabled) copy_tokens<kInFlight>(copy, table, begin, streams, [] {});
+  if (enabled) copy_tokens<kInFlight>(copy, table, begin, [] {});
 }
 
 __device__ void fill_shared_tokens(const StaticFill& launch, uint32_t block) {

@@ -44,9 +44,8 @@ __device__ inline Copy copy_of(const Fill& fill, const PageTable& table, int32_t
 }
 
 // kVector columns from `first` on, `step` apart. All loads come before what depends on them, so that
-// they overlap. A step of 1 says that rows are aligned for vectors. Of pages each lies in a sector of its
-// own, which nobody reads again.
-template <bool kOfPages>
+// they overlap. A step of 1 says that rows are aligned for vectors, if any step may be 1.
+template <bool kMayStoreVectors>
 __device__ inline void copy_cells(const Copy& copy, const Divisor& page_size, uint32_t first,
                                   uint32_t step) {
   const int32_t* source = copy.source + first * copy.source_stride;
@@ -58,14 +57,14 @@ __device__ inline void copy_cells(const Copy& copy, const Divisor& page_size, ui
   for (uint32_t i = 0; i < kVector; ++i) {
     is_live[i] = first + i * step < copy.columns;
     const bool reads = is_live[i] && copy.source != nullptr;
-    values[i] = !reads ? 0 : kOfPages ? __ldcs(source) : __ldg(source);
+    values[i] = reads ? __ldg(source) : 0;
     source += source_step;
   }
 #pragma unroll
   for (uint32_t i = 0; i < kVector; ++i) values[i] = page_of(values[i], page_size);
 #pragma unroll 1
   for (uint32_t row = 0; row < copy.rows; ++row, out += copy.row_stride) {
-    if (!kOfPages && step == 1 && first + kVector <= copy.columns) {
+    if (kMayStoreVectors && step == 1 && first + kVector <= copy.columns) {
       __stcs(reinterpret_cast<int4*>(out), int4{values[0], values[1], values[2], values[3]});
       continue;
     }
@@ -78,11 +77,10 @@ __device__ inline void copy_cells(const Copy& copy, const Divisor& page_size, ui
 }
 
 // A warp's columns [begin, begin + kTokensOfWarp), 16 bytes at a time. No cell at or past the length is
-// touched: the last columns, which are no whole vector, go one by one. Streamed stores leave L2 first.
-// `meanwhile` runs while the loads are on their way.
+// touched: the last columns, which are no whole vector, go one by one. `meanwhile` runs while the loads
+// are on their way.
 template <uint32_t kInFlight, typename Meanwhile>
-__device__ inline void copy_vectors(const Copy& copy, uint32_t begin, bool streams,
-                                    const Meanwhile& meanwhile) {
+__device__ inline void copy_vectors(const Copy& copy, uint32_t begin, const Meanwhile& meanwhile) {
   const uint32_t vectors_end = copy.columns / kVector * kVector;
   const uint32_t first = begin + kVector * lane();
   int4 values[kInFlight];
@@ -102,9 +100,7 @@ __device__ inline void copy_vectors(const Copy& copy, uint32_t begin, bool strea
 #pragma unroll
     for (uint32_t v = 0; v < kInFlight; ++v) {
       const uint32_t column = first + v * kWarp * kVector;
-      if (column >= vectors_end) continue;
-      int4* to = reinterpret_cast<int4*>(out + column);
-      streams ? __stcs(to, values[v]) : void(*to = values[v]);
+      if (column < vectors_end) __stcs(reinterpret_cast<int4*>(out + column), values[v]);
     }
     if (is_last) out[last] = last_value;
   }
@@ -112,10 +108,10 @@ __device__ inline void copy_vectors(const Copy& copy, uint32_t begin, bool strea
 
 // A warp's columns [begin, begin + kTokensOfWarp) of the token table.
 template <uint32_t kInFlight, typename Meanwhile>
-__device__ inline void copy_tokens(Copy copy, const PageTable& table, uint32_t begin, bool streams,
+__device__ inline void copy_tokens(Copy copy, const PageTable& table, uint32_t begin,
                                    const Meanwhile& meanwhile) {
   if (begin < copy.columns && table.moves == Moves::kVectors) {
-    return copy_vectors<kInFlight>(copy, begin, streams, meanwhile);
+    return copy_vectors<kInFlight>(copy, begin, meanwhile);
   }
   meanwhile();
   copy.columns = min(copy.columns, begin + kTokensOfWarp<kInFlight>);
@@ -124,7 +120,7 @@ __device__ inline void copy_tokens(Copy copy, const PageTable& table, uint32_t b
 #pragma unroll 1
   for (uint32_t first = begin + lane() * (stores_vectors ? kVector : 1); first < copy.columns;
        first += kVector * kWarp) {
-    copy_cells<false>(copy, table.page_size, first, step);
+    copy_cells<true>(copy, table.page_size, first, step);
   }
 }
 
@@ -162,7 +158,7 @@ __device__ inline void copy_part(const Fill& fill, int32_t length, int64_t pool_
     if (table.data != nullptr) copy_pages(copy(table), table, begin, begin + kTokensOfBlock<kInFlight>);
   };
   copy_tokens<kInFlight>(copy(fill.tables[0]), fill.tables[0], begin + warp() * kTokensOfWarp<kInFlight>,
-                         true, pages);
+                         pages);
 }
 
 }  // namespace nsa
