@@ -64,21 +64,18 @@ def sanitized_tests(which: str, part: Part) -> Iterator[Row]:
     if not ran:
         return
     passed = sorted({tool["tests"].get("passed", 0) for tool in ran.values()})
-    others = [elsewhere(name, tool) for name, tool in ran.items() if tool["of_other_kernels"]]
+    copies = [copies_of_sglang(name, tool) for name, tool in ran.items() if tool["copies_of_sglang"]]
     failed = sorted({name for tool in ran.values() for name in tool["failed"]})
     yield (
         f"compute-sanitizer over {which}: {', '.join(ran)}",
         f"{' or '.join(map(str, passed))} passed under each",
-        "; ".join([errors(ran), *others, *(f"`{name}` failed" for name in failed)]),
+        "; ".join([errors(ran), *copies, *(f"`{name}` failed" for name in failed)]),
     )
 
 
-def elsewhere(name: str, tool: Part) -> str:
-    places = ", ".join(f"`{place}`" for place in tool.get("other_kernels", ()))
-    where = f"in {places}" if places else "in no kernel that it names"
-    askers = ", ".join(f"{count:,} {asker}" for asker, count in tool.get("copies", {}).items())
-    found = f"{tool['of_other_kernels']:,} by {name} outside our kernels, {where}"
-    return f"{found}: {askers}" if askers else found
+def copies_of_sglang(name: str, tool: Part) -> str:
+    askers = ", ".join(f"{count:,} {asker}" for asker, count in tool["copies"].items())
+    return f"{tool['copies_of_sglang']:,} copies that SGLang asked for, by {name}: {askers}"
 
 
 def tools(part: Part) -> dict[str, Part]:

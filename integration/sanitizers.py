@@ -117,8 +117,8 @@ def _sum(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "passed": all(run["exit_code"] == 0 and run["errors"] == 0 for run in runs)
         and "passed" in counts,
         "errors": None if None in errors else sum(errors),
-        "of_other_kernels": sum(run["of_other_kernels"] for run in runs),
-        "other_kernels": sorted({name for run in runs for name in run["other_kernels"]}),
+        "copies_of_sglang": sum(run["copies_of_sglang"] for run in runs),
+        "found_elsewhere": sorted({name for run in runs for name in run["found_elsewhere"]}),
         "copies": dict(sum((run["copies"] for run in runs), Counter[str]()).most_common()),
         "tests": counts,
         "failed": results.failed_tests(output),
@@ -161,11 +161,11 @@ def _run(tool: str, arguments: list[str], environment: Mapping[str, str]) -> dic
     for asker, words in [read for read in reads if not read[0].startswith(SGLANG)][:SHOWN]:
         print(f"asked for by {asker}:\n{words}", flush=True)
     copies = Counter(asker for asker, _ in reads)
-    errors, of_others = findings(tool, run.stdout, copies)
+    errors, of_sglang = findings(tool, run.stdout, copies)
     return {
         "errors": errors,
-        "of_other_kernels": of_others,
-        "other_kernels": other_kernels(run.stdout),
+        "copies_of_sglang": of_sglang,
+        "found_elsewhere": found_elsewhere(run.stdout),
         "copies": copies,
         "exit_code": run.returncode,
         "seconds": round(time.monotonic() - begin, 1),
@@ -218,8 +218,8 @@ def _asker(told: Told, address: int) -> str:
     return next((by for (at, size), by in newest_first if at <= address < at + size), UNKNOWN)
 
 
-def other_kernels(output: str) -> list[str]:
-    """What else has findings: kernels, without template arguments, and copies that are no kernels."""
+def found_elsewhere(output: str) -> list[str]:
+    """What has findings but our kernels: others, without template arguments, and copies."""
     lines = re.findall(r"^=+ +at (.*)", output.replace("(anonymous namespace)::", ""), re.MULTILINE)
     names = {re.split(r"[<(+]", line.removeprefix("void "), maxsplit=1)[0] for line in lines}
     copies = re.findall(r"^=+ .*on access by (.+)", output, re.MULTILINE)

@@ -62,7 +62,7 @@ def test_clean_tools_pass_with_their_number_of_tests(stand_in):
     assert found.pop("passed")
     assert list(found) == ["memcheck", "racecheck", "initcheck", "synccheck"]
     for tool in found.values():
-        assert (tool["errors"], tool["of_other_kernels"]) == (0, 0)
+        assert (tool["errors"], tool["copies_of_sglang"]) == (0, 0)
         assert tool["tests"] == {"passed": 30, "skipped": 18}  # of six processes
         assert tool["left_out"] == {"17 GB": 12}
 
@@ -85,8 +85,8 @@ def test_all_findings_count_but_copies_that_sglang_asked_for(
     found = sanitizers.sanitize_tests()
     assert not found["passed"]
     tool = found["initcheck"]
-    assert (tool["errors"], tool["of_other_kernels"]) == initcheck
-    assert tool["other_kernels"] == named
+    assert (tool["errors"], tool["copies_of_sglang"]) == initcheck
+    assert tool["found_elsewhere"] == named
     assert tool["passed"] == (finding == OF_SGLANGS_COPY)
     assert found["memcheck"]["errors"] == others
 
@@ -117,8 +117,8 @@ def test_a_copy_is_of_who_asked_for_it(told, by):
 def test_the_readme_names_who_asked_for_copies(stand_in):
     stand_in(OF_SGLANGS_COPY)
     tool = sanitizers.sanitize_tests()["initcheck"]
-    assert gpu_figures.elsewhere("initcheck", tool) == (
-        "6 by initcheck outside our kernels, in `cudaMemcpy source`: 6 sglang.srt.backend.copy_"
+    assert gpu_figures.copies_of_sglang("initcheck", tool) == (
+        "6 copies that SGLang asked for, by initcheck: 6 sglang.srt.backend.copy_"
     )
 
 
