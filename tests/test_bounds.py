@@ -21,10 +21,9 @@ KNOWN_MISSES = {
     gpu: {f"flashmla_sparse {cell}": least for cell, least in cells.items()}
     for gpu, cells in {
         ON_H200: {
-            "128 × 32,768 both, width 163,904, 4 draft tokens": 0.80,
-            "256 × 32,768 both, width 163,904, 4 draft tokens": 0.80,
-            "512 × 32,768 both, width 163,904, 4 draft tokens": 0.80,
-            "64 × 131,072 both, width 163,904, 2 draft tokens": 0.80,
+            "256 × 32,768 both, width 163,904, 4 draft tokens": 0.83,
+            "512 × 32,768 both, width 163,904, 4 draft tokens": 0.83,
+            "64 × 131,072 both, width 163,904, 2 draft tokens": 0.83,
             "512 × 131,072 both, width 163,904, 8 draft tokens": 0.84,
         },
         ON_H100: {
@@ -176,16 +175,10 @@ def test_a_result_file_is_told_bound_by_bound(tmp_path, monkeypatch, capsys):
 # Not met by a GPU's newest committed run; csrc/NOTES.md says where. One that comes to be met fails here.
 NOT_MET = {
     ON_H100: (bounds.paged_kernel_gather, bounds.both_tables, bounds.host),
-    ON_H200: (
-        bounds.paged_kernel_gather,
-        bounds.widths,
-        bounds.both_tables,
-        bounds.never_slower,
-        bounds.host,
-    ),
+    ON_H200: (bounds.paged_kernel_gather, bounds.both_tables, bounds.host),
 }
 # Of the cells of the page-64 table alone, those that miss the first bound, as a share.
-MOST_MISSED = {ON_H100: 0.27, ON_H200: 0.25}
+MOST_MISSED = {ON_H100: 0.27, ON_H200: 0.21}
 expected_miss = pytest.mark.xfail(
     strict=True, raises=AssertionError, reason="csrc/NOTES.md says which cells"
 )
