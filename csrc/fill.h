@@ -47,7 +47,7 @@ struct Divisor {
   uint32_t shift;
 };
 
-// How a GPU moves the cells of a page table.
+// How a GPU moves the cells of a page table whose pages are tokens. Of others it moves them one by one.
 enum class Moves : int {
   kCells,          // one by one
   kStoredVectors,  // read one by one, stored 16 bytes at a time

@@ -170,7 +170,7 @@ __device__ void fill_shared_tokens(const StaticFill& launch, uint32_t block) {
   const bool enabled = is_enabled(fill);
   const uint32_t q = static_cast<uint32_t>(fill.static_extend_len);
   const uint32_t blocks = launch.blocks - launch.tokens_begin;
-  uint32_t next = block;  // of this block's chunks, counted from the first of the requests at hand
+  uint32_t next = block;  // of this block's parts of chunks, counted from the first of the requests at hand
 #pragma unroll 1
   for (uint32_t first = 0; first < fill.requests; first += kThreads) {
     const uint32_t r = first + threadIdx.x;

@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,11 +169,13 @@ def copies() -> list[dict[str, Any]]:
     return found
 
 
+def copy_us(source: torch.Tensor, target: torch.Tensor) -> float:
+    return median_us(lambda: target.copy_(source))
+
+
 def memset_us(table: torch.Tensor, length: int) -> float:
     """The driver's time to write the first cells of every row of an int32 table with one number."""
     import torch
-
-    from sglang_nsa_plugin.cli import timing
 
     memset = ctypes.CDLL("libcuda.so.1").cuMemsetD2D32Async
     size, number = ctypes.c_size_t, ctypes.c_uint
@@ -184,15 +187,13 @@ def memset_us(table: torch.Tensor, length: int) -> float:
         if error := memset(table.data_ptr(), pitch, 1, length, rows, stream):
             raise RuntimeError(f"cuMemsetD2D32Async returned CUDA error {error}")
 
-    times = timing.gpu_times({"memset": call}, COPY_SECONDS)["memset"]
-    return timing.spread(times)["median"]
+    return median_us(call)
 
 
-def copy_us(source: torch.Tensor, target: torch.Tensor) -> float:
+def median_us(call: Callable[[], object]) -> float:
     from sglang_nsa_plugin.cli import timing
 
-    times = timing.gpu_times({"copy": lambda: target.copy_(source)}, COPY_SECONDS)["copy"]
-    return timing.spread(times)["median"]
+    return timing.spread(timing.gpu_times({"call": call}, COPY_SECONDS)["call"])["median"]
 
 
 def dram() -> dict[str, Any]:

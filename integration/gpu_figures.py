@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import sanitizers
+
 Part = dict[str, Any]
 Row = tuple[str, str, str]
 
@@ -74,7 +76,8 @@ def sanitized_tests(which: str, part: Part) -> Iterator[Row]:
 
 
 def copies_of_sglang(name: str, tool: Part) -> str:
-    askers = ", ".join(f"{count:,} {asker}" for asker, count in tool["copies"].items())
+    of_sglang = {by: count for by, count in tool["copies"].items() if by.startswith(sanitizers.SGLANG)}
+    askers = ", ".join(f"{count:,} {asker}" for asker, count in of_sglang.items())
     return f"{tool['copies_of_sglang']:,} copies that SGLang asked for, by {name}: {askers}"
 
 

@@ -120,6 +120,8 @@ def test_the_readme_names_who_asked_for_copies(stand_in):
     assert gpu_figures.copies_of_sglang("initcheck", tool) == (
         "6 copies that SGLang asked for, by initcheck: 6 sglang.srt.backend.copy_"
     )
+    with_ours = {**tool, "copies": {"sglang_nsa_plugin.kernels.torch._write": 1, **tool["copies"]}}
+    assert gpu_figures.copies_of_sglang("", with_ours) == gpu_figures.copies_of_sglang("", tool)
 
 
 def test_copies_are_told_as_they_are_looked_for(capsys):
