@@ -123,11 +123,23 @@ def test_slots_are_whole_pages_and_differ():
 
 def test_paths_take_turns(monkeypatch):
     monkeypatch.setattr(timing, "HOST_ROUNDS", (2, 4))
+    monkeypatch.setattr(timing, "HOST_CALLS", 3)
     called = []
     calls = {name: lambda name=name: called.append(name) for name in "abc"}
     samples = timing.host_times(calls, seconds=60.0)
-    assert called == list("aabbcc") * 5  # one round to warm up, and each call behind one of its kind
+    assert (
+        called == list("aaaabbbbcccc") * 5
+    )  # one round to warm up; three calls behind one of their kind
     assert [len(samples[name]) for name in "abc"] == [4, 4, 4]
+
+
+def test_a_host_time_is_the_median_of_calls_behind_one_that_is_not_counted(monkeypatch):
+    monkeypatch.setattr(timing, "HOST_CALLS", 3)
+    waits, ticks = [], iter([0, 90_000, 100_000, 107_000, 200_000, 203_000, 300_000, 305_000])
+    monkeypatch.setattr(timing, "_wait", lambda: waits.append(True))
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: next(ticks))
+    assert timing._host_us(lambda: None) == 5.0
+    assert len(waits) == 4  # the GPU is idle before each
 
 
 def test_slow_paths_get_fewer_rounds_all_alike(monkeypatch):

@@ -65,7 +65,8 @@ def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
 def _take_over(backend: Any, asked_for: str) -> None:
     try:
         choice = dispatch.choose(asked_for, backend.req_to_token.device)
-        fill = DraftExtendFill(backend, choice, _check_every)
+        (mode,) = _draft_extend_modes()
+        fill = DraftExtendFill(backend, mode, choice, _check_every)
     except START_ERRORS as error:
         _give_up(error)
         return
@@ -101,6 +102,10 @@ def uncovered(backend: Any, model_runner: Any) -> str | None:
     if _fence_event(model_runner) is None:
         return f"the model runner has none of {', '.join(FENCE_EVENTS)}, which the scheduler waits on"
     server_args = resolved(model_runner.server_args)
+    modes = _draft_extend_modes()
+    if len(modes) != 1:
+        names = ", ".join(mode.name for mode in modes) or "none"
+        return f"one ForwardMode must be draft-extend, got {names}"
     if torch.version.hip is not None:
         return "HIP is not covered"
     if getattr(server_args, "enable_multi_layer_eagle", False):
@@ -111,6 +116,12 @@ def uncovered(backend: Any, model_runner: Any) -> str | None:
     if graphs is not None and graphs.decode.backend not in ("full", "disabled"):
         return f"{graphs.decode.backend} CUDA graphs are not covered, only full ones"
     return None
+
+
+def _draft_extend_modes() -> list[Any]:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    return [mode for mode in ForwardMode if mode.is_draft_extend_v2()]
 
 
 def _init_cuda_graph_state(
@@ -143,14 +154,14 @@ def _out_graph(
     original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool = False
 ) -> Any:
     fill = getattr(backend, ATTRIBUTE, None)  # first: every step of every other backend comes by
-    if fill is None or in_capture or not forward_batch.forward_mode.is_draft_extend_v2():
+    if fill is None or in_capture or forward_batch.forward_mode is not fill.mode:
         return original(backend, forward_batch, in_capture=in_capture)
     return None if fill.replay(forward_batch, original) else original(backend, forward_batch)
 
 
 def _in_graph(original: Callable[..., Any], backend: Any, forward_batch: Any) -> Any:
     fill = getattr(backend, ATTRIBUTE, None)
-    if fill is None or not forward_batch.forward_mode.is_draft_extend_v2():
+    if fill is None or forward_batch.forward_mode is not fill.mode:
         return original(backend, forward_batch)
     capturing = is_capturing()
     try:

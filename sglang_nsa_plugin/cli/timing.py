@@ -15,6 +15,7 @@ import torch
 
 Call = Callable[[], object]
 REPEATS = 21
+HOST_CALLS = 5  # one after another in a round of host times
 HOST_ROUNDS, GPU_ROUNDS = (10, 100), (5, 30)  # least and most
 # What the CUDA driver and runtime call work for the GPU, as the profiler names it.
 GPU_WORK = ("LaunchKernel", "Memcpy", "Memset", "GraphLaunch")
@@ -25,7 +26,6 @@ COPY_BYTES = 1 << 30
 
 def host_times(calls: Mapping[str, Call], seconds: float) -> dict[str, list[float]]:
     """Host microseconds of each call on an idle GPU, dispatch only, in so many seconds."""
-    _wait()
     measures = {name: functools.partial(_host_us, call) for name, call in calls.items()}
     return _alternate(measures, HOST_ROUNDS, seconds)
 
@@ -78,14 +78,19 @@ def _wait() -> None:
 
 
 def _host_us(call: Call) -> float:
-    """Of a call behind one of its kind: another path's call has just been there."""
-    call()
+    """Median of HOST_CALLS calls in a row, the GPU idle before each.
+
+    The call before them is not counted: it finds in the CPU's caches what other paths left there.
+    """
+    _dispatch_us(call)
+    return statistics.median(_dispatch_us(call) for _ in range(HOST_CALLS))
+
+
+def _dispatch_us(call: Call) -> float:
     _wait()
     begin = time.perf_counter_ns()
     call()
-    spent = time.perf_counter_ns() - begin
-    _wait()
-    return spent / 1000
+    return (time.perf_counter_ns() - begin) / 1000
 
 
 def capture(call: Call, keep: bool = False) -> torch.cuda.CUDAGraph:

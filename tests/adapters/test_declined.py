@@ -102,6 +102,20 @@ def test_hip_stays_with_sglang(twin, monkeypatch):
     assert in_graph.uncovered(twin.ours.backend, model_runner()) == "HIP is not covered"
 
 
+@pytest.mark.parametrize(
+    ("names", "got"), [(("EXTEND", "DRAFT_EXTEND_V2"), "EXTEND, DRAFT_EXTEND_V2"), ((), "none")]
+)
+def test_draft_extend_must_be_one_forward_mode(twin, monkeypatch, names, got):
+    """A batch's mode is compared with the one that was found at start-up."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from sglang_nsa_plugin.adapters import in_graph
+
+    monkeypatch.setattr(ForwardMode, "is_draft_extend_v2", lambda mode: mode.name in names)
+    said = in_graph.uncovered(twin.ours.backend, model_runner())
+    assert said == f"one ForwardMode must be draft-extend, got {got}"
+
+
 def test_a_backend_without_what_the_fill_reads_stays_with_sglang(twin, monkeypatch):
     from sglang_nsa_plugin.adapters import in_graph
 
