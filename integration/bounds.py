@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -160,12 +161,25 @@ def never_slower(bench: Bench) -> list[str]:
 
 
 def host(bench: Bench) -> list[str]:
-    """One bound call outside a graph."""
+    """One bound call outside a graph, in every cell."""
     return [
         f"{cell(row)}: {row['host_us']['cuda']:.2f} µs of the host, at most {HOST_US:.2f}"
         for row in bench["cases"]
         if row["host_us"]["cuda"] > HOST_US
     ]
+
+
+def host_of_the_run(bench: Bench) -> list[str]:
+    """The same, the median of all cells: a bound call does the same on the host whatever it fills.
+
+    What other work takes from the host for seconds slows single cells down, SGLang's calls with ours.
+    """
+    rows = sorted(bench["cases"], key=lambda row: float(row["host_us"]["cuda"]))
+    median = statistics.median(row["host_us"]["cuda"] for row in rows)
+    if median <= HOST_US:
+        return []
+    said = f"{median:.2f} µs of the host, at most {HOST_US:.2f}"
+    return [f"{len(rows)} cells, from {cell(rows[0])} to {cell(rows[-1])}: {said}"]
 
 
 def nodes(bench: Bench) -> list[str]:
@@ -198,6 +212,7 @@ BOUNDS = (
     both_tables,
     never_slower,
     host,
+    host_of_the_run,
     nodes,
     compiles,
 )

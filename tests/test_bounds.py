@@ -72,6 +72,10 @@ def gpu(cuda: float, sglang_kernel: float = 100.0):
     return {"gpu_us": {"cuda": cuda, "sglang_kernel": sglang_kernel}}
 
 
+def in_host_us(cuda: float):
+    return row("both", host_us={"cuda": cuda, "sglang": 200.0})
+
+
 def of_width(width: int, us: float):
     return row(width=width, **gpu(us))
 
@@ -91,7 +95,8 @@ MEETS = [
     (bounds.both_tables, bench(row("both", **LARGE, copy_share={"cuda": 0.85}))),
     (bounds.both_tables, bench(row("both"))),  # moves less
     (bounds.never_slower, bench(row(**gpu(2.7, 2.7)))),
-    (bounds.host, bench(row(host_us={"cuda": 3.0, "sglang": 200.0}))),
+    (bounds.host, bench(in_host_us(3.0))),
+    (bounds.host_of_the_run, bench(in_host_us(2.9), in_host_us(3.0), in_host_us(9.0))),
     (bounds.nodes, bench(row(), row(nodes={"kernel": 2, "event_record": 1}))),
     (bounds.nodes, bench(row(decode_impl="flashmla_kv", nodes={"kernel": 6}))),
     (bounds.compiles, bench(row())),
@@ -114,7 +119,12 @@ MISSES = [
     (bounds.both_tables, bench(row("both", **LARGE, copy_share={"cuda": 0.84})), "0.84"),
     (bounds.never_slower, bench(row("both", **gpu(2.8, 2.7))), "cuda 2.80 µs, SGLang's kernel 2.70"),
     (bounds.never_slower, bench(row(**gpu(2.8, 2.7))), "cuda 2.80 µs, SGLang's kernel 2.70"),
-    (bounds.host, bench(row("both", host_us={"cuda": 3.1})), "3.10 µs of the host, at most 3.00"),
+    (bounds.host, bench(in_host_us(2.9), in_host_us(3.1)), "3.10 µs of the host, at most 3.00"),
+    (
+        bounds.host_of_the_run,
+        bench(in_host_us(2.0), in_host_us(3.1), in_host_us(9.0)),
+        "3.10 µs of the host, at most 3.00",
+    ),
     (bounds.nodes, bench(row(nodes={"kernel": 3, "memcpy": 1})), "4 nodes, at most 3"),
     (bounds.nodes, bench(row(decode_impl="flashmla_kv", nodes={"kernel": 7})), "7 nodes, at most 6"),
     (bounds.compiles, bench(row(compiles={"sglang": 0, "ours": 2})), "2 compiled"),
