@@ -1,4 +1,4 @@
-"""README's table of one fill, from the newest committed result of ``make bench``."""
+"""README's table of one fill, from the newest committed result of ``make bench`` on an H200."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ COLUMNS = (
 
 
 def newest(results: Path) -> Path | None:
-    """The file of the latest run that has a bench in it."""
+    """The file of the latest run on an H200 that has a bench in it: the bounds are of that GPU."""
     dates = {}
-    for path in results.glob("bench-*.json"):
+    for path in results.glob("bench-h200-*.json"):
         run = json.loads(path.read_text())
         if "bench" in run["parts"]:
             dates[path] = run["date"]

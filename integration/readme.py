@@ -239,7 +239,7 @@ def more_where_eager() -> str:
 
 
 def one_fill() -> list[str]:
-    """From the newest `make bench`; none while there is none."""
+    """From the newest `make bench` on an H200; none while there is none."""
     newest = bench_figures.newest(RESULTS)
     return [] if newest is None else [bench_figures.figures(newest)]
 

@@ -255,6 +255,8 @@ def test_the_newest_bench_is_shown(tmp_path, bench_figures):
     newest = committed(tmp_path, "2026-11-24T00:00:00+00:00", "0.5.17")
     only_dram = {"date": "2026-12-01T00:00:00+00:00", "parts": {"dram": {}}}
     (tmp_path / "bench-h200-0.5.22.json").write_text(json.dumps(only_dram))
+    on_another = {"date": "2026-12-01T00:00:00+00:00", "parts": {"bench": {}}}
+    (tmp_path / "bench-h100-0.5.17.json").write_text(json.dumps(on_another))
     assert bench_figures.newest(tmp_path) == newest
 
 
