@@ -51,7 +51,8 @@ def figures(path: Path) -> str:
 def _introduction(bench: dict[str, Any], first: dict[str, Any]) -> str:
     return (
         f"One fill outside a server, `req_to_token` {first['width']:,} wide, {first['draft_tokens']} draft "
-        "tokens, medians in microseconds of alternating rounds in one run. GPU times are slopes between CUDA "
+        "tokens, medians in microseconds of alternating rounds in one run. Host times are of calls behind calls of their "
+        "kind, which a server's are not: see above for those. GPU times are slopes between CUDA "
         "graphs of 1 and of 21 fills; *whole* is all that a step needs, SGLang's derived tables too, and of the page "
         f"tables both with SGLang and those that its consumers read with ours. {_of_a_copy(bench)}An empty graph node "
         f"took {bench['floor_us']['median']:.2f} µs{_shortest_launch(bench)}."

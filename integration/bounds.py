@@ -27,6 +27,7 @@ WIDTHS_SHARE, WIDTHS_US = 0.15, 0.3  # noise
 COPY_SHARE = 0.85
 COPY_SHARE_FROM = 64_000_000  # bytes moved
 HOST_US = 3.0
+REPLAY_US = 5.0  # of the host in a server
 NODES = {"flashmla_sparse": 3, "flashmla_kv": 6}
 
 
@@ -185,6 +186,12 @@ def host_of_the_run(bench: Bench) -> list[str]:
         return []
     said = f"{us:.2f} µs of the host, at most {HOST_US:.2f}"
     return [f"three quarters of {len(rows)} cells, from {cell(quartile)} on: {said}"]
+
+
+def replay_in_server(result: Mapping[str, Any]) -> list[str]:
+    """What a replay costs the host in a server, by what ``results/serve-VERSION.json`` holds."""
+    us = float(result["parts"]["host_time"]["plugin"]["fill_us"]["median"])
+    return [] if us <= REPLAY_US else [f"a replay: {us:.2f} µs of the host, at most {REPLAY_US:.2f}"]
 
 
 def nodes(bench: Bench) -> list[str]:

@@ -251,12 +251,28 @@ HELD_BOUNDS = [
 GPUS = pytest.mark.parametrize("gpu", NOT_MET)
 
 
+@pytest.mark.parametrize(("us", "found"), [(5.0, 0), (5.1, 1)])
+def test_a_replay_in_a_server_has_a_bound(us, found):
+    served = {"parts": {"host_time": {"plugin": {"fill_us": {"median": us}}}}}
+    assert len(bounds.replay_in_server(served)) == found
+
+
+@EXPECTED_MISS
+def test_a_replay_in_a_server_was_within_its_bound():
+    assert bounds.replay_in_server(newest("serve")) == []
+
+
+def newest(name):
+    """The committed file of this name for the newest release."""
+    files = (ROOT / "integration" / "results").glob(f"{name}-*.json")
+    path = max(files, key=lambda path: release_key(path.stem.removeprefix(f"{name}-")))
+    return json.loads(path.read_text())
+
+
 @functools.cache
 def measured(gpu):
     """What the newest release's committed file says of this GPU."""
-    files = (ROOT / "integration" / "results").glob(f"{gpu}-*.json")
-    newest = max(files, key=lambda path: release_key(path.stem.removeprefix(f"{gpu}-")))
-    return bounds.measured(json.loads(newest.read_text()))
+    return bounds.measured(newest(gpu))
 
 
 @pytest.mark.parametrize(("gpu", "bound"), HELD_BOUNDS)

@@ -2,10 +2,10 @@
 
 Every way to fill a case is compared by its values first and timed next to the others, in rounds, so that
 drift hits all alike. Host time is what a step pays before the forward: the call on an idle GPU, dispatch
-only. GPU time is that of the launches alone: they are captured once and 21 times in CUDA graphs, and the
-slope between the two replays leaves the launch of the graph out. A release that plans draft-extend
-eagerly cannot be captured: there the GPU time is left out. Without a GPU only the implementations that
-run on a CPU are timed.
+only, behind calls of its kind; in a server it finds less in the CPU's caches. GPU time is that of the
+launches alone: they are captured once and 21 times in CUDA graphs, and the slope between the two replays
+leaves the launch of the graph out. A release that plans draft-extend eagerly cannot be captured: there
+the GPU time is left out. Without a GPU only the implementations that run on a CPU are timed.
 """
 
 from __future__ import annotations
