@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,7 @@ def paged_kernel(bench: Bench, known: Mapping[str, float] | None = None) -> list
     ``known`` cells: the microseconds that are given.
     """
     most = known or {}
-    limits = [(row, most.get(cell(row), paged_limit(bench, row))) for row in paged_rows(bench)]
-    return [_over(row, limit) for row, limit in limits if row["gpu_us"]["cuda"] > limit]
+    return _paged_over(bench, lambda row: most.get(cell(row), paged_limit(bench, row)))
 
 
 def paged_kernel_gather(bench: Bench) -> list[str]:
@@ -71,13 +70,16 @@ def paged_kernel_gather(bench: Bench) -> list[str]:
     The gather reads one number for each page and does nothing else. Memory gives 64 bytes at least where
     the fill needs a sector of 32, so the time of its bytes cannot be reached there: csrc/NOTES.md.
     """
-    limits = [(row, gather_limit(bench, row) or paged_limit(bench, row)) for row in paged_rows(bench)]
-    return [_over(row, limit) for row, limit in limits if row["gpu_us"]["cuda"] > limit]
+    return _paged_over(bench, lambda row: gather_limit(bench, row) or paged_limit(bench, row))
 
 
 def held_to_gather(bench: Bench) -> list[Row]:
     """The cells that miss the bound of ``paged_kernel`` and are held to that of the gather instead."""
-    return [row for row in _beyond_paged_limit(bench) if gather_limit(bench, row) is not None]
+    return [
+        row
+        for row in paged_rows(bench)
+        if row["gpu_us"]["cuda"] > paged_limit(bench, row) and gather_limit(bench, row) is not None
+    ]
 
 
 def paged_limit(bench: Bench, row: Row) -> float:
@@ -94,12 +96,12 @@ def gather_limit(bench: Bench, row: Row) -> float | None:
     return None
 
 
-def _beyond_paged_limit(bench: Bench) -> list[Row]:
-    return [row for row in paged_rows(bench) if row["gpu_us"]["cuda"] > paged_limit(bench, row)]
-
-
-def _over(row: Row, limit: float) -> str:
-    return f"{cell(row)}: cuda {row['gpu_us']['cuda']:.2f} µs, at most {limit:.2f}"
+def _paged_over(bench: Bench, limit: Callable[[Row], float]) -> list[str]:
+    return [
+        f"{cell(row)}: cuda {us:.2f} µs, at most {most:.2f}"
+        for row in paged_rows(bench)
+        if (us := row["gpu_us"]["cuda"]) > (most := limit(row))
+    ]
 
 
 def widths(bench: Bench) -> list[str]:
@@ -167,11 +169,8 @@ def never_slower(bench: Bench) -> list[str]:
 
 def host(bench: Bench) -> list[str]:
     """One bound call outside a graph, in every cell."""
-    return [
-        f"{cell(row)}: {row['host_us']['cuda']:.2f} µs of the host, at most {HOST_US:.2f}"
-        for row in bench["cases"]
-        if row["host_us"]["cuda"] > HOST_US
-    ]
+    times = ((cell(row), row["host_us"]["cuda"]) for row in bench["cases"])
+    return [_of_the_host(of, us, HOST_US) for of, us in times if us > HOST_US]
 
 
 def host_of_the_run(bench: Bench) -> list[str]:
@@ -182,16 +181,18 @@ def host_of_the_run(bench: Bench) -> list[str]:
     rows = sorted(bench["cases"], key=lambda row: float(row["host_us"]["cuda"]))
     quartile = rows[(len(rows) - 1) // 4]
     us = quartile["host_us"]["cuda"]
-    if us <= HOST_US:
-        return []
-    said = f"{us:.2f} µs of the host, at most {HOST_US:.2f}"
-    return [f"three quarters of {len(rows)} cells, from {cell(quartile)} on: {said}"]
+    of = f"three quarters of {len(rows)} cells, from {cell(quartile)} on"
+    return [_of_the_host(of, us, HOST_US)] if us > HOST_US else []
 
 
 def replay_in_server(result: Mapping[str, Any]) -> list[str]:
     """What a replay costs the host in a server, by what ``results/serve-VERSION.json`` holds."""
-    us = float(result["parts"]["host_time"]["plugin"]["fill_us"]["median"])
-    return [] if us <= REPLAY_US else [f"a replay: {us:.2f} µs of the host, at most {REPLAY_US:.2f}"]
+    us = result["parts"]["host_time"]["plugin"]["fill_us"]["median"]
+    return [_of_the_host("a replay", us, REPLAY_US)] if us > REPLAY_US else []
+
+
+def _of_the_host(of: str, us: float, most: float) -> str:
+    return f"{of}: {us:.2f} µs of the host, at most {most:.2f}"
 
 
 def nodes(bench: Bench) -> list[str]:

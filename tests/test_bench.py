@@ -127,9 +127,8 @@ def test_paths_take_turns(monkeypatch):
     called = []
     calls = {name: lambda name=name: called.append(name) for name in "abc"}
     samples = timing.host_times(calls, seconds=60.0)
-    assert (
-        called == list("aaaabbbbcccc") * 5
-    )  # one round to warm up; three calls behind one of their kind
+    # one round to warm up, and in each round three calls behind one of their kind
+    assert called == list("aaaabbbbcccc") * 5
     assert [len(samples[name]) for name in "abc"] == [4, 4, 4]
 
 

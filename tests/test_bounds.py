@@ -21,6 +21,11 @@ EXPECTED_MISS = pytest.mark.xfail(
 )
 
 
+def known(*values, missed=False):
+    """Parameters of a test that is expected to fail where a miss is known."""
+    return pytest.param(*values, marks=EXPECTED_MISS if missed else ())
+
+
 def of_each_gpu(cells):
     return {
         gpu: {f"flashmla_sparse {cell}": value for cell, value in of_one.items()}
@@ -243,7 +248,7 @@ MOST_MISSED = {ON_H100: 0.23, ON_H200: 0.21}
 # 9 of 45 where it was set, 10 in the runs of the same kernel since: single cells lie at their bound.
 MISSED_MORE = {ON_H200}
 HELD_BOUNDS = [
-    pytest.param(gpu, each, marks=EXPECTED_MISS if each in not_met else ())
+    known(gpu, each, missed=each in not_met)
     for gpu, not_met in NOT_MET.items()
     for each in bounds.BOUNDS
     if each is not bounds.paged_kernel
@@ -283,7 +288,7 @@ def test_what_was_measured_meets_its_bounds(gpu, bound):
 @pytest.mark.parametrize(
     ("gpu", "cell"),
     [
-        pytest.param(gpu, cell, marks=EXPECTED_MISS if (gpu, cell) in LOST else ())
+        known(gpu, cell, missed=(gpu, cell) in LOST)
         for gpu, cells in KNOWN_MISSES.items()
         for cell in cells
     ],
@@ -313,10 +318,7 @@ def test_only_cells_that_the_gather_bounds_miss_the_first_bound(gpu):
     assert len(held) == len(bounds.paged_kernel(bench)) < len(bounds.paged_rows(bench)) / 2
 
 
-@pytest.mark.parametrize(
-    "gpu",
-    [pytest.param(gpu, marks=EXPECTED_MISS if gpu in MISSED_MORE else ()) for gpu in MOST_MISSED],
-)
+@pytest.mark.parametrize("gpu", [known(gpu, missed=gpu in MISSED_MORE) for gpu in MOST_MISSED])
 def test_few_cells_miss_the_first_bound(gpu):
     """Whether the gather holds them up or not."""
     bench = measured(gpu)

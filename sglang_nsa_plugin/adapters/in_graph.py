@@ -101,11 +101,11 @@ def uncovered(backend: Any, model_runner: Any) -> str | None:
         return f"{type(backend).__name__} has no attribute {', '.join(missing)}"
     if _fence_event(model_runner) is None:
         return f"the model runner has none of {', '.join(FENCE_EVENTS)}, which the scheduler waits on"
-    server_args = resolved(model_runner.server_args)
     modes = _draft_extend_modes()
     if len(modes) != 1:
         names = ", ".join(mode.name for mode in modes) or "none"
         return f"one ForwardMode must be draft-extend, got {names}"
+    server_args = resolved(model_runner.server_args)
     if torch.version.hip is not None:
         return "HIP is not covered"
     if getattr(server_args, "enable_multi_layer_eagle", False):
