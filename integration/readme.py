@@ -2,7 +2,8 @@
 
     python integration/readme.py [--check]
 
-What stands between marks in README.md is made here; --check only says whether it is up to date.
+What stands between marks in README.md is made here; --check only says whether it is up to date, and the
+picture that integration/plot.py draws.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import bench_figures
 import gpu_figures
@@ -20,6 +22,7 @@ from releases import GENERATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PICTURE = ROOT / "docs" / "host-time.svg"
 RESULTS = ROOT / "integration" / "results"
 RELEASES = ("<!-- releases: made by integration/readme.py -->", "<!-- end of releases -->")
 FIGURES = ("<!-- figures: made by integration/readme.py -->", "<!-- end of figures -->")
@@ -35,8 +38,12 @@ def main() -> int:
     current = README.read_text()
     wanted = with_figures(current)
     if check:
-        print("README.md is up to date" if current == wanted else "README.md differs: run this script")
-        return int(current != wanted)
+        stale = {
+            "README.md differs: run this script": current != wanted,
+            "docs/host-time.svg shows other figures: run integration/plot.py": depicted() != pictured(),
+        }
+        print("\n".join(what for what, is_so in stale.items() if is_so) or "README.md is up to date")
+        return int(any(stale.values()))
     README.write_text(wanted)
     return 0
 
@@ -121,6 +128,26 @@ def shown_case(version: str) -> dict[str, Any] | None:
     cases = timed.get("bench", {}).get("cases", [])
     whole = (case for case in cases if "ours" in case["host_us"])  # others time kernels alone
     return next((case for case in whole if SHOWN_CASE.items() <= case.items()), None)
+
+
+def pictured() -> dict[str, dict[str, float]]:
+    """Release → host microseconds of SGLang's own planning and of ours: what PICTURE has to show."""
+    versions = sorted(
+        (path.stem.removeprefix("gpu-test-") for path in RESULTS.glob("gpu-test-*.json")),
+        key=release_key,
+    )
+    cases = {version: shown_case(version) for version in versions}
+    return {
+        version: {name: case["host_us"][name] for name in ("sglang", "ours")}
+        for version, case in cases.items()
+        if case is not None
+    }
+
+
+def depicted() -> Any:
+    """What it shows, as integration/plot.py wrote it into its description."""
+    described = ElementTree.parse(PICTURE).find(".//{http://purl.org/dc/elements/1.1/}description")
+    return None if described is None else json.loads(described.text or "null")
 
 
 def parts(name: str) -> dict[str, Any]:
