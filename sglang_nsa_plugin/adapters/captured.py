@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,41 +25,42 @@ class CapturedFill:
         args: those tensors, and the inputs whose addresses a graph captures.
         run: the bound launch.
         read_done: recorded behind the launch; None on the CPU.
+        inputs: seq_lens, req_pool_indices and req_to_token of the last batch that was found to have the
+            captured ones. A batch that has the same objects needs no second look, only that nobody moved
+            their memory.
+        addresses: of the captured ones.
     """
 
     def __init__(self, metadata: Any, args: FillArgs, run: Callable[[], None]) -> None:
+        # a graph of SGLang's has a page table, which is read through both
+        assert args.req_pool_indices is not None
+        assert args.req_to_token is not None
         self.metadata = metadata
         self.args = args
         self.run = run
         self.read_done = _read_done(args.device)
-        self._inputs = (args.seq_lens, args.req_pool_indices, args.req_to_token)
-        self._addresses = tuple(t.data_ptr() for t in self._inputs if t is not None)
-        self._known = self._inputs
+        self.inputs = self._captured = (args.seq_lens, args.req_pool_indices, args.req_to_token)
+        self.addresses = _addresses(self._captured)
 
     def reads(
         self, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor, req_to_token: torch.Tensor
     ) -> bool:
-        """Whether these are the tensors whose addresses were captured.
-
-        Objects that were found to be them need no second look, only that nobody moved their memory.
-        """
-        known = self._known
-        if seq_lens is known[0] and req_pool_indices is known[1] and req_to_token is known[2]:
-            addresses = (seq_lens.data_ptr(), req_pool_indices.data_ptr(), req_to_token.data_ptr())
-            return addresses == self._addresses
-        given = (seq_lens, req_pool_indices, req_to_token)
-        if not all(map(_same, given, self._inputs)):
+        """Whether these are the captured tensors: same memory, read the same way."""
+        inputs = (seq_lens, req_pool_indices, req_to_token)
+        if _addresses(inputs) != self.addresses or not all(map(_alike, inputs, self._captured)):
             return False
-        self._known = given
+        self.inputs = inputs
         return True
 
 
-def _same(given: torch.Tensor, captured: torch.Tensor | None) -> bool:
-    """Same memory, read the same way. The runner captures a slice and replays the whole buffer."""
+def _addresses(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def _alike(given: torch.Tensor, captured: torch.Tensor) -> bool:
+    """The runner captures a slice and replays the whole buffer."""
     return (
-        captured is not None
-        and given.data_ptr() == captured.data_ptr()
-        and given.dtype is captured.dtype
+        given.dtype is captured.dtype
         and given.stride() == captured.stride()
         and given.shape[0] >= captured.shape[0]
     )
@@ -113,29 +114,14 @@ class DraftExtendFill:
             captured.read_done.record()
         self.refresh_derived(captured.metadata)
 
-    def replay(self, batch: Any, sglang_fill: Callable[[Any, Any], object]) -> bool:
-        """Points the backend at the captured tensors; False when SGLang has to fill instead.
-
-        ``sglang_fill`` is SGLang's method, of a backend and a batch; a shadow check calls it behind the
-        replay, for other tensors.
-        """
-        captured = self.captured.get(batch.batch_size)
-        if captured is None:
-            return False
-        backend = self.backend
+    def admits(self, captured: CapturedFill, batch: Any) -> bool:
+        """Whether the captured fill serves this batch. Switches it on or off where that is news."""
         if self.checked is not None and self.checked.check.failed():
             return self._leave_to_sglang(DIFFERENT)
-        if not captured.reads(batch.seq_lens, batch.req_pool_indices, backend.req_to_token):
+        if not captured.reads(batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token):
             return self._leave_to_sglang(INPUTS_REPLACED)
         if not self.is_enabled:
             self._switch(on=True)
-        # All that this call can do here; it takes longer than everything else in a replay.
-        if backend.use_mha or backend.enable_auto_select_prefill_impl:
-            backend.set_dsa_prefill_impl(forward_batch=None)
-        backend.forward_metadata = captured.metadata
-        STATE.replays += 1
-        if self.checked is not None:
-            self.checked.plan(batch, sglang_fill)
         return True
 
     def read_done(self, bs: int) -> torch.cuda.Event | None:

@@ -6,6 +6,7 @@ fills a second backend over the same inputs, and every live value is compared.
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -171,6 +172,23 @@ def test_a_view_of_the_captured_memory_is_accepted(twin, state):
         twin.ours.backend.init_forward_metadata_out_graph(view)
     assert state.replays == 1
     assert not state.fallbacks
+
+
+def test_a_replay_enters_one_function_of_ours(twin):
+    """The CPU's caches hold nothing of a replay, so each function more costs a part of its host time."""
+    bs = random_batch(twin, torch.Generator().manual_seed(10))
+    step_and_expect_equal(twin, bs)  # looks at the tensors once
+    view, entered = twin.ours.replay_view(bs), []
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_globals["__name__"].startswith("sglang_nsa_plugin."):
+            entered.append(frame.f_code.co_name)
+
+    with twin.stand_ins():
+        sys.setprofile(profile)
+        twin.ours.backend.init_forward_metadata_out_graph(view)
+        sys.setprofile(None)
+    assert entered == ["_out_graph"]
 
 
 def test_recapture_forgets_the_old_tensors(twin):
