@@ -1,14 +1,14 @@
 """``make bench``: the full bench of the installed SGLang on this GPU, into a committed result file.
 
-    python integration/bench.py [--only bench|gather|widths|copies|dram ...]
+    python integration/bench.py [--only bench|gather|bare|widths|copies|dram ...]
 
 Writes integration/results/bench-GPU-VERSION.json, or below NSA_RESULTS_DIR, and where matplotlib is
-installed the picture beside it. Five parts: ``bench`` is the command's own result. ``gather`` is a
-floor for the paged table: the time in which torch reads one slot of each page, 256 bytes apart, and does
-nothing else. ``widths`` times tables of different widths in turn, where ``bench`` has minutes between
-them. ``copies`` is how fast torch's copy and the driver's memset, which reads nothing, write the rows of
-the token table in the same places. ``dram`` holds what ncu counts in three fills, next to the bytes that
-they must move.
+installed the picture beside it. Six parts: ``bench`` is the command's own result. ``gather`` is a floor
+for the paged table: the time in which torch reads one slot of each page, 256 bytes apart, and does
+nothing else. ``bare`` is another: a kernel that is told what the fill has to find out. ``widths`` times
+tables of different widths in turn, where ``bench`` has minutes between them. ``copies`` is how fast
+torch's copy and the driver's memset, which reads nothing, write the rows of the token table in the same
+places. ``dram`` holds what ncu counts in three fills, next to the bytes that they must move.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ import results
 if TYPE_CHECKING:
     import torch
 
-    from sglang_nsa_plugin.cli.bench_cases import DirectFills
+    from sglang_nsa_plugin.cli.bench_cases import DirectFills, Setup
 
 GATHERED = [(bs, length) for bs in (64, 128, 256, 512) for length in (32_768, 131_072)]
 GATHERED_AT_WIDTHS = 512  # requests of bounds.WIDTHS_LENGTH, at each of bounds.WIDTHS
+# Requests, length, draft tokens of paged cells that miss their bound by more than what the gather takes.
+BARE = ((64, 131_072, 4), (64, 131_072, 8), (128, 131_072, 4), (256, 32_768, 4))
 WIDTHS_SECONDS = 2.0
 COPY_SECONDS = 0.3
 # Requests, length, draft tokens: cells that have missed their share of a copy, and one that has not.
@@ -60,7 +62,14 @@ TIME_LIMIT_S = 540
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parts = {"bench": bench, "gather": gather, "widths": widths, "copies": copies, "dram": dram}
+    parts = {
+        "bench": bench,
+        "gather": gather,
+        "bare": bare,
+        "widths": widths,
+        "copies": copies,
+        "dram": dram,
+    }
     parser.add_argument("--only", choices=parts, action="append")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)  # what ncu watches
     arguments = parser.parse_args()
@@ -111,14 +120,40 @@ def gather() -> list[dict[str, Any]]:
     return found
 
 
+def bare() -> list[dict[str, Any]]:
+    """Microseconds by requests, length and draft tokens, of the quickest size of block."""
+    import bare as kernel
+
+    from sglang_nsa_plugin.cli import timing
+    from sglang_nsa_plugin.cli.bench_cases import PAGE, Setup
+
+    found = []
+    for bs, length, draft_tokens in BARE:
+        fills = direct_fills(bs, Setup(draft_tokens=draft_tokens))
+        slots, table = fills.inputs.req_to_token[1:], fills.real_page_table
+        expected = (slots[:, :length:PAGE] // PAGE).repeat_interleave(draft_tokens, dim=0)
+        calls = dict(kernel.launches(slots, table, length, draft_tokens, PAGE))
+        for name, call in calls.items():
+            table.zero_()
+            call()
+            if not table[:, : expected.shape[1]].equal(expected):
+                raise RuntimeError(f"bare kernel with {name}: wrong pages for {bs} requests of {length}")
+        times = timing.gpu_times(calls, len(calls) * COPY_SECONDS)
+        us = {name: timing.spread(samples)["median"] for name, samples in times.items()}
+        block = min(us, key=us.__getitem__)
+        cell = {"requests": bs, "length": length, "draft_tokens": draft_tokens}
+        found.append({**cell, "us": us[block], "block": block})
+    return found
+
+
 def widths() -> list[dict[str, Any]]:
     """Microseconds of our paged fill by requests and the table's width, each width in every round."""
     from sglang_nsa_plugin.cli import timing
-    from sglang_nsa_plugin.cli.bench_cases import PAGED, Case, write_lengths
+    from sglang_nsa_plugin.cli.bench_cases import PAGED, Case, Setup, write_lengths
     from sglang_nsa_plugin.kernels import cuda
 
     most = max(bounds.WIDTHS_REQUESTS)
-    tables = {width: direct_fills(most, width) for width in bounds.WIDTHS}
+    tables = {width: direct_fills(most, Setup(width=width)) for width in bounds.WIDTHS}
     found = []
     for bs in bounds.WIDTHS_REQUESTS:
         for fills in tables.values():
@@ -132,7 +167,7 @@ def widths() -> list[dict[str, Any]]:
     return found
 
 
-def direct_fills(requests: int, width: int) -> DirectFills:
+def direct_fills(requests: int, setup: Setup) -> DirectFills:
     """Fills of at most so many requests, over random slots."""
     import torch
 
@@ -140,9 +175,9 @@ def direct_fills(requests: int, width: int) -> DirectFills:
     from sglang_nsa_plugin.cli.batches import make_inputs
 
     device = torch.device("cuda", torch.cuda.current_device())
-    inputs = make_inputs(device, requests, requests + 1, width, bench_cases.PAGE)
+    inputs = make_inputs(device, requests, requests + 1, setup.width, bench_cases.PAGE)
     bench_cases.write_slots(inputs)
-    return bench_cases.DirectFills(inputs, requests, bench_cases.Setup().draft_tokens)
+    return bench_cases.DirectFills(inputs, requests, setup.draft_tokens)
 
 
 def copies() -> list[dict[str, Any]]:
@@ -231,7 +266,7 @@ def fill_once(requests: int, length: int, tables: str) -> None:
     from sglang_nsa_plugin.cli import bench_cases
     from sglang_nsa_plugin.kernels import cuda
 
-    fills = direct_fills(requests, bench_cases.Setup().width)
+    fills = direct_fills(requests, bench_cases.Setup())
     bench_cases.write_lengths(fills.inputs, bench_cases.Case(requests, length))
     cuda.bind(fills.args(requests, tables))()
     torch.cuda.synchronize()

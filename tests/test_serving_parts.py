@@ -354,6 +354,30 @@ def test_the_probe_makes_one_tensor_wrong_while_it_is_asked_to(tmp_path, monkeyp
     assert different_when_asked_for("") == set()
 
 
+def test_the_probe_can_do_the_least_that_a_hook_can(monkeypatch):
+    """The captured fill runs at the replay all the same, so the values stay SGLang's."""
+    from sglang_nsa_plugin.adapters import in_graph
+
+    if not in_graph.is_generation() or torch.cuda.is_available():
+        pytest.skip("needs the in-graph adapter on the CPU")
+    from sglang_nsa_plugin.cli.replay import Comparison, Twin
+    from sglang_nsa_plugin.state import STATE
+
+    monkeypatch.syspath_prepend(str(INTEGRATION / "probe"))
+    import nsa_probe
+
+    twin = Twin(torch.device("cpu"), (2, 3), draft_tokens=4, context_len=512, pool_size=12)
+    nsa_probe.do_the_least(twin.ours.backend)
+    replays, result = STATE.replays, Comparison()
+    for bs in (3, 2):
+        twin.inputs.seq_lens[:bs] = 100 * bs
+        twin.step(bs, result)
+        metadata = twin.ours.backend.decode_cuda_graph_metadata[bs]
+        assert twin.ours.backend.forward_metadata is metadata
+    assert result.first is None, result.first
+    assert STATE.replays == replays  # nobody of ours was asked
+
+
 field_of = {
     "cache_seqlens_int32": "cache_seqlens",
     "dsa_seqlens_expanded": "seqlens_expanded",

@@ -18,6 +18,10 @@ one for each replay, a graph records the same one again.
 SGLang 0.5.14 and before runs draft-extend without a graph: there only fill is taken, one call of
 ``init_forward_metadata`` for a draft-extend batch.
 
+``NSA_PROBE_LEAST`` puts the least that a hook can do in the place of the fill before a replay: behind
+the wrapper of SGLang's registry, a function that points the backend at its captured metadata and asks
+nothing. For servers with the plugin, whose graphs hold the fill.
+
 ``NSA_PROBE_CORRUPT`` names fields of SGLang's metadata, with commas, that can be made wrong. Each
 captured fill of sglang-nsa-plugin is then followed by one more step for each of them, which does
 something while its field is named in ``$NSA_PROBE_DIR/corrupt`` and the fill is switched on: lengths and
@@ -34,6 +38,7 @@ import statistics
 import sys
 import threading
 import time
+import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +183,8 @@ class Watch:
         self.fences: dict[int, Any] = {}  # by identity; holding them keeps identities apart
         self.entered = 0
         self.executing = False
+        if os.environ.get("NSA_PROBE_LEAST"):
+            do_the_least(runner.draft_extend_attn_backend)
         self._time_fill(runner.draft_extend_attn_backend)
         self._time_execute(runner)
         self._time_replay(runner)
@@ -236,6 +243,18 @@ class Watch:
             "before_replay_us": summary(self.before_replay_ns),
             "plugin_record": _plugin_record(),
         }
+
+
+def do_the_least(backend: Any) -> None:
+    """From now on replays of this backend only point it at its captured metadata."""
+    from sglang.srt.plugins import hook_registry
+
+    def point(original: Callable[..., Any], backend: Any, forward_batch: Any) -> None:
+        backend.forward_metadata = backend.decode_cuda_graph_metadata[forward_batch.batch_size]
+
+    original = type(backend).init_forward_metadata_out_graph
+    hooked = hook_registry._wrap_fn(original, point, hook_registry.HookType.AROUND)
+    backend.init_forward_metadata_out_graph = types.MethodType(hooked, backend)
 
 
 def _write_when_quiet(path: Path, samples: list[int], figures: Callable[[], dict[str, Any]]) -> None:
