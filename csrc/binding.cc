@@ -54,7 +54,8 @@ PageTable page_table(const MaybeTensor& tensor, int64_t page_size, const IndexTa
   table.data = data_of<int32_t>(t);
   table.row_stride = t.stride(0);
   table.column_stride = t.stride(1);
-  table.columns = t.size(1);
+  table.columns =
+      static_cast<uint32_t>(minimum(t.size(1), ceil_div(tokens.columns, page_size)));
   table.moves = moves_of(table, tokens);
   return table;
 }
@@ -146,8 +147,8 @@ ffi::Function bind(int64_t max_blocks, TensorView seq_lens, MaybeTensor req_pool
   fill.nsa_cu_seqlens_k = output_vector(nsa_cu_seqlens_k);
   fill.ctx_lens = output_vector(ctx_lens);
   fill.row_count = output_vector(row_count);
-  fill.tables[0] = page_table(page_table_1, 1, fill.req_to_token);
-  fill.tables[1] = page_table(real_page_table, page_size, fill.req_to_token);
+  fill.token_table = page_table(page_table_1, 1, fill.req_to_token);
+  fill.page_table = page_table(real_page_table, page_size, fill.req_to_token);
   fill.schedule = schedule_of(mqa_schedule, fill.rows, schedule_last_take_more);
   fill.enabled = enabled.has_value() ? data_of<int32_t>(*enabled) : nullptr;
 

@@ -55,11 +55,11 @@ enum class Moves : int {
 };
 
 struct PageTable {
-  int32_t* data;
+  int32_t* data;  // null: left out
   int64_t row_stride;
   int64_t column_stride;
-  int64_t columns;
   Divisor page_size;
+  uint32_t columns;  // those that can be live: req_to_token has their token
   Moves moves;
 };
 
@@ -73,19 +73,23 @@ struct Schedule {
   bool last_take_more;  // what does not divide evenly goes to the last processors, not to the first
 };
 
-constexpr int kPageTables = 2;
-
+// In this order because a kernel finds its parameters in no cache and waits for each 64 bytes of them: first
+// what a row of a page table is made of, then what lengths are.
 struct Fill {
+  const int32_t* enabled;  // null, or one number on the device: 0 makes the fill write nothing
   IndexVector seq_lens;
   IndexVector req_pool_indices;
-  IndexVector extend_lens;  // of a ragged batch; else every request has `static_extend_len` rows
-  IndexTable req_to_token;
   int64_t static_extend_len;
+  IndexTable req_to_token;
+  PageTable page_table;   // of page_size tokens a page
+  PageTable token_table;  // of one
+
+  Schedule schedule;
+  IndexVector extend_lens;  // of a ragged batch; else every request has `static_extend_len` rows
   bool is_ragged;  // a tensor without elements has no address that would tell
   int64_t requests;
   int64_t rows;
   int64_t index_topk;
-
   OutputVector cache_seqlens;
   OutputVector cu_seqlens_k;
   OutputVector seqlens_expanded;
@@ -93,10 +97,6 @@ struct Fill {
   OutputVector nsa_cu_seqlens_k;
   OutputVector ctx_lens;
   OutputVector row_count;
-  PageTable tables[kPageTables];
-  Schedule schedule;
-
-  const int32_t* enabled;  // null, or one number on the device: 0 makes the fill write nothing
 };
 
 NSA_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -225,11 +225,10 @@ NSA_INLINE void store_sum_starts(const Fill& fill) {
   store(fill.nsa_cu_seqlens_k, 0, 0);
 }
 
-// Columns of a page table that a request of this length fills: those below the length that exist both
-// in the table, which has none if it was left out, and in req_to_token.
-NSA_INLINE uint32_t live_columns(const Fill& fill, const PageTable& table, int32_t length) {
-  const uint32_t tokens = static_cast<uint32_t>(clamp(length, 0, fill.req_to_token.columns));
-  return static_cast<uint32_t>(minimum(divide_up(tokens, table.page_size), table.columns));
+// Columns of a page table that a request of this length fills.
+NSA_INLINE uint32_t live_columns(const PageTable& table, int32_t length) {
+  const uint32_t below = divide_up(length < 0 ? 0 : length, table.page_size);
+  return below < table.columns ? below : table.columns;
 }
 
 // Its row of req_to_token. A request whose index lies outside the pool gets -1, and slot 0, SGLang's

@@ -6,7 +6,7 @@ namespace {
 
 void copy_pages(const Fill& fill, const PageTable& table, int64_t r, int64_t first_row,
                 int64_t end_row) {
-  const int64_t columns = live_columns(fill, table, length_of(fill, r));
+  const int64_t columns = live_columns(table, length_of(fill, r));
   if (columns == 0) return;
   const int64_t pool_row = pool_row_of(fill, r);
   for (int64_t row = first_row; row < end_row; ++row) {
@@ -52,7 +52,8 @@ void fill_on_cpu(const Fill& fill) {
     for (int64_t row = before.row; row < after.row; ++row) {
       store_live_row(fill, row, request, before);
     }
-    for (const PageTable& table : fill.tables) copy_pages(fill, table, r, before.row, after.row);
+    copy_pages(fill, fill.page_table, r, before.row, after.row);
+    copy_pages(fill, fill.token_table, r, before.row, after.row);
     before = after;
   }
   for (int64_t row = before.row; row < fill.rows; ++row) store_row(fill, row, 0, before.clamped);

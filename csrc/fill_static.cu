@@ -141,7 +141,7 @@ __device__ Copy copy_of(const StaticFill& launch, const PageTable& table, uint32
 }
 
 __device__ void fill_pages(const StaticFill& launch, uint32_t block) {
-  const PageTable& table = launch.fill.tables[1];
+  const PageTable& table = launch.fill.page_table;
   const uint32_t part = divide(block, launch.requests);
   const bool enabled = is_enabled(launch.fill);
   const Copy copy = copy_of(launch, table, block - part * launch.requests.value);
@@ -155,7 +155,7 @@ __device__ void fill_pages(const StaticFill& launch, uint32_t block) {
 
 template <uint32_t kInFlight>
 __device__ void fill_tokens(const StaticFill& launch, uint32_t block) {
-  const PageTable& table = launch.fill.tables[0];
+  const PageTable& table = launch.fill.token_table;
   const uint32_t chunk = divide(block, launch.requests);
   const bool enabled = is_enabled(launch.fill);
   const Copy copy = copy_of(launch, table, block - chunk * launch.requests.value);
@@ -167,15 +167,16 @@ __device__ void fill_shared_tokens(const StaticFill& launch, uint32_t block) {
   __shared__ uint32_t ends[kThreads];
   __shared__ int32_t lengths[kThreads], pool_rows[kThreads];
   const Fill& fill = launch.fill;
+  const uint32_t requests = launch.requests.value;  // not 0 where there are chunks
   const bool enabled = is_enabled(fill);
   const uint32_t q = static_cast<uint32_t>(fill.static_extend_len);
-  const uint32_t blocks = launch.blocks - launch.tokens_begin;
+  const uint32_t blocks = gridDim.x - launch.tokens_begin;
   uint32_t next = block;  // of this block's parts of chunks, counted from the first of the requests at hand
 #pragma unroll 1
-  for (uint32_t first = 0; first < fill.requests; first += kThreads) {
+  for (uint32_t first = 0; first < requests; first += kThreads) {
     const uint32_t r = first + threadIdx.x;
-    const int32_t length = r < fill.requests ? length_of(fill, r) : 0;
-    pool_rows[threadIdx.x] = r < fill.requests ? static_cast<int32_t>(pool_row_of(fill, r)) : -1;
+    const int32_t length = r < requests ? length_of(fill, r) : 0;
+    pool_rows[threadIdx.x] = r < requests ? static_cast<int32_t>(pool_row_of(fill, r)) : -1;
     lengths[threadIdx.x] = length;
     ends[threadIdx.x] = scan_block(chunks_of(fill, length), 0);
     __syncthreads();
@@ -198,32 +199,71 @@ __device__ void fill_shared_tokens(const StaticFill& launch, uint32_t block) {
   }
 }
 
-template <bool kSharesTokens>
-__global__ void __launch_bounds__(kThreads, kSharesTokens ? kResidentSharingBlocks : kResidentBlocks)
+template <Tokens kTokens>
+__device__ void fill_tables(const StaticFill& launch, int block) {
+  if constexpr (kTokens == Tokens::kSharedChunks) {
+    fill_shared_tokens(launch, block - launch.tokens_begin);
+  } else if (kTokens == Tokens::kNone || block < launch.tokens_begin) {
+    fill_pages(launch, block - launch.pages_begin);
+  } else {
+    fill_tokens<kTokens == Tokens::kSmallChunks ? 1 : kVectors>(launch, block - launch.tokens_begin);
+  }
+}
+
+template <Tokens kTokens>
+__global__ void __launch_bounds__(kThreads, kTokens == Tokens::kSharedChunks ? kResidentSharingBlocks
+                                                                           : kResidentBlocks)
     fill_static_kernel(const __grid_constant__ StaticFill launch) {
   const int block = blockIdx.x;
-  if (block < launch.rows_begin) {
+  if (block >= launch.pages_begin) {
+    fill_tables<kTokens>(launch, block);
+  } else if (block < launch.rows_begin) {
     fill_requests(launch.fill, block);
   } else if (block < launch.schedule_begin) {
     fill_rows(launch, block - launch.rows_begin);
-  } else if (block < launch.pages_begin) {
-    fill_schedule(launch);
-  } else if (block < launch.tokens_begin) {
-    fill_pages(launch, block - launch.pages_begin);
-  } else if constexpr (kSharesTokens) {
-    fill_shared_tokens(launch, block - launch.tokens_begin);
-  } else if (launch.small_chunks) {
-    fill_tokens<1>(launch, block - launch.tokens_begin);
   } else {
-    fill_tokens<kVectors>(launch, block - launch.tokens_begin);
+    fill_schedule(launch);
+  }
+}
+
+auto kernel_of(Tokens tokens) {
+  switch (tokens) {
+    case Tokens::kNone:
+      return fill_static_kernel<Tokens::kNone>;
+    case Tokens::kSmallChunks:
+      return fill_static_kernel<Tokens::kSmallChunks>;
+    case Tokens::kChunks:
+      return fill_static_kernel<Tokens::kChunks>;
+    default:
+      return fill_static_kernel<Tokens::kSharedChunks>;
   }
 }
 
 // Chunks of so many tokens that the token table can have.
 int64_t most_chunks(const Fill& fill, uint32_t chunk_tokens) {
-  if (fill.tables[0].data == nullptr) return 0;
-  const int64_t tokens = minimum(fill.tables[0].columns, fill.req_to_token.columns);
-  return fill.requests * ceil_div(tokens, chunk_tokens);
+  return fill.requests * ceil_div(fill.token_table.columns, chunk_tokens);
+}
+
+// Few tokens spread over more multiprocessors in small chunks, as long as all their blocks are resident.
+Tokens tokens_of(const Fill& fill, int64_t resident) {
+  if (fill.token_table.data == nullptr) return Tokens::kNone;
+  if (most_chunks(fill, kTokensOfBlock<1>) <= resident) return Tokens::kSmallChunks;
+  if (most_chunks(fill, kTokensOfBlock<kVectors>) <= resident) return Tokens::kChunks;
+  return Tokens::kSharedChunks;
+}
+
+int token_blocks(const Fill& fill, Tokens tokens, int64_t multiprocessors) {
+  switch (tokens) {
+    case Tokens::kNone:
+      return 0;
+    case Tokens::kSmallChunks:
+      return static_cast<int>(most_chunks(fill, kTokensOfBlock<1>));
+    case Tokens::kChunks:
+      return static_cast<int>(most_chunks(fill, kTokensOfBlock<kVectors>));
+    default:
+      return static_cast<int>(
+          minimum(most_chunks(fill, kTokensOfChunk), multiprocessors * kTokenBlocks));
+  }
 }
 
 }  // namespace
@@ -237,29 +277,20 @@ StaticFill static_fill(const Fill& fill, int multiprocessors) {
   launch.schedule_begin = launch.rows_begin + static_cast<int>(ceil_div(fill.rows, kThreads));
   launch.pages_begin = launch.schedule_begin + (fill.schedule.data != nullptr);
 
-  // Few tokens spread over more multiprocessors in small chunks, as long as all their blocks are resident.
-  const int64_t resident = multiprocessors * kResidentBlocks;
-  launch.small_chunks = most_chunks(fill, kTokensOfBlock<1>) <= resident;
-  const uint32_t tokens = launch.small_chunks ? kTokensOfBlock<1> : kTokensOfBlock<kVectors>;
-  launch.shares_tokens = most_chunks(fill, tokens) > resident;
+  launch.tokens = tokens_of(fill, multiprocessors * kResidentBlocks);
   launch.few_chunks = static_cast<uint32_t>(multiprocessors * kFewChunks);
-  if (fill.tables[1].data != nullptr && !launch.shares_tokens) {
-    const int64_t useful = maximum(ceil_div(fill.tables[1].columns, kThreads), 1);
+  if (fill.page_table.data != nullptr && launch.tokens != Tokens::kSharedChunks) {
+    const int64_t useful = maximum(ceil_div(fill.page_table.columns, kThreads), 1);
     const int64_t parts = multiprocessors * kPageBlocks / maximum(fill.requests, 1);
     launch.parts = static_cast<int>(clamp(parts, 1, useful));
   }
   launch.tokens_begin = launch.pages_begin + static_cast<int>(fill.requests) * launch.parts;
-  launch.blocks = launch.tokens_begin;
-  launch.blocks += static_cast<int>(
-      launch.shares_tokens
-          ? minimum(most_chunks(fill, kTokensOfChunk), multiprocessors * kTokenBlocks)
-          : most_chunks(fill, tokens));
+  launch.blocks = launch.tokens_begin + token_blocks(fill, launch.tokens, multiprocessors);
   return launch;
 }
 
 int fill_static_on_cuda(const StaticFill& launch, void* stream) {
-  const auto kernel = launch.shares_tokens ? fill_static_kernel<true> : fill_static_kernel<false>;
-  kernel<<<launch.blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
+  kernel_of(launch.tokens)<<<launch.blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
   return cudaGetLastError();
 }
 

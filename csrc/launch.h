@@ -13,20 +13,23 @@ void fill_on_cpu(const Fill& fill);
 void compare_on_cpu(const Comparison& all);
 
 #ifdef NSA_WITH_CUDA
-// A fill of a static width with what is known when it is bound.
+// How the token table is copied, if there is one. Each way has a kernel of its own, so that what is run
+// lies together.
+enum class Tokens { kNone, kSmallChunks, kChunks, kSharedChunks };
+
+// A fill of a static width with what is known when it is bound; see Fill about the order.
 struct StaticFill {
-  int blocks;
-  int rows_begin;  // the first block of each role but that of requests
-  int schedule_begin;
-  int pages_begin;
+  int pages_begin;  // the first block of each role but that of requests
   int tokens_begin;
-  int parts;  // blocks that share one request's pages
-  bool small_chunks;  // blocks with a vector a lane copy the tokens
-  bool shares_tokens;
+  int parts;            // blocks that share one request's pages
   uint32_t few_chunks;  // so many at most are halved
   Divisor requests;
-  Divisor extend_len;
+  int rows_begin;
   Fill fill;
+  Divisor extend_len;
+  int schedule_begin;
+  int blocks;
+  Tokens tokens;
 };
 
 struct RaggedFill {

@@ -39,7 +39,7 @@ __device__ inline Copy copy_of(const Fill& fill, const PageTable& table, int32_t
   copy.row_stride = table.row_stride;
   copy.column_stride = table.column_stride;
   copy.rows = rows;
-  copy.columns = live_columns(fill, table, length);
+  copy.columns = live_columns(table, length);
   return copy;
 }
 
@@ -154,11 +154,11 @@ __device__ inline void copy_part(const Fill& fill, int32_t length, int64_t pool_
     return copy_of(fill, table, length, pool_row, first_row, rows);
   };
   const auto pages = [&] {
-    const PageTable& table = fill.tables[1];
+    const PageTable& table = fill.page_table;
     if (table.data != nullptr) copy_pages(copy(table), table, begin, begin + kTokensOfBlock<kInFlight>);
   };
-  copy_tokens<kInFlight>(copy(fill.tables[0]), fill.tables[0], begin + warp() * kTokensOfWarp<kInFlight>,
-                         pages);
+  copy_tokens<kInFlight>(copy(fill.token_table), fill.token_table,
+                         begin + warp() * kTokensOfWarp<kInFlight>, pages);
 }
 
 }  // namespace nsa
