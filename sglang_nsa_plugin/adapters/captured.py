@@ -75,8 +75,8 @@ class DraftExtendFill:
     releases and hands back zeroed.
 
     Attributes:
-        mode: SGLang's ForwardMode of draft-extend. A batch's is compared with it: to ask the mode itself
-            takes a fifth of a replay's host time.
+        mode: SGLang's ForwardMode of draft-extend. A batch's is compared with it: that is quicker than
+            to ask the mode itself.
     """
 
     def __init__(self, backend: Any, mode: Any, choice: dispatch.Choice, check_every: int = 0) -> None:
