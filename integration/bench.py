@@ -124,7 +124,6 @@ def bare() -> list[dict[str, Any]]:
     """Microseconds by requests, length and draft tokens, of the quickest size of block."""
     import bare as kernel
 
-    from sglang_nsa_plugin.cli import timing
     from sglang_nsa_plugin.cli.bench_cases import PAGE, Setup
 
     found = []
@@ -138,8 +137,7 @@ def bare() -> list[dict[str, Any]]:
             call()
             if not table[:, : expected.shape[1]].equal(expected):
                 raise RuntimeError(f"bare kernel with {name}: wrong pages for {bs} requests of {length}")
-        times = timing.gpu_times(calls, len(calls) * COPY_SECONDS)
-        us = {name: timing.spread(samples)["median"] for name, samples in times.items()}
+        us = {name: median_us(call) for name, call in calls.items()}
         block = min(us, key=us.__getitem__)
         cell = {"requests": bs, "length": length, "draft_tokens": draft_tokens}
         found.append({**cell, "us": us[block], "block": block})

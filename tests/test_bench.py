@@ -263,3 +263,20 @@ def test_the_newest_bench_is_shown(tmp_path, bench_figures):
 def bench_figures(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "integration")
     return importlib.import_module("bench_figures")
+
+
+def test_the_bare_kernel_writes_the_pages_of_its_rows_and_nothing_else(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU the part bare of bench compares what it times")
+    monkeypatch.syspath_prepend(ROOT / "integration")
+    bare = importlib.import_module("bare")
+    slots = torch.randint(2**30, (3, 1_000), dtype=torch.int32)
+    pages = (slots[:, :777:64] // 64).repeat_interleave(4, dim=0)
+    table = torch.empty((12, 16), dtype=torch.int32)
+    launches = dict(bare.launches(slots, table, 777, 4, 64))
+    assert len(launches) == len(bare.BLOCKS) * len(bare.WARPS)
+    for name, launch in launches.items():
+        table.fill_(-1)
+        launch()
+        assert table[:, :13].equal(pages), name
+        assert (table[:, 13:] == -1).all(), name
