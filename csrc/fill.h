@@ -81,8 +81,8 @@ struct Fill {
   IndexVector req_pool_indices;
   int64_t static_extend_len;
   IndexTable req_to_token;
-  PageTable page_table;   // of page_size tokens a page
-  PageTable token_table;  // of one
+  PageTable token_table;  // of one token a page
+  PageTable page_table;   // of page_size
 
   Schedule schedule;
   IndexVector extend_lens;  // of a ragged batch; else every request has `static_extend_len` rows

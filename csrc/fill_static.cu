@@ -6,11 +6,12 @@
 //   - requests: cache_seqlens and cu_seqlens_k of as many requests as a block has threads,
 //   - rows: the lengths of as many rows; what lies before them a block sums up for itself,
 //   - DeepGEMM's schedule: one block,
-//   - pages: each request has `parts` blocks, whose threads take its live pages in turns,
+//   - pages: each request has `parts` blocks, whose warps take its live pages in turns,
 //   - tokens: a block for each chunk that a request can have; where those would be too many, blocks share
 //     out the chunks that are live, in their order, so that what is written at one time lies together.
 // The grid is fixed when the fill is bound, so the launch can be captured in a CUDA graph and replayed
 // while lengths change; nothing is read back by the host. NOTES.md says what was measured.
+#include "pages.cuh"
 #include "tables.cuh"
 
 namespace nsa {
@@ -140,19 +141,6 @@ __device__ Copy copy_of(const StaticFill& launch, const PageTable& table, uint32
   return copy_of(fill, table, length_of(fill, r), pool_row_of(fill, r), r * q, q);
 }
 
-__device__ void fill_pages(const StaticFill& launch, uint32_t block) {
-  const PageTable& table = launch.fill.page_table;
-  const uint32_t part = divide(block, launch.requests);
-  const bool enabled = is_enabled(launch.fill);
-  const Copy copy = copy_of(launch, table, block - part * launch.requests.value);
-  if (!enabled) return;
-  const uint32_t threads = launch.parts * kThreads;
-#pragma unroll 1
-  for (uint32_t first = part * kThreads + threadIdx.x; first < copy.columns; first += kVector * threads) {
-    copy_cells<false>(copy, table.page_size, first, threads);
-  }
-}
-
 template <uint32_t kInFlight>
 __device__ void fill_tokens(const StaticFill& launch, uint32_t block) {
   const PageTable& table = launch.fill.token_table;
@@ -239,13 +227,21 @@ auto kernel_of(Tokens tokens) {
   }
 }
 
+// Blocks that share one request's pages: no more than have pages of the table for one warp.
+int64_t parts_of(const Fill& fill, int64_t multiprocessors) {
+  if (fill.page_table.data == nullptr) return 0;
+  const int64_t useful = maximum(ceil_div(fill.page_table.columns, kPagesOfWarp), 1);
+  return clamp(multiprocessors * kPageBlocks / maximum(fill.requests, 1), 1, useful);
+}
+
 // Chunks of so many tokens that the token table can have.
 int64_t most_chunks(const Fill& fill, uint32_t chunk_tokens) {
   return fill.requests * ceil_div(fill.token_table.columns, chunk_tokens);
 }
 
 // Few tokens spread over more multiprocessors in small chunks, as long as all their blocks are resident.
-Tokens tokens_of(const Fill& fill, int64_t resident) {
+Tokens tokens_of(const Fill& fill, int64_t parts, int64_t resident) {
+  if (parts > 0 && !fits_pages(fill, parts * kPagesOfBlock)) return Tokens::kSharedChunks;
   if (fill.token_table.data == nullptr) return Tokens::kNone;
   if (most_chunks(fill, kTokensOfBlock<1>) <= resident) return Tokens::kSmallChunks;
   if (most_chunks(fill, kTokensOfBlock<kVectors>) <= resident) return Tokens::kChunks;
@@ -261,8 +257,8 @@ int token_blocks(const Fill& fill, Tokens tokens, int64_t multiprocessors) {
     case Tokens::kChunks:
       return static_cast<int>(most_chunks(fill, kTokensOfBlock<kVectors>));
     default:
-      return static_cast<int>(
-          minimum(most_chunks(fill, kTokensOfChunk), multiprocessors * kTokenBlocks));
+      return static_cast<int>(minimum(fill.requests * chunks_of(fill, INT32_MAX),
+                                      multiprocessors * kTokenBlocks));
   }
 }
 
@@ -277,14 +273,15 @@ StaticFill static_fill(const Fill& fill, int multiprocessors) {
   launch.schedule_begin = launch.rows_begin + static_cast<int>(ceil_div(fill.rows, kThreads));
   launch.pages_begin = launch.schedule_begin + (fill.schedule.data != nullptr);
 
-  launch.tokens = tokens_of(fill, multiprocessors * kResidentBlocks);
+  const int64_t parts = parts_of(fill, multiprocessors);
+  launch.tokens = tokens_of(fill, parts, multiprocessors * kResidentBlocks);
   launch.few_chunks = static_cast<uint32_t>(multiprocessors * kFewChunks);
-  if (fill.page_table.data != nullptr && launch.tokens != Tokens::kSharedChunks) {
-    const int64_t useful = maximum(ceil_div(fill.page_table.columns, kThreads), 1);
-    const int64_t parts = multiprocessors * kPageBlocks / maximum(fill.requests, 1);
-    launch.parts = static_cast<int>(clamp(parts, 1, useful));
+  launch.tokens_begin = launch.pages_begin;
+  if (parts > 0 && launch.tokens != Tokens::kSharedChunks) {
+    launch.parts = divisor_of(parts);
+    launch.pages = pages_of(fill);
+    launch.tokens_begin += static_cast<int>(fill.requests * parts);
   }
-  launch.tokens_begin = launch.pages_begin + static_cast<int>(fill.requests) * launch.parts;
   launch.blocks = launch.tokens_begin + token_blocks(fill, launch.tokens, multiprocessors);
   return launch;
 }

@@ -14,20 +14,44 @@ void compare_on_cpu(const Comparison& all);
 
 #ifdef NSA_WITH_CUDA
 // How the token table is copied, if there is one. Each way has a kernel of its own, so that what is run
-// lies together.
+// lies together. Where chunks are shared out their pages are copied with them, of any size and stride.
 enum class Tokens { kNone, kSmallChunks, kChunks, kSharedChunks };
+
+// The page table of a static width, where 32 bits are enough: a stride in bytes makes an address one
+// instruction, pages of a power of two of tokens make a page's number one. See Fill about the order.
+struct Pages {
+  const int32_t* enabled;
+  const char* lengths;
+  const char* pool_rows;
+
+  uint32_t length_stride;
+  uint32_t pool_row_stride;
+  uint32_t pool_size;
+  bool has_high_words;  // of pool rows
+  const char* tokens;
+  char* table;
+  uint32_t most_tokens;  // of a request that the table has pages for
+  uint32_t page_shift;   // a page has 2^page_shift tokens
+  uint32_t page_stride;  // from the first token of a page to that of the next
+  uint32_t token_row_stride;
+  uint32_t request_stride;  // in the table, from the first row of a request to that of the next
+  uint32_t row_stride;
+  uint32_t rows;  // of a request
+};
 
 // A fill of a static width with what is known when it is bound; see Fill about the order.
 struct StaticFill {
   int pages_begin;  // the first block of each role but that of requests
+  int rows_begin;
+  int schedule_begin;
+  Divisor parts;  // blocks that share one request's pages
+  Pages pages;
+
   int tokens_begin;
-  int parts;            // blocks that share one request's pages
   uint32_t few_chunks;  // so many at most are halved
   Divisor requests;
-  int rows_begin;
-  Fill fill;
   Divisor extend_len;
-  int schedule_begin;
+  Fill fill;
   int blocks;
   Tokens tokens;
 };

@@ -43,11 +43,9 @@ __device__ inline Copy copy_of(const Fill& fill, const PageTable& table, int32_t
   return copy;
 }
 
-// kVector columns from `first` on, `step` apart. All loads come before what depends on them, so that
-// they overlap. A step of 1 says that rows are aligned for vectors, if any step may be 1.
-template <bool kMayStoreVectors>
-__device__ inline void copy_cells(const Copy& copy, const Divisor& page_size, uint32_t first,
-                                  uint32_t step) {
+// kVector tokens from `first` on, `step` apart. All loads come before what depends on them, so that they
+// overlap. A step of 1 says that rows are aligned for vectors.
+__device__ inline void copy_cells(const Copy& copy, uint32_t first, uint32_t step) {
   const int32_t* source = copy.source + first * copy.source_stride;
   int32_t* out = copy.out + first * copy.column_stride;
   const int64_t source_step = step * copy.source_stride, out_step = step * copy.column_stride;
@@ -60,11 +58,9 @@ __device__ inline void copy_cells(const Copy& copy, const Divisor& page_size, ui
     values[i] = reads ? __ldg(source) : 0;
     source += source_step;
   }
-#pragma unroll
-  for (uint32_t i = 0; i < kVector; ++i) values[i] = page_of(values[i], page_size);
 #pragma unroll 1
   for (uint32_t row = 0; row < copy.rows; ++row, out += copy.row_stride) {
-    if (kMayStoreVectors && step == 1 && first + kVector <= copy.columns) {
+    if (step == 1 && first + kVector <= copy.columns) {
       __stcs(reinterpret_cast<int4*>(out), int4{values[0], values[1], values[2], values[3]});
       continue;
     }
@@ -120,7 +116,7 @@ __device__ inline void copy_tokens(Copy copy, const PageTable& table, uint32_t b
 #pragma unroll 1
   for (uint32_t first = begin + lane() * (stores_vectors ? kVector : 1); first < copy.columns;
        first += kVector * kWarp) {
-    copy_cells<true>(copy, table.page_size, first, step);
+    copy_cells(copy, first, step);
   }
 }
 
@@ -139,7 +135,7 @@ __device__ inline void copy_pages(const Copy& copy, const PageTable& table, uint
 }
 
 // The live tokens of a request come in chunks, one for a block at a time.
-__device__ inline uint32_t chunks_of(const Fill& fill, int32_t length) {
+NSA_INLINE uint32_t chunks_of(const Fill& fill, int32_t length) {
   const uint32_t tokens = static_cast<uint32_t>(clamp(length, 0, fill.req_to_token.columns));
   return (tokens + kTokensOfChunk - 1) / kTokensOfChunk;
 }
