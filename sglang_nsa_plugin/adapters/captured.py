@@ -16,6 +16,9 @@ from sglang_nsa_plugin.state import STATE
 
 INPUTS_REPLACED = "input tensors are not the captured ones"
 
+# What a replay looks at: ForwardMode, seq_lens, req_pool_indices, req_to_token and SGLang's metadata.
+Ready = tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, Any]
+
 
 class CapturedFill:
     """The fill of one batch size.
@@ -25,10 +28,6 @@ class CapturedFill:
         args: those tensors, and the inputs whose addresses a graph captures.
         run: the bound launch.
         read_done: recorded behind the launch; None on the CPU.
-        inputs: seq_lens, req_pool_indices and req_to_token of the last batch that was found to have the
-            captured ones. A batch that has the same objects needs no second look, only that nobody moved
-            their memory.
-        addresses: of the captured ones.
     """
 
     def __init__(self, metadata: Any, args: FillArgs, run: Callable[[], None]) -> None:
@@ -39,18 +38,12 @@ class CapturedFill:
         self.args = args
         self.run = run
         self.read_done = _read_done(args.device)
-        self.inputs = self._captured = (args.seq_lens, args.req_pool_indices, args.req_to_token)
-        self.addresses = _addresses(self._captured)
+        self._inputs = (args.seq_lens, args.req_pool_indices, args.req_to_token)
+        self._addresses = _addresses(self._inputs)
 
-    def reads(
-        self, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor, req_to_token: torch.Tensor
-    ) -> bool:
+    def reads(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> bool:
         """Whether these are the captured tensors: same memory, read the same way."""
-        inputs = (seq_lens, req_pool_indices, req_to_token)
-        if _addresses(inputs) != self.addresses or not all(map(_alike, inputs, self._captured)):
-            return False
-        self.inputs = inputs
-        return True
+        return _addresses(inputs) == self._addresses and all(map(_alike, inputs, self._inputs))
 
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
@@ -77,6 +70,8 @@ class DraftExtendFill:
     Attributes:
         mode: SGLang's ForwardMode of draft-extend. A batch's is compared with it: that is quicker than
             to ask the mode itself.
+        ready: by batch size, what the last batch had that was admitted. One with the same objects needs
+            no second look. Empty while the fill is switched off, and where each replay has more to do.
     """
 
     def __init__(self, backend: Any, mode: Any, choice: dispatch.Choice, check_every: int = 0) -> None:
@@ -86,6 +81,7 @@ class DraftExtendFill:
         # of DeepGEMM's schedule; None leaves it to DeepGEMM
         self.remainder_last = mqa_schedule.remainder_last(backend, choice.bind)
         self.captured: dict[int, CapturedFill] = {}
+        self.ready: dict[int, Ready] = {}
         self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
         self.is_enabled = True
         self.checked = CheckedReplays(backend, check_every) if check_every else None
@@ -93,6 +89,7 @@ class DraftExtendFill:
     def forget(self) -> None:
         """SGLang allocates its graph tensors anew: captured fills of the old ones are void."""
         self.captured.clear()
+        self.ready.clear()
         if self.checked is not None:
             self.checked.forget()
 
@@ -118,10 +115,13 @@ class DraftExtendFill:
         """Whether the captured fill serves this batch. Switches it on or off where that is news."""
         if self.checked is not None and self.checked.check.failed():
             return self._leave_to_sglang(DIFFERENT)
-        if not captured.reads(batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token):
+        inputs = (batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token)
+        if not captured.reads(inputs):
             return self._leave_to_sglang(INPUTS_REPLACED)
         if not self.is_enabled:
             self._switch(on=True)
+        if self.checked is None and not self.backend.enable_auto_select_prefill_impl:
+            self.ready[batch.batch_size] = (self.mode, *inputs, captured.metadata)
         return True
 
     def read_done(self, bs: int) -> torch.cuda.Event | None:
@@ -152,6 +152,7 @@ class DraftExtendFill:
             if not self.captured:
                 self._rehearse(captured)
             self.captured[batch.batch_size] = captured
+            self.ready.pop(batch.batch_size, None)
         return captured
 
     def _rehearse(self, captured: CapturedFill) -> None:
@@ -210,6 +211,7 @@ class DraftExtendFill:
         self.enabled.fill_(int(on))
         self.is_enabled = on
         if not on:
+            self.ready.clear()
             # SGLang writes the running sums behind this 0, not the 0.
             for captured in self.captured.values():
                 captured.args.cu_seqlens_k[:1].zero_()

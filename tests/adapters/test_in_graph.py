@@ -6,7 +6,10 @@ fills a second backend over the same inputs, and every live value is compared.
 
 from __future__ import annotations
 
+import ast
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -143,14 +146,82 @@ def test_replaced_inputs_go_through_sglang(twin, state, caplog, name):
     assert state.replays == 1
 
 
-def test_inputs_whose_memory_moved_go_through_sglang(twin, state):
-    """F19: the tensor object is the captured one, the address that the graph reads is not."""
+def test_inputs_whose_memory_moved_go_through_sglang(state):
+    """F19: the tensor object is the captured one, the address that the graph reads is not.
+
+    Only the shadow check looks: see test_no_release_moves_memory_under_the_inputs.
+    """
+    twin = make_twin(check_every=1_000)
     bs = random_batch(twin, torch.Generator().manual_seed(9))
     step_and_expect_equal(twin, bs)
     twin.inputs.seq_lens.data = twin.inputs.seq_lens.clone()
     twin.replay(bs)
     expect_equal_after_sglang_fill(twin, bs)
     assert sum(state.fallbacks.values()) == 1
+
+
+INPUTS = {"seq_lens", "req_pool_indices", "req_to_token"}
+MOVERS = {"set_", "resize_", "resize_as_", "resize_as_sparse_"}
+
+
+def test_no_release_moves_memory_under_the_inputs():
+    """F19: a replay knows the inputs by their objects, which SGLang may replace, but does not move."""
+    import sglang
+
+    sources = [path.read_text() for path in (Path(sglang.__file__).parent / "srt").rglob("*.py")]
+    assert sum("req_to_token" in source for source in sources) > 10, "the search finds nothing any more"
+    assert [said for source in sources for said in moves(source)] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "self.buffers.seq_lens.data = other",
+        "req_to_token.set_(other)",
+        "pool.req_to_token.resize_(8, 9)",
+        "seq_lens[:4].data = other",
+        "buffers.req_pool_indices.data.set_(other)",
+    ],
+)
+def test_a_release_that_moved_memory_would_be_found(source):
+    assert list(moves(f"def f(self, pool, buffers, other):\n    {source}\n")) == [source]
+
+
+def moves(source: str) -> Iterator[str]:
+    """Statements that give an input other memory under the same object."""
+    if not any(name in source for name in INPUTS):
+        return
+    for node in ast.walk(ast.parse(source)):
+        targets = getattr(node, "targets", []) if isinstance(node, ast.Assign) else []
+        moved = [t.value for t in targets if isinstance(t, ast.Attribute) and t.attr == "data"]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            moved += [node.func.value] if node.func.attr in MOVERS else []
+        if any(named(tensor) in INPUTS for tensor in moved):
+            yield ast.unparse(node)
+
+
+def named(tensor: ast.expr) -> str:
+    """The name of a tensor, of which a part or ``.data`` may be taken."""
+    while isinstance(tensor, ast.Subscript) or (
+        isinstance(tensor, ast.Attribute) and tensor.attr == "data"
+    ):
+        tensor = tensor.value
+    return getattr(tensor, "attr", getattr(tensor, "id", ""))
+
+
+def test_replaced_inputs_of_one_batch_size_are_news_to_the_others(twin, state):
+    """Where one is left to SGLang the fill is switched off in every graph, and on again by the next."""
+    generator = torch.Generator().manual_seed(12)
+    for raw_bs in (1, 2):
+        step_and_expect_equal(twin, random_batch(twin, generator, raw_bs))
+    view = twin.ours.replay_view(1)
+    view.seq_lens = view.seq_lens.clone()
+    with twin.stand_ins():
+        twin.ours.backend.init_forward_metadata_out_graph(view)
+    assert sum(state.fallbacks.values()) == 1
+    step_and_expect_equal(twin, random_batch(twin, generator, raw_bs=2))
+    step_and_expect_equal(twin, random_batch(twin, generator, raw_bs=1))
+    assert state.replays == 4
 
 
 def expect_equal_after_sglang_fill(twin, bs):
@@ -174,6 +245,46 @@ def test_a_view_of_the_captured_memory_is_accepted(twin, state):
     assert not state.fallbacks
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "another mode",
+        "in capture",
+        "seq_lens",
+        "req_pool_indices",
+        "req_to_token",
+    ],
+)
+def test_a_known_batch_size_is_looked_at_all_the_same(twin, change):
+    """What was admitted once is no reason to take over another call, or one with other tensors."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from sglang_nsa_plugin.adapters import in_graph
+
+    bs = random_batch(twin, torch.Generator().manual_seed(13), raw_bs=2)
+    step_and_expect_equal(twin, bs)
+    backend, view, seen = twin.ours.backend, twin.ours.replay_view(bs), []
+    assert getattr(backend, in_graph.READY)[bs]
+    if change == "another mode":
+        view.forward_mode = ForwardMode.TARGET_VERIFY
+    elif change == "req_to_token":
+        backend.req_to_token = backend.req_to_token.clone()
+    elif change != "in capture":
+        setattr(view, change, getattr(view, change).clone())
+    original = lambda backend, batch, **kwargs: seen.append(batch)  # noqa: E731
+    in_graph._out_graph(original, backend, view, in_capture=change == "in capture")
+    assert seen == [view]
+
+
+def test_a_known_batch_size_leaves_prefills_impl_as_sglang_would(twin):
+    """A prefill on the same backend may have set ``use_mha``; SGLang's fill takes it back."""
+    bs = random_batch(twin, torch.Generator().manual_seed(14), raw_bs=2)
+    for _ in range(2):
+        twin.ours.backend.use_mha = twin.theirs.backend.use_mha = True
+        step_and_expect_equal(twin, bs)
+        assert twin.ours.backend.use_mha is twin.theirs.backend.use_mha is False
+
+
 def test_a_replay_enters_one_function_of_ours(twin):
     """The CPU's caches hold nothing of a replay, so each function more costs a part of its host time."""
     bs = random_batch(twin, torch.Generator().manual_seed(10))
@@ -191,18 +302,30 @@ def test_a_replay_enters_one_function_of_ours(twin):
     assert entered == ["_out_graph"]
 
 
-def test_recapture_forgets_the_old_tensors(twin):
-    """F19: after a new init_cuda_graph_state fills go to the new tensors and read the new inputs."""
+@pytest.mark.parametrize("anew", [True, False], ids=["all anew", "one size anew"])
+def test_recapture_forgets_the_old_tensors(twin, anew):
+    """F19: behind it fills go to the new tensors and read the new inputs."""
+    generator = torch.Generator().manual_seed(8)
+    for raw_bs in (1, 2):
+        step_and_expect_equal(twin, random_batch(twin, generator, raw_bs))
     old = twin.ours.backend.decode_cuda_graph_metadata[2]
-    twin.ours.init_state()
+    if anew:
+        twin.ours.init_state()
+        twin.ours.capture_setup(1)  # and not its fill: that size is SGLang's now
+    else:
+        del twin.ours.backend.decode_cuda_graph_metadata[2]  # else SGLang keeps it
     twin.ours.capture_setup(2)
     batch = twin.ours.capture_batch(2)
     twin.ours.backend.init_forward_metadata_in_graph(batch)
     new = twin.ours.backend.decode_cuda_graph_metadata[2]
     assert new is not old
     old.cache_seqlens_int32.fill_(-1)
-    step_and_expect_equal(twin, random_batch(twin, torch.Generator().manual_seed(8), raw_bs=2))
-    assert old.cache_seqlens_int32.tolist() == [-1, -1]
+    step_and_expect_equal(twin, random_batch(twin, generator, raw_bs=2))
+    assert twin.ours.backend.forward_metadata is new
+    if anew:
+        assert old.cache_seqlens_int32.tolist() == [-1, -1]
+        twin.ours.replay(random_batch(twin, generator, raw_bs=1))
+        assert twin.ours.backend.forward_metadata is twin.ours.backend.decode_cuda_graph_metadata[1]
 
 
 def test_other_modes_stay_with_sglang(twin):
