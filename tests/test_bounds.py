@@ -50,34 +50,30 @@ KNOWN_MISSES = of_each_gpu(
     }
 )
 # Those of them that had what they must not fall below, and lost it.
-LOST = {
-    (ON_H100, "flashmla_sparse 128 × 32,768 both, width 163,904, 4 draft tokens"),
-    (ON_H100, "flashmla_sparse 512 × 32,768 both, width 163,904, 4 draft tokens"),
-}
+LOST = {(ON_H100, "flashmla_sparse 512 × 32,768 both, width 163,904, 4 draft tokens")}
 # Cells of the page-64 table alone that may miss its bound, and what microseconds they must not exceed.
 KNOWN_SLOW = of_each_gpu(
     {
         ON_H200: {
-            "64 × 131,072 paged, width 163,904, 8 draft tokens": 3.9,
-            "128 × 131,072 paged, width 163,904, 4 draft tokens": 5.0,
-            "256 × 32,768 paged, width 163,904, 4 draft tokens": 3.2,
+            "64 × 131,072 paged, width 163,904, 8 draft tokens": 3.2,
+            "128 × 131,072 paged, width 163,904, 4 draft tokens": 4.5,
+            "512 × 2,048 paged, width 1,048,640, 4 draft tokens": 3.1,
             "256 × 131,072 paged, width 163,904, 4 draft tokens": 17.5,
-            "512 × 32,768 paged, width 163,904, 4 draft tokens": 5.5,
+            "512 × 32,768 paged, width 163,904, 4 draft tokens": 5.2,
             "512 × 131,072 paged, width 163,904, 2 draft tokens": 31.0,
             "512 × 131,072 paged, width 163,904, 4 draft tokens": 33.5,
-            "512 × 131,072 paged, width 163,904, 8 draft tokens": 41.0,
+            "512 × 131,072 paged, width 163,904, 8 draft tokens": 39.5,
         },
         ON_H100: {
-            "64 × 131,072 paged, width 163,904, 2 draft tokens": 3.5,
-            "64 × 131,072 paged, width 163,904, 4 draft tokens": 3.9,
-            "64 × 131,072 paged, width 163,904, 8 draft tokens": 4.6,
-            "128 × 131,072 paged, width 163,904, 4 draft tokens": 6.3,
-            "256 × 32,768 paged, width 163,904, 4 draft tokens": 4.0,
-            "256 × 131,072 paged, width 163,904, 4 draft tokens": 22.0,
-            "512 × 32,768 paged, width 163,904, 4 draft tokens": 10.7,
-            "512 × 131,072 paged, width 163,904, 2 draft tokens": 39.0,
-            "512 × 131,072 paged, width 163,904, 4 draft tokens": 43.0,
-            "512 × 131,072 paged, width 163,904, 8 draft tokens": 53.0,
+            "64 × 131,072 paged, width 163,904, 4 draft tokens": 3.1,
+            "64 × 131,072 paged, width 163,904, 8 draft tokens": 3.5,
+            "128 × 131,072 paged, width 163,904, 4 draft tokens": 6.0,
+            "256 × 32,768 paged, width 163,904, 4 draft tokens": 3.1,
+            "256 × 131,072 paged, width 163,904, 4 draft tokens": 21.5,
+            "512 × 32,768 paged, width 163,904, 4 draft tokens": 10.0,
+            "512 × 131,072 paged, width 163,904, 2 draft tokens": 38.5,
+            "512 × 131,072 paged, width 163,904, 4 draft tokens": 42.0,
+            "512 × 131,072 paged, width 163,904, 8 draft tokens": 50.0,
         },
     }
 )
@@ -241,7 +237,7 @@ NOT_MET = {
     ON_H200: (bounds.paged_kernel_gather, bounds.both_tables, bounds.host),
 }
 # Of the cells of the page-64 table alone, those that miss the first bound, as a share.
-MOST_MISSED = {ON_H100: 0.23, ON_H200: 0.19}
+MOST_MISSED = {ON_H100: 0.21, ON_H200: 0.19}
 HELD_BOUNDS = [
     known(gpu, each, missed=each in not_met)
     for gpu, not_met in NOT_MET.items()
@@ -257,7 +253,6 @@ def test_a_replay_in_a_server_has_a_bound(us, found):
     assert len(bounds.replay_in_server(served)) == found
 
 
-@EXPECTED_MISS
 def test_a_replay_in_a_server_was_within_its_bound():
     assert bounds.replay_in_server(newest("serve")) == []
 
