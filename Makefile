@@ -27,9 +27,8 @@ help:
 	@echo "make bench       times of one fill, SGLang's own and ours, in one run; writes integration/results/"
 	@echo "make wheel       the wheel and the source distribution, into dist/"
 
-# PYTHONSAFEPATH: the installed package runs, not the source tree, which has no compiled library.
 demo: $(READY)
-	PYTHONSAFEPATH=1 $(PYTHON) -m sglang_nsa_plugin demo
+	$(PYTHON) -m sglang_nsa_plugin demo
 
 test: $(READY)
 	$(VENV)/bin/pytest
@@ -42,20 +41,20 @@ lint: $(VENV)/.lint
 # .releases/ keeps the environments; without KEEP=1 they are made anew.
 test-release:
 	$(if $(VERSION),,$(error VERSION: name the SGLang release, as in make test-release VERSION=0.5.14))
-	python3 integration/releases.py $(if $(KEEP),--keep) $(VERSION)
+	python3 -m integration.releases.matrix $(if $(KEEP),--keep) $(VERSION)
 
 test-releases:
-	python3 integration/releases.py $(if $(KEEP),--keep)
+	python3 -m integration.releases.matrix $(if $(KEEP),--keep)
 
 gpu-test: $(READY)
-	$(PYTHON) integration/gpu_test.py
+	$(PYTHON) -m integration.gpu.gpu_test
 
-# PART=name runs one slice, see integration/serve_test.py; ARGS are pytest's, as in ARGS='--load-s 120'.
+# PART=name runs one slice, see integration/serving/serve_test.py; ARGS are pytest's, as in ARGS='--load-s 120'.
 serve-test: $(READY)
-	$(PYTHON) integration/serve_test.py $(PART) -- $(ARGS)
+	$(PYTHON) -m integration.serving.serve_test $(PART) -- $(ARGS)
 
 bench: $(READY)
-	$(PYTHON) integration/bench.py
+	$(PYTHON) -m integration.gpu.bench
 
 # Each is built in an environment of its own, the wheel from the source distribution.
 wheel:
@@ -69,8 +68,8 @@ $(VENV)/.torch:
 	$(PIP) torch==2.13.0 triton==3.6.0 'numpy<2.4'
 	touch $@
 
-$(VENV)/.sglang-$(SGLANG): $(VENV)/.torch integration/install_sglang.py
-	$(VENV)/bin/python integration/install_sglang.py $(SGLANG)
+$(VENV)/.sglang-$(SGLANG): $(VENV)/.torch integration/releases/install_sglang.py
+	$(VENV)/bin/python -m integration.releases.install_sglang $(SGLANG)
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.sglang-$(SGLANG) $(SOURCES)

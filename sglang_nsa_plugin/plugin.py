@@ -89,7 +89,7 @@ def activate(server_args: Any) -> None:
         BackendUnavailableError: a backend was asked for by name and no adapter fits this SGLang.
     """
     from sglang_nsa_plugin import adapters
-    from sglang_nsa_plugin.adapters.decision import decline, step_aside
+    from sglang_nsa_plugin.adapters.outcome import decline, step_aside
 
     _export_to_sgl_kernel()
     backend = options.backend_of(server_args)

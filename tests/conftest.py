@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,15 +17,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 HAS_GPU = torch.cuda.is_available()
 
-# The installed package is tested. `python -m pytest` puts the folder it is called in first, and the
-# source tree has no compiled library.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 import hypothesis  # noqa: E402
 from cases import CPU, Backend  # noqa: E402
-from told_copies import ToldCopies  # noqa: E402
+from memcpy_trace import MemcpyTrace  # noqa: E402
 
 from sglang_nsa_plugin.state import STATE, State  # noqa: E402
 
@@ -68,7 +64,7 @@ def _gpu_memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _copies_are_told(request: pytest.FixtureRequest) -> Iterator[None]:
     is_asked_for = request.config.getoption("--sanitized") == "initcheck"
-    with ToldCopies() if is_asked_for else contextlib.nullcontext():
+    with MemcpyTrace() if is_asked_for else contextlib.nullcontext():
         yield
 
 

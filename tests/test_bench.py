@@ -13,13 +13,13 @@ from commands import command, program
 from conftest import ROOT
 
 from sglang_nsa_plugin import dispatch
-from sglang_nsa_plugin.cli import bench_cases, original, timing
-from sglang_nsa_plugin.cli.batches import make_inputs
-from sglang_nsa_plugin.cli.bench_cases import BOTH, PAGED, Case, DirectFills
+from sglang_nsa_plugin.cli.bench import baseline_059, cases, timing
+from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, Case, DirectFills
+from sglang_nsa_plugin.harness.inputs import make_inputs
 from sglang_nsa_plugin.kernels import torch as reference
 
 CPU = torch.device("cpu")
-NO_GPU = "no GPU: these are CPU times of the twin, no GPU figure"
+NO_GPU = "no GPU: these are CPU times of the pair, no GPU figure"
 without_gpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on a GPU, tests/gpu/test_gpu_bench.py covers the command"
 )
@@ -36,7 +36,7 @@ def test_without_a_gpu_it_times_the_twin_and_says_so(tmp_path):
     result = json.loads(file.read_text())
     assert (result["gpu"], result["note"]) == (None, NO_GPU)
     tables = {BOTH: {"cpu", "torch", "original"}, PAGED: {"cpu", "torch"}}
-    assert len(result["cases"]) == 2 * len(bench_cases.ON_CPU.setups[0].cases())
+    assert len(result["cases"]) == 2 * len(cases.ON_CPU.setups[0].cases())
     for row in result["cases"]:
         assert set(row["host_us"]) == tables[row["tables"]]
         assert row["values_compared"] > 0
@@ -47,7 +47,7 @@ def test_without_a_gpu_it_times_the_twin_and_says_so(tmp_path):
 
 @without_gpu
 def test_builds_of_the_kernel_are_not_compared_without_a_gpu():
-    command = [sys.executable, str(ROOT / "integration" / "kernel_versions.py"), "any.so"]
+    command = [sys.executable, "-m", "integration.gpu.ab_kernels", "any.so"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "kernel_versions: needs an NVIDIA GPU, torch finds none\n"
@@ -91,31 +91,31 @@ def test_the_picture_shows_every_path(tmp_path, suffix):
     ],
 )
 def test_bytes_to_move(case, draft_tokens, tables, read, written):
-    assert bench_cases.bytes_to_move(case, draft_tokens, tables) == {"read": read, "written": written}
+    assert cases.bytes_to_move(case, draft_tokens, tables) == {"read": read, "written": written}
 
 
 def test_512_requests_of_128k_move_some_50_mb():
-    moved = bench_cases.bytes_to_move(Case(512, 131_072), 4, PAGED)
+    moved = cases.bytes_to_move(Case(512, 131_072), 4, PAGED)
     assert 45e6 < sum(moved.values()) < 55e6
 
 
 @pytest.mark.parametrize("length", [63, 64, 200])
 def test_the_original_fill_writes_what_the_reference_writes(length):
     inputs = make_inputs(CPU, 5, 6, 256, 64)
-    bench_cases.write_slots(inputs)
-    bench_cases.write_lengths(inputs, Case(5, length))
+    cases.write_slots(inputs)
+    cases.write_lengths(inputs, Case(5, length))
     args, expected = (DirectFills(inputs, 5, 4).args(5, BOTH) for _ in range(2))
     for output in (*args.outputs().values(), *expected.outputs().values()):
         output.fill_(dispatch.POISON)
     reference.fill(expected)
-    original.bind(args)()
+    baseline_059.bind(args)()
     for name, output in args.outputs().items():
         assert torch.equal(output, expected.outputs()[name]), name
 
 
 def test_slots_are_whole_pages_and_differ():
     inputs = make_inputs(CPU, 2, 3, 200, 64)
-    bench_cases.write_slots(inputs)
+    cases.write_slots(inputs)
     slots = inputs.req_to_token[1:]
     assert (slots // 64)[:, :64].unique().numel() == 2
     assert torch.equal(slots % 64, (torch.arange(200, dtype=torch.int32) % 64).expand(2, -1))

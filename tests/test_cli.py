@@ -6,13 +6,10 @@ import re
 import sys
 
 import pytest
+import screen
 from commands import command, needs_sglang, program
-from conftest import ROOT
 
 from sglang_nsa_plugin.cli import main
-
-sys.path.append(str(ROOT / "docs"))
-import record
 
 COMMANDS = ("verify", "demo", "bench")
 
@@ -121,7 +118,7 @@ def test_ctrl_c_ends_without_a_traceback():
 
 
 def on_terminal(arguments: str, **variables: str) -> str:
-    code, raw = record.on_terminal(
+    code, raw = screen.on_terminal(
         [sys.executable, "-m", "sglang_nsa_plugin"], arguments, 80, **variables
     )
     assert code == 0
@@ -139,13 +136,13 @@ COLOUR = re.compile(r"\x1b\[[\d;]*3\d")
 @pytest.mark.parametrize("arguments", WAITING)
 def test_a_terminal_gets_a_bar_and_a_coloured_verdict(arguments):
     raw = on_terminal(arguments)
-    screen = record.on_screen(raw)
+    shown = screen.on_screen(raw)
     for waiting in WAITING[arguments]:
         assert waiting in raw
-        assert waiting not in screen
+        assert waiting not in shown
     assert "\x1b[1;32m" in raw
-    assert screen.startswith("sglang-nsa-plugin ")
-    assert max(len(line) for line in screen.splitlines()) <= 80
+    assert shown.startswith("sglang-nsa-plugin ")
+    assert max(len(line) for line in shown.splitlines()) <= 80
 
 
 @needs_sglang

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_readme_figures_are_those_of_the_result_files() -> None:
-    command = [sys.executable, "integration/readme.py", "--check"]
+    command = [sys.executable, "-m", "integration.figures.build", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -72,7 +72,7 @@ RUN_BY = {
     "sglang-nsa-plugin verify": "test_verify.py",
     "sglang-nsa-plugin demo": "test_cli.py",
     "sglang-nsa-plugin bench": "test_bench.py",
-    "curl localhost:30000/server_info": "needs a server: integration/test_serving.py",
+    "curl localhost:30000/server_info": "needs a server: integration/serving/test_serving.py",
     "make lint": ".ci/run",
     "make test": ".ci/run",
     "make demo": ".ci/run",
@@ -82,11 +82,11 @@ RUN_BY = {
     "make serve-test": "needs a GPU",
     "make bench": "needs a GPU",
     "make wheel": "test_wheel.py",
-    "integration/gpu_host.sh": "needs a GPU host",
-    "integration/gpu_test.py": "needs a GPU",
+    "integration/gpu/gpu_host.sh": "needs a GPU host",
+    "integration/gpu/gpu_test.py": "needs a GPU",
     "python3 docs/record.py": "test_record.py",
-    "python3 integration/readme.py": "test_repository.py, with --check",
-    "python3 integration/plot.py": "needs matplotlib, which nothing else here does",
+    "python3 -m integration.figures.build": "test_repository.py, with --check",
+    "python3 -m integration.figures.plot": "needs matplotlib, which nothing else here does",
 }
 
 

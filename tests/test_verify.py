@@ -15,7 +15,7 @@ from commands import SGLANG, command, needs_sglang, program
 from conftest import HAS_GPU
 
 from sglang_nsa_plugin.adapters import releases
-from sglang_nsa_plugin.cli import found, verify
+from sglang_nsa_plugin.cli import environment, verify
 
 OTHER_PLUGIN = {
     "METADATA": "Metadata-Version: 2.1\nName: other\nVersion: 1.0\n",
@@ -113,7 +113,7 @@ def test_sglang_plugins(given, problem, remedy, tmp_path, monkeypatch):
     install_other_plugin(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("SGLANG_PLUGINS", given)
-    discovery = found.discovery()
+    discovery = environment.discovery()
     assert discovery["plugins"] == ["nsa", "other"]
     assert discovery["loads"] is (problem is None)
     if problem is not None:
@@ -138,8 +138,8 @@ def install_other_plugin(folder: Path) -> None:
 
 
 def test_a_plugin_that_is_not_installed_is_not_found(monkeypatch):
-    monkeypatch.setattr(found, "entry_points", lambda group: ())
-    assert found.discovery()["problem"] == (
+    monkeypatch.setattr(environment, "entry_points", lambda group: ())
+    assert environment.discovery()["problem"] == (
         "the entry point nsa of group sglang.srt.plugins is not installed"
     )
 
@@ -180,7 +180,7 @@ def test_a_missing_library_stands_in_the_way(tmp_path):
 def test_a_wrong_fill_stands_in_the_way():
     """The self-test is passed; one more value is wrong in the real fill."""
     wrong = """
-from sglang_nsa_plugin.cli import fills
+from sglang_nsa_plugin.cli import one_fill
 right = fills._case
 made = []
 def case(device):
@@ -201,9 +201,9 @@ fills._case = case
 
 def test_without_sglang_the_verdict_says_what_to_install():
     without = """
-from sglang_nsa_plugin.cli import found
-installed = found.distribution
-found.distribution = lambda name: None if name == "sglang" else installed(name)
+from sglang_nsa_plugin.cli import environment
+installed = environment.distribution
+environment.distribution = lambda name: None if name == "sglang" else installed(name)
 """
     result = outcome(program(without, "verify", "--json"))
     assert result["adapter"] is None
@@ -313,4 +313,4 @@ def test_why_a_torch_with_cuda_has_no_gpu(driver, hidden, reason, remedy, monkey
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert found._no_gpu(driver) == (reason, remedy)
+    assert environment._no_gpu(driver) == (reason, remedy)

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases
-from sglang_nsa_plugin.adapters.configuration import resolved
+from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.state import STATE
 
 logger = logging.getLogger(__name__)

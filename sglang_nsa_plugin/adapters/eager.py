@@ -18,10 +18,10 @@ import torch
 
 from sglang_nsa_plugin import dispatch
 from sglang_nsa_plugin.adapters import hooks
-from sglang_nsa_plugin.adapters.decision import START_ERRORS, decline, decline_after, take_over
 from sglang_nsa_plugin.adapters.eager_fill import EagerFill
 from sglang_nsa_plugin.adapters.eager_names import CTX_LENS, DSA, NSA, Names, names_of_generation
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook
+from sglang_nsa_plugin.adapters.outcome import START_ERRORS, decline, decline_after, take_over
 from sglang_nsa_plugin.adapters.ragged_fill import RaggedFill
 from sglang_nsa_plugin.state import STATE
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin.adapters.checked import DIFFERENT, ShadowCheck, compare
-from sglang_nsa_plugin.adapters.decision import count_fallback
 from sglang_nsa_plugin.adapters.eager_names import CTX_LENS, Names
+from sglang_nsa_plugin.adapters.outcome import count_fallback
+from sglang_nsa_plugin.adapters.shadow_check import DIFFERENT, ShadowCheck, compare
 from sglang_nsa_plugin.dispatch import Choice
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.state import STATE

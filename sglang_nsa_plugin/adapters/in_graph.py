@@ -16,16 +16,16 @@ import torch
 
 from sglang_nsa_plugin import dispatch
 from sglang_nsa_plugin.adapters import hooks
-from sglang_nsa_plugin.adapters.captured import DraftExtendFill, is_capturing
-from sglang_nsa_plugin.adapters.configuration import resolved
-from sglang_nsa_plugin.adapters.decision import (
+from sglang_nsa_plugin.adapters.captured_fill import BackendFills, is_capturing
+from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Sets
+from sglang_nsa_plugin.adapters.outcome import (
     START_ERRORS,
     CaptureError,
     decline,
     decline_after,
     take_over,
 )
-from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Sets
+from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.state import STATE
 
 NAME = "in-graph"
@@ -68,7 +68,7 @@ def _take_over(backend: Any, asked_for: str) -> None:
     try:
         choice = dispatch.choose(asked_for, backend.req_to_token.device)
         (mode,) = _draft_extend_modes()
-        fill = DraftExtendFill(backend, mode, choice, _check_every)
+        fill = BackendFills(backend, mode, choice, _check_every)
     except START_ERRORS as error:
         _give_up(error)
         return
@@ -186,7 +186,7 @@ def _out_graph(
 
 def _admitted(original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool) -> Any:
     """The same for a batch that is not known yet, or whose replay has more to do."""
-    fill: DraftExtendFill = getattr(backend, ATTRIBUTE)
+    fill: BackendFills = getattr(backend, ATTRIBUTE)
     if in_capture or forward_batch.forward_mode is not fill.mode:
         return original(backend, forward_batch, in_capture=in_capture)
     captured = fill.captured.get(forward_batch.batch_size)

@@ -11,8 +11,6 @@ import importlib
 import logging
 from typing import Any
 
-from sglang_nsa_plugin.adapters.checked import DIFFERENT, found_difference
-from sglang_nsa_plugin.adapters.decision import count_fallback
 from sglang_nsa_plugin.adapters.eager_fill import (
     OTHER_SIZES,
     have_size,
@@ -21,6 +19,8 @@ from sglang_nsa_plugin.adapters.eager_fill import (
     set_prefill_impl,
 )
 from sglang_nsa_plugin.adapters.eager_names import Names
+from sglang_nsa_plugin.adapters.outcome import count_fallback
+from sglang_nsa_plugin.adapters.shadow_check import DIFFERENT, found_difference
 from sglang_nsa_plugin.dispatch import Choice
 from sglang_nsa_plugin.state import STATE
 

@@ -53,15 +53,15 @@ def _discover_and_compare(steps: int, seed: int, progress: Progress) -> dict[str
     _discover()
 
     from sglang_nsa_plugin.adapters import hooks
-    from sglang_nsa_plugin.cli.replay import Comparison
-    from sglang_nsa_plugin.cli.twins import make_twin
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.installed import pair_for_installed
     from sglang_nsa_plugin.state import record
 
-    twin = make_twin(device, BATCH_SIZES, draft_tokens=DRAFT_TOKENS)
+    pair = pair_for_installed(device, BATCH_SIZES, draft_tokens=DRAFT_TOKENS)
     comparison = Comparison()
     progress.update(task, description="draft-extend steps")
-    for bs in progress.track(_random_batches(twin, steps, seed), total=steps, task_id=task):
-        twin.step(bs, comparison)
+    for bs in progress.track(_random_batches(pair, steps, seed), total=steps, task_id=task):
+        pair.step(bs, comparison)
     state = record()
     ours = state["replays"] + state["launches"]
     passed = comparison.first is None and ours == steps and not state["fallbacks"]
@@ -95,18 +95,18 @@ def _discover() -> None:
         )
 
 
-def _random_batches(twin: Any, steps: int, seed: int) -> Iterator[int]:
-    """Writes random batches into the twin's inputs, one after the other; yields the size of each."""
+def _random_batches(pair: Any, steps: int, seed: int) -> Iterator[int]:
+    """Writes random batches into the pair's inputs, one after the other; yields the size of each."""
     import torch
 
-    from sglang_nsa_plugin.cli.batches import random_step
+    from sglang_nsa_plugin.harness.inputs import random_step
 
     rng = torch.Generator().manual_seed(seed)
-    longest = twin.inputs.req_to_token.shape[1]
+    longest = pair.inputs.req_to_token.shape[1]
     for _ in range(steps):
-        raw_bs = int(torch.randint(1, twin.batch_sizes[-1] + 1, (), generator=rng))
-        bs = twin.bucket(raw_bs)
-        random_step(twin.inputs, rng, raw_bs, bs, DRAFT_TOKENS, longest)
+        raw_bs = int(torch.randint(1, pair.batch_sizes[-1] + 1, (), generator=rng))
+        bs = pair.bucket(raw_bs)
+        random_step(pair.inputs, rng, raw_bs, bs, DRAFT_TOKENS, longest)
         yield bs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_nsa_plugin.cli.outline import outline
+from sglang_nsa_plugin.cli.source_stubs import outline
 
 
 def ask() -> dict[str, Any]:

@@ -148,6 +148,6 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from sglang_nsa_plugin.cli import bench
+    from sglang_nsa_plugin.cli.bench import run as bench
 
     return bench.run(arguments.json, arguments.plot, arguments.quick)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_nsa_plugin import options
-from sglang_nsa_plugin.cli import found, terminal
+from sglang_nsa_plugin.cli import environment, terminal
 
 STDOUT = "-"
 KERNELS = {"cuda": "CUDA", "triton": "Triton", "torch": "PyTorch"}
@@ -38,20 +38,20 @@ def _find(console: Console) -> dict[str, Any]:
     begin = time.monotonic()
     with terminal.progress(console) as progress:
         task = progress.add_task("looking around", total=None)
-        from sglang_nsa_plugin.cli import fills, fit  # torch comes with them and takes seconds
+        from sglang_nsa_plugin.cli import fit, one_fill  # torch comes with them and takes seconds
 
-        machine, sglang = found.machine(), found.sglang()
+        machine, sglang = environment.machine(), environment.sglang()
         adapter = fit.ask() if sglang["version"] is not None else None
-        progress.update(task, description="filling", total=len(fills.NAMES))
+        progress.update(task, description="filling", total=len(one_fill.NAMES))
         implementations = {}
-        for name in fills.NAMES:
-            implementations[name] = fills.check(name, machine["no_gpu"])
+        for name in one_fill.NAMES:
+            implementations[name] = one_fill.check(name, machine["no_gpu"])
             progress.advance(task)
     result = {
         **machine,
         "sglang": sglang,
-        "discovery": found.discovery(),
-        "setting": found.setting(),
+        "discovery": environment.discovery(),
+        "setting": environment.setting(),
         "adapter": adapter,
         "implementations": implementations,
         "seconds": round(time.monotonic() - begin, 1),
@@ -175,10 +175,10 @@ def _adapter(adapter: dict[str, Any] | None) -> str:
 
 
 def _fills(result: dict[str, Any]) -> Table:
-    from sglang_nsa_plugin.cli import fills
+    from sglang_nsa_plugin.cli import one_fill
 
     table = Table(
-        title=f"one fill: {fills.REQUESTS} requests of up to {fills.CONTEXT:,} tokens",
+        title=f"one fill: {one_fill.REQUESTS} requests of up to {one_fill.CONTEXT:,} tokens",
         title_justify="left",
     )
     for column in ("kernel", "on", "against the torch reference"):

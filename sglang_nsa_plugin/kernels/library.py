@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,17 @@ import torch
 from sglang_nsa_plugin.fill_args import FillArgs
 
 ELF_HEADER_BYTES = 64
-LIBRARY = Path(__file__).resolve().parent.parent / "lib" / "nsa_metadata.so"
+DISTRIBUTION = "sglang-nsa-plugin"
+NAME = "nsa_metadata.so"
+
+
+def _installed() -> Path:
+    """Where the installed distribution keeps the library: also for Python of a source tree, which has none."""
+    files = importlib.metadata.files(DISTRIBUTION) or []
+    return next((Path(str(file.locate())) for file in files if file.name == NAME), Path(NAME))
+
+
+LIBRARY = _installed()
 
 
 class LibraryUnavailableError(RuntimeError):

@@ -6,10 +6,10 @@ Times are of no interest here, and what only a GPU can count is stood in for.
 from __future__ import annotations
 
 import pytest
-from graph_twin import CPU, DRAFT_TOKENS, make_twin, on_the_cpu
+from cpu_pair import CPU, DRAFT_TOKENS, make_pair, on_the_cpu
 from rich.console import Console
 
-from sglang_nsa_plugin.cli.bench_cases import BOTH, PAGED, Case, DirectFills, Grid, Setup
+from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, Case, DirectFills, Grid, Setup
 
 pytestmark = on_the_cpu
 LENGTH, REQUESTS = 200, 4
@@ -18,38 +18,38 @@ SETUP = Setup(width=640, requests=(1, REQUESTS), lengths=(LENGTH,), draft_tokens
 
 @pytest.fixture
 def stepped():
-    """A twin that has filled one case, direct fills over its inputs, and SGLang's values."""
-    from sglang_nsa_plugin.cli import bench, bench_cases, bench_paths
+    """A pair that has filled one case, direct fills over its inputs, and SGLang's values."""
+    from sglang_nsa_plugin.cli.bench import cases, paths, run
 
-    twin = make_twin(context_len=SETUP.width - bench_cases.PAGE)
-    fills = DirectFills(twin.inputs, REQUESTS, DRAFT_TOKENS)
-    bench_cases.write_slots(twin.inputs)
+    pair = make_pair(context_len=SETUP.width - cases.PAGE)
+    fills = DirectFills(pair.inputs, REQUESTS, DRAFT_TOKENS)
+    cases.write_slots(pair.inputs)
     case = Case(REQUESTS, LENGTH)
-    bench_cases.write_lengths(twin.inputs, case)
-    assert bench._step(twin, REQUESTS) > 0
-    return twin, fills, case, bench_paths.sglang_values(twin, REQUESTS)
+    cases.write_lengths(pair.inputs, case)
+    assert run._step(pair, REQUESTS) > 0
+    return pair, fills, case, paths.sglang_values(pair, REQUESTS)
 
 
 @pytest.mark.parametrize("tables", [BOTH, PAGED])
 def test_every_path_writes_sglangs_values(stepped, tables):
-    from sglang_nsa_plugin.cli import bench_paths
+    from sglang_nsa_plugin.cli.bench import paths
 
-    twin, fills, case, sglang = stepped
-    calls = bench_paths.direct(fills, REQUESTS, tables)
+    pair, fills, case, sglang = stepped
+    calls = paths.direct(fills, REQUESTS, tables)
     assert list(calls) == ["cpu", "torch", *(["original"] if tables == BOTH else [])]
     args = fills.args(REQUESTS, tables)
-    values = bench_paths.compare(calls, args, sglang, case)
+    values = paths.compare(calls, args, sglang, case)
     rows, pages = REQUESTS * DRAFT_TOKENS, -(-LENGTH // 64)
     lengths = REQUESTS + (REQUESTS + 1) + rows + rows + (rows + 1)
     cells = rows * (pages + (LENGTH if tables == BOTH else 0))
     assert values == len(calls) * (lengths + cells)
-    paths = bench_paths.with_sglang(twin, fills, REQUESTS, tables)
+    paths = paths.with_sglang(pair, fills, REQUESTS, tables)
     assert "original" not in paths.gpu
     assert "sglang_kernel" in paths.gpu
     for path in (*paths.host.values(), *paths.gpu.values()):
-        with twin.stand_ins():
+        with pair.stub_process():
             path()
-    recorded = bench_paths.recorded_tables(twin, REQUESTS)
+    recorded = paths.recorded_tables(pair, REQUESTS)
     assert ("ours" in paths.gpu) == ("sglang" in paths.host) == (tables == recorded)
 
 
@@ -57,46 +57,45 @@ def test_every_path_writes_sglangs_values(stepped, tables):
     "name", ["cache_seqlens", "nsa_cu_seqlens_k", "page_table_1", "real_page_table"]
 )
 def test_a_wrong_value_is_named_and_not_timed(stepped, name):
-    from sglang_nsa_plugin.cli import bench_paths
+    from sglang_nsa_plugin.cli.bench import paths
 
     _, fills, case, sglang = stepped
     args = fills.args(REQUESTS, BOTH)
-    calls = bench_paths.direct(fills, REQUESTS, BOTH)
+    calls = paths.direct(fills, REQUESTS, BOTH)
 
     def wrong():
         calls["cpu"]()
         args.outputs()[name].view(-1)[-1 if name.endswith(("lens", "_k")) else 0] += 1
 
-    with pytest.raises(
-        bench_paths.DifferentValuesError, match=rf"planted filled other values: {name}\["
-    ):
-        bench_paths.compare({"cpu": calls["cpu"], "planted": wrong}, args, sglang, case)
+    with pytest.raises(paths.DifferentValuesError, match=rf"planted filled other values: {name}\["):
+        paths.compare({"cpu": calls["cpu"], "planted": wrong}, args, sglang, case)
 
 
 def test_the_kernel_of_sglang_leaves_the_wide_table_alone(stepped):
-    twin, _, _, sglang = stepped
+    pair, _, _, sglang = stepped
     for wide in (True, False):
         sglang["page_table_1"].fill_(-7)
         sglang["real_page_table"].fill_(-7)
-        with twin.stand_ins():
-            twin.sglang_kernel(REQUESTS, wide)()
+        with pair.stub_process():
+            pair.sglang_kernel(REQUESTS, wide)()
         assert bool((sglang["page_table_1"][:, :LENGTH] == -7).all()) != wide
         assert (sglang["real_page_table"][:, 0] != -7).all()
 
 
 def test_memory_counts_each_address_once(stepped):
-    from sglang_nsa_plugin.cli import bench_paths
+    from sglang_nsa_plugin.cli.bench import paths
 
-    twin, *_ = stepped
-    metadata = twin.theirs.backend.decode_cuda_graph_metadata[REQUESTS]
+    pair, *_ = stepped
+    metadata = pair.theirs.backend.decode_cuda_graph_metadata[REQUESTS]
     rows, width = metadata.page_table_1.shape
-    counted = bench_paths.memory_bytes(metadata)
+    counted = paths.memory_bytes(metadata)
     tables = 4 * rows * (width + metadata.real_page_table.shape[1])
     assert tables < counted < tables + 4 * 16 * rows + 64
 
 
 def test_rows_of_a_setup_have_every_figure(stepped, monkeypatch):
-    from sglang_nsa_plugin.cli import bench, bench_report, timing
+    from sglang_nsa_plugin.cli.bench import report, timing
+    from sglang_nsa_plugin.cli.bench import run as bench
 
     monkeypatch.setattr(timing, "gpu_times", timing.host_times)
     monkeypatch.setattr(timing, "launches", lambda call: 1)
@@ -127,7 +126,7 @@ def test_rows_of_a_setup_have_every_figure(stepped, monkeypatch):
     figure = {"median": 1.0, "q1": 1.0, "q3": 1.0}
     about = {"sglang": "0", "gpu": "a GPU", "adapter": "in-graph", "implementation": "cpu"}
     measured = dict.fromkeys(("floor_us", "launch_us", "copy_gb_s"), figure)
-    bench_report.show(console, {**about, **measured, "cases": rows})
+    report.show(console, {**about, **measured, "cases": rows})
     shown = console.export_text()
     assert "ours, in the graph" in shown
     assert "2 kernel, 1 event_record" in shown

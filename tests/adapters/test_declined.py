@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from graph_twin import CPU, make_twin, on_the_cpu, skip_unless_captured
+from cpu_pair import CPU, make_pair, on_the_cpu, skip_unless_captured
 
 pytestmark = on_the_cpu
 
 
 @pytest.fixture
-def twin():
-    return make_twin()
+def pair():
+    return make_pair()
 
 
 @pytest.mark.parametrize(
@@ -30,42 +30,42 @@ def twin():
         ({"dsa_index_kpool": 1}, {"enable_multi_layer_eagle": False}, None),
     ],
 )
-def test_configurations_that_stay_with_sglang(twin, monkeypatch, backend, server_args, said):
+def test_configurations_that_stay_with_sglang(pair, monkeypatch, backend, server_args, said):
     """F10 and others: declined with the reason."""
     from sglang_nsa_plugin.adapters import in_graph
 
     for name, value in backend.items():
-        monkeypatch.setattr(twin.ours.backend, name, value, raising=False)
-    assert in_graph.uncovered(twin.ours.backend, model_runner(**server_args)) == said
+        monkeypatch.setattr(pair.ours.backend, name, value, raising=False)
+    assert in_graph.uncovered(pair.ours.backend, model_runner(**server_args)) == said
 
 
 def model_runner(**server_args: object) -> SimpleNamespace:
-    from sglang_nsa_plugin.cli import stand_ins
+    from sglang_nsa_plugin.harness import process_stubs
 
-    published = stand_ins.publish_server_args(**server_args)
+    published = process_stubs.publish_server_args(**server_args)
     return SimpleNamespace(server_args=published, war_fastpath_read_done_event=None)
 
 
-def test_a_runner_whose_fence_is_unknown_stays_with_sglang(twin):
+def test_a_runner_whose_fence_is_unknown_stays_with_sglang(pair):
     """Nothing else could tell the scheduler when the read inside the replay has ended."""
     from sglang_nsa_plugin.adapters import in_graph
 
-    said = in_graph.uncovered(twin.ours.backend, SimpleNamespace(server_args=SimpleNamespace()))
+    said = in_graph.uncovered(pair.ours.backend, SimpleNamespace(server_args=SimpleNamespace()))
     assert said == (
         "the model runner has none of shared_read_done_event, war_fastpath_read_done_event, "
         "which the scheduler waits on"
     )
 
 
-def test_a_pooled_index_stays_with_sglang(twin):
+def test_a_pooled_index_stays_with_sglang(pair):
     """F10: SGLang's own backend of a model that pools its index, in releases that can."""
     from sglang_nsa_plugin.adapters import in_graph
-    from sglang_nsa_plugin.cli.rig import BackendRig
+    from sglang_nsa_plugin.harness.graph_backend import GraphBackend
     from sglang_nsa_plugin.state import STATE
 
-    if not hasattr(twin.ours.backend, "dsa_index_kpool"):
+    if not hasattr(pair.ours.backend, "dsa_index_kpool"):
         return  # an earlier release: there is no such model to serve
-    pooled = BackendRig(CPU, index_kpool=4)
+    pooled = GraphBackend(CPU, index_kpool=4)
     assert pooled.backend.dsa_index_kpool == 4
     assert in_graph.ATTRIBUTE not in vars(pooled.backend)
     assert STATE.reason == "index k-pooling (4) is not covered"
@@ -87,38 +87,38 @@ def test_sglangs_resolved_arguments_are_asked(fields, reason):
     """From 0.5.19 on the arguments stay as the user gave them; SGLang's decisions lie beside them."""
     skip_unless_captured()
     from sglang_nsa_plugin import adapters
-    from sglang_nsa_plugin.cli import stand_ins
+    from sglang_nsa_plugin.harness import process_stubs
 
     sparse = {"attention_backend": "dsa", "speculative_algorithm": "EAGLE"}
-    published = stand_ins.publish_server_args(**{**sparse, **fields})
+    published = process_stubs.publish_server_args(**{**sparse, **fields})
     as_a_child_gets_them = pickle.loads(pickle.dumps(published))
     assert adapters.nothing_to_fill(as_a_child_gets_them) == reason
 
 
-def test_hip_stays_with_sglang(twin, monkeypatch):
+def test_hip_stays_with_sglang(pair, monkeypatch):
     from sglang_nsa_plugin.adapters import in_graph
 
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert in_graph.uncovered(twin.ours.backend, model_runner()) == "HIP is not covered"
+    assert in_graph.uncovered(pair.ours.backend, model_runner()) == "HIP is not covered"
 
 
 @pytest.mark.parametrize(
     ("names", "got"), [(("EXTEND", "DRAFT_EXTEND_V2"), "EXTEND, DRAFT_EXTEND_V2"), ((), "none")]
 )
-def test_draft_extend_must_be_one_forward_mode(twin, monkeypatch, names, got):
+def test_draft_extend_must_be_one_forward_mode(pair, monkeypatch, names, got):
     """A batch's mode is compared with the one that was found at start-up."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     from sglang_nsa_plugin.adapters import in_graph
 
     monkeypatch.setattr(ForwardMode, "is_draft_extend_v2", lambda mode: mode.name in names)
-    said = in_graph.uncovered(twin.ours.backend, model_runner())
+    said = in_graph.uncovered(pair.ours.backend, model_runner())
     assert said == f"one ForwardMode must be draft-extend, got {got}"
 
 
-def test_a_backend_without_what_the_fill_reads_stays_with_sglang(twin, monkeypatch):
+def test_a_backend_without_what_the_fill_reads_stays_with_sglang(pair, monkeypatch):
     from sglang_nsa_plugin.adapters import in_graph
 
-    monkeypatch.delattr(twin.ours.backend, "dsa_index_topk")
-    said = in_graph.uncovered(twin.ours.backend, model_runner())
+    monkeypatch.delattr(pair.ours.backend, "dsa_index_topk")
+    said = in_graph.uncovered(pair.ours.backend, model_runner())
     assert said == "DeepseekSparseAttnBackend has no attribute dsa_index_topk"

@@ -37,35 +37,35 @@ VIEWS = {"aten::as_strided", "aten::slice.Tensor"}
 
 
 @pytest.fixture
-def twin():
-    return make_twin()
+def pair():
+    return make_pair()
 
 
-def make_twin(backend: str = "auto", **rig: object):
-    from sglang_nsa_plugin.cli.eager_twin import EagerTwin
+def make_pair(backend: str = "auto", **rig: object):
+    from sglang_nsa_plugin.harness.eager_pair import EagerPair
 
     settings = {"draft_tokens": DRAFT_TOKENS, "context_len": 512, "pool_size": 12, **rig}
-    return EagerTwin(CPU, (1, 2, 4, MAX_BS), backend, **settings)
+    return EagerPair(CPU, (1, 2, 4, MAX_BS), backend, **settings)
 
 
-def random_batch(twin, generator, raw_bs=None, bs=None):
-    from sglang_nsa_plugin.cli.batches import random_step
+def random_batch(pair, generator, raw_bs=None, bs=None):
+    from sglang_nsa_plugin.harness.inputs import random_step
 
     raw_bs = raw_bs or int(torch.randint(1, MAX_BS + 1, (), generator=generator))
     bs = bs or raw_bs
-    longest = twin.ours.backend.max_context_len  # no further reaches SGLang's ragged page table
-    random_step(twin.inputs, generator, raw_bs, bs, twin.ours.draft_tokens, longest)
+    longest = pair.ours.backend.max_context_len  # no further reaches SGLang's ragged page table
+    random_step(pair.inputs, generator, raw_bs, bs, pair.ours.draft_tokens, longest)
     return bs
 
 
-def step_and_expect_equal(twin, bs, global_num_tokens=None):
+def step_and_expect_equal(pair, bs, global_num_tokens=None):
     """Lengths below the number of draft tokens are raised to it, as a server has them."""
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
     result = Comparison()
-    twin.step(bs, result, global_num_tokens)
+    pair.step(bs, result, global_num_tokens)
     assert result.first is None, result.first
-    return twin.ours.backend.forward_metadata
+    return pair.ours.backend.forward_metadata
 
 
 def lengths_of(metadata):
@@ -87,10 +87,10 @@ def lengths_of(metadata):
     ids=str,
 )
 def test_every_field_equals_sglangs(backend, rig, state):
-    twin = make_twin(backend, **rig)
+    pair = make_pair(backend, **rig)
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
-        step_and_expect_equal(twin, random_batch(twin, generator))
+        step_and_expect_equal(pair, random_batch(pair, generator))
     assert state.adapter == "eager"
     assert state.backend == {"auto": "cpu", "torch": "torch"}[backend]
     assert state.launches == 20
@@ -100,14 +100,14 @@ def test_every_field_equals_sglangs(backend, rig, state):
 @pytest.mark.parametrize("draft_tokens", range(1, 7))
 def test_requests_shorter_than_their_rows(draft_tokens):
     """F1: rows before the first token get length 0, not a negative one."""
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
-    twin = make_twin(draft_tokens=draft_tokens, index_topk=5)
-    twin.inputs.seq_lens.copy_(torch.tensor([0, 1, 2, 3, 4, 5, 6, 100]))
+    pair = make_pair(draft_tokens=draft_tokens, index_topk=5)
+    pair.inputs.seq_lens.copy_(torch.tensor([0, 1, 2, 3, 4, 5, 6, 100]))
     result = Comparison()
-    twin.plan_both(twin.ours.batch(8), result)
+    pair.plan_both(pair.ours.batch(8), result)
     assert result.first is None, result.first
-    expanded, clamped, sums = lengths_of(twin.ours.backend.forward_metadata)
+    expanded, clamped, sums = lengths_of(pair.ours.backend.forward_metadata)
     assert min(expanded) == 0
     assert expanded[:draft_tokens] == [0] * draft_tokens
     assert max(clamped) == 5
@@ -119,12 +119,12 @@ def test_requests_shorter_than_their_rows(draft_tokens):
     [([8, 16], 16), ([8, 8], 8), ([8, 100], 100), ([8, 0], 8)],
     ids=["the other rank has more", "as many", "many more", "the other rank is idle"],
 )
-def test_rows_of_dp_padding_get_length_zero(twin, global_num_tokens, rows):
+def test_rows_of_dp_padding_get_length_zero(pair, global_num_tokens, rows):
     """Only the clamped lengths are padded; tables and expanded lengths keep the rows of the batch."""
     generator = torch.Generator().manual_seed(2)
     for own_rows in (None, global_num_tokens):  # padding writes over what the step before left
-        random_batch(twin, generator, raw_bs=2)
-        metadata = step_and_expect_equal(twin, 2, own_rows)
+        random_batch(pair, generator, raw_bs=2)
+        metadata = step_and_expect_equal(pair, 2, own_rows)
     expanded, clamped, sums = lengths_of(metadata)
     assert len(expanded) == metadata.page_table_1.shape[0] == 8
     assert len(clamped) == rows
@@ -132,15 +132,15 @@ def test_rows_of_dp_padding_get_length_zero(twin, global_num_tokens, rows):
     assert sums[8:] == [sums[8]] * (rows + 1 - 8)
 
 
-def test_tensors_stay_and_each_step_has_an_object_of_its_own(twin):
+def test_tensors_stay_and_each_step_has_an_object_of_its_own(pair):
     """SGLang's object is frozen, and the step before may still be read where it is kept."""
     generator = torch.Generator().manual_seed(3)
-    random_batch(twin, generator, raw_bs=8)
-    step_and_expect_equal(twin, 8)  # the largest: no table grows from here on
+    random_batch(pair, generator, raw_bs=8)
+    step_and_expect_equal(pair, 8)  # the largest: no table grows from here on
     seen = []
     for bs in (4, 2, 4, 2):
-        random_batch(twin, generator, raw_bs=bs)
-        seen.append(step_and_expect_equal(twin, bs))
+        random_batch(pair, generator, raw_bs=bs)
+        seen.append(step_and_expect_equal(pair, bs))
     assert len({id(metadata) for metadata in seen}) == 4
     for first, second in ((seen[0], seen[2]), (seen[1], seen[3])):
         for field in (NAMES.seqlens_expanded, NAMES.cache_seqlens, NAMES.cu_seqlens_k, "cu_seqlens_k"):
@@ -149,23 +149,23 @@ def test_tensors_stay_and_each_step_has_an_object_of_its_own(twin):
     assert len({metadata.real_page_table.data_ptr() for metadata in seen}) == 1
 
 
-def test_page_tables_grow_with_the_largest_batch_and_not_with_each_step(twin):
+def test_page_tables_grow_with_the_largest_batch_and_not_with_each_step(pair):
     memory = set()
     for longest in range(100, 300):
-        twin.inputs.seq_lens.fill_(longest)
-        twin.ours.plan(twin.ours.batch(4))
-        memory.add(twin.ours.backend.forward_metadata.page_table_1.untyped_storage().data_ptr())
+        pair.inputs.seq_lens.fill_(longest)
+        pair.ours.plan(pair.ours.batch(4))
+        memory.add(pair.ours.backend.forward_metadata.page_table_1.untyped_storage().data_ptr())
     assert len(memory) < 12
-    cells = twin.ours.backend.forward_metadata.page_table_1.untyped_storage().nbytes() // 4
+    cells = pair.ours.backend.forward_metadata.page_table_1.untyped_storage().nbytes() // 4
     assert cells <= 4 * DRAFT_TOKENS * 300 * 9 // 8
 
 
-def test_cells_that_no_step_wrote_hold_the_padding_slot(twin):
+def test_cells_that_no_step_wrote_hold_the_padding_slot(pair):
     """Kernels that look ahead of a length find slots that exist."""
-    twin.inputs.seq_lens[:2].copy_(torch.tensor([5, 300]))
-    twin.inputs.req_pool_indices[:2].copy_(torch.tensor([1, 2]))
-    twin.inputs.req_to_token[1:3].fill_(7 * 64)
-    metadata = step_and_expect_equal(twin, 2)
+    pair.inputs.seq_lens[:2].copy_(torch.tensor([5, 300]))
+    pair.inputs.req_pool_indices[:2].copy_(torch.tensor([1, 2]))
+    pair.inputs.req_to_token[1:3].fill_(7 * 64)
+    metadata = step_and_expect_equal(pair, 2)
     assert metadata.page_table_1[:DRAFT_TOKENS, 5:].unique().tolist() == [0]
     assert metadata.real_page_table[:DRAFT_TOKENS, 1:].unique().tolist() == [0]
     assert metadata.real_page_table[DRAFT_TOKENS:].unique().tolist() == [7]
@@ -185,36 +185,36 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_is_one_launch_and_asks_the_device_for_nothing(twin):
+def test_a_step_is_one_launch_and_asks_the_device_for_nothing(pair):
     """Beside the launch there are views, and the maximum of the lengths on the host."""
-    random_batch(twin, torch.Generator().manual_seed(4), raw_bs=4)
-    twin.ours.plan(twin.ours.batch(4))  # allocates
-    batch = twin.ours.batch(4)
-    with twin.stand_ins(), Operations() as ours:
-        twin.ours.backend.init_forward_metadata(batch)
-    with twin.stand_ins(), Operations() as theirs:
-        twin.theirs.backend.init_forward_metadata(batch)
+    random_batch(pair, torch.Generator().manual_seed(4), raw_bs=4)
+    pair.ours.plan(pair.ours.batch(4))  # allocates
+    batch = pair.ours.batch(4)
+    with pair.stub_process(), Operations() as ours:
+        pair.ours.backend.init_forward_metadata(batch)
+    with pair.stub_process(), Operations() as theirs:
+        pair.theirs.backend.init_forward_metadata(batch)
     rest = [name for name in ours.names if name not in VIEWS]
     assert rest == ["aten::max", "aten::_local_scalar_dense"]
     assert ours.maxima[0] is batch.seq_lens_cpu
     assert len(theirs.names) > 15
 
 
-def test_inference_mode_as_in_a_server(twin):
+def test_inference_mode_as_in_a_server(pair):
     generator = torch.Generator().manual_seed(5)
     with torch.inference_mode():
         for bs in (2, 8, 2):
-            random_batch(twin, generator, raw_bs=bs)
-            step_and_expect_equal(twin, bs)
+            random_batch(pair, generator, raw_bs=bs)
+            step_and_expect_equal(pair, bs)
 
 
-def fallback_batch(twin, reason):
+def fallback_batch(pair, reason):
     from sglang_nsa_plugin.adapters import eager_fill
 
-    batch = twin.ours.batch(4)
+    batch = pair.ours.batch(4)
     if reason == eager_fill.OTHER_WIDTH:
         # as in the metadata of a backend that was made for another number of draft tokens
-        twin.ours.backend.speculative_num_draft_tokens = DRAFT_TOKENS + 1
+        pair.ours.backend.speculative_num_draft_tokens = DRAFT_TOKENS + 1
     elif reason == eager_fill.OTHER_SIZES:
         batch.extend_seq_lens = batch.extend_seq_lens[:3]
     elif reason == eager_fill.NO_HOST_LENGTHS:
@@ -225,19 +225,19 @@ def fallback_batch(twin, reason):
 
 
 @pytest.mark.parametrize("reason", ["NO_REQUESTS", "NO_HOST_LENGTHS", "OTHER_SIZES", "OTHER_WIDTH"])
-def test_other_batches_go_to_sglang_and_are_counted(twin, state, caplog, monkeypatch, reason):
+def test_other_batches_go_to_sglang_and_are_counted(pair, state, caplog, monkeypatch, reason):
     from sglang_nsa_plugin.adapters import eager_fill
 
     reason = getattr(eager_fill, reason)
     planned = []
     monkeypatch.setattr(
-        type(twin.ours.backend), "set_" + NAMES.prefix + "_prefill_impl", lambda *_: planned.append(1)
+        type(pair.ours.backend), "set_" + NAMES.prefix + "_prefill_impl", lambda *_: planned.append(1)
     )
-    random_batch(twin, torch.Generator().manual_seed(6), raw_bs=4)
+    random_batch(pair, torch.Generator().manual_seed(6), raw_bs=4)
     for count in (1, 2):
-        batch = fallback_batch(twin, reason)
+        batch = fallback_batch(pair, reason)
         try:
-            twin.ours.plan(batch)
+            pair.ours.plan(batch)
         except AssertionError:  # SGLang's own answer to a batch without lengths on the host
             assert reason == eager_fill.NO_HOST_LENGTHS
         assert state.fallbacks == {reason: count}
@@ -248,44 +248,44 @@ def test_other_batches_go_to_sglang_and_are_counted(twin, state, caplog, monkeyp
     assert said[0].levelname == "WARNING"
 
 
-def test_other_modes_go_to_sglang(twin, state):
+def test_other_modes_go_to_sglang(pair, state):
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
-    random_batch(twin, torch.Generator().manual_seed(7), raw_bs=4)
-    batch = twin.ours.batch(4)
+    random_batch(pair, torch.Generator().manual_seed(7), raw_bs=4)
+    batch = pair.ours.batch(4)
     batch.forward_mode = ForwardMode.DECODE
     result = Comparison()
-    twin.plan_both(batch, result)
+    pair.plan_both(batch, result)
     assert result.first is None, result.first
     assert state.launches == 0
     assert not state.fallbacks
 
 
-def test_a_prefill_in_between_does_not_leave_its_choice(twin):
+def test_a_prefill_in_between_does_not_leave_its_choice(pair):
     """A short prompt is prefilled by dense attention; the next draft-extend step is not."""
-    random_batch(twin, torch.Generator().manual_seed(8), raw_bs=4)
-    for rig in (twin.ours, twin.theirs):
+    random_batch(pair, torch.Generator().manual_seed(8), raw_bs=4)
+    for rig in (pair.ours, pair.theirs):
         rig.backend.use_mha = True
-    step_and_expect_equal(twin, 4)
-    assert twin.ours.backend.use_mha is twin.theirs.backend.use_mha is False
+    step_and_expect_equal(pair, 4)
+    assert pair.ours.backend.use_mha is pair.theirs.backend.use_mha is False
 
 
 @pytest.mark.parametrize(
     "runner_or_steps", [{"is_draft_worker": False}, {"speculative_num_steps": 3}], ids=str
 )
-def test_backends_that_plan_no_draft_extend_are_left_alone(twin, runner_or_steps):
+def test_backends_that_plan_no_draft_extend_are_left_alone(pair, runner_or_steps):
     """The target's, and those of single draft steps."""
     from sglang_nsa_plugin.adapters import eager
 
     arguments = dict(runner_or_steps)
-    runner = SimpleNamespace(**vars(twin.ours.model_runner))
+    runner = SimpleNamespace(**vars(pair.ours.model_runner))
     runner.is_draft_worker = arguments.pop("is_draft_worker", True)
-    with twin.stand_ins():
-        backend = type(twin.ours.backend)(runner, **arguments)
+    with pair.stub_process():
+        backend = type(pair.ours.backend)(runner, **arguments)
     assert not hasattr(backend, eager.ATTRIBUTE)
-    assert hasattr(twin.ours.backend, eager.ATTRIBUTE)
+    assert hasattr(pair.ours.backend, eager.ATTRIBUTE)
 
 
 UNCOVERED = [
@@ -299,15 +299,15 @@ UNCOVERED = [
 def test_what_is_not_covered_is_declined_at_start_up(state, caplog, monkeypatch, server_args, reason):
     from sglang_nsa_plugin import plugin
     from sglang_nsa_plugin.adapters import eager
-    from sglang_nsa_plugin.cli.eager_rig import EagerRig
     from sglang_nsa_plugin.dispatch import BackendUnavailableError
+    from sglang_nsa_plugin.harness.eager_backend import EagerBackend
 
     caplog.set_level("INFO")
     if not server_args:
         monkeypatch.setenv("SGLANG_ENABLE_OVERLAP_PLAN_STREAM", "1")
     arguments = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="nsa")
     plugin.activate(arguments)
-    rigs = [EagerRig(CPU, **server_args) for _ in range(2)]  # a draft worker makes two
+    rigs = [EagerBackend(CPU, **server_args) for _ in range(2)]  # a draft worker makes two
     assert not any(hasattr(rig.backend, eager.ATTRIBUTE) for rig in rigs)
     assert (state.adapter, state.reason) == (None, reason)
     said = [r.getMessage() for r in caplog.records if reason in r.getMessage()]
@@ -316,14 +316,14 @@ def test_what_is_not_covered_is_declined_at_start_up(state, caplog, monkeypatch,
     arguments._nsa_metadata_backend = "torch"
     plugin.activate(arguments)
     with pytest.raises(BackendUnavailableError, match=f"torch was asked for by name .* {reason}"):
-        EagerRig(CPU, **server_args)
+        EagerBackend(CPU, **server_args)
 
 
 def test_an_error_while_a_fill_is_set_up_leaves_every_backend_to_sglang(state, caplog, monkeypatch):
     from sglang_nsa_plugin import plugin
     from sglang_nsa_plugin.adapters import eager
-    from sglang_nsa_plugin.cli.eager_rig import EagerRig
     from sglang_nsa_plugin.dispatch import BackendUnavailableError
+    from sglang_nsa_plugin.harness.eager_backend import EagerBackend
 
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -332,7 +332,7 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_backend_to_sglang(state, c
     monkeypatch.setattr(eager.dispatch, "choose", no_memory)
     arguments = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="nsa")
     plugin.activate(arguments)
-    rigs = [EagerRig(CPU) for _ in range(2)]
+    rigs = [EagerBackend(CPU) for _ in range(2)]
     assert not any(hasattr(rig.backend, eager.ATTRIBUTE) for rig in rigs)
     reason = "the fill could not be set up: OutOfMemoryError: CUDA out of memory"
     assert (state.adapter, state.backend, state.reason) == (None, None, reason)
@@ -341,20 +341,20 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_backend_to_sglang(state, c
     arguments._nsa_metadata_backend = "torch"
     plugin.activate(arguments)
     with pytest.raises(BackendUnavailableError, match=f"torch was asked for by name .* {reason}"):
-        EagerRig(CPU)
+        EagerBackend(CPU)
 
 
-def test_a_backend_without_an_attribute_is_declined(twin):
+def test_a_backend_without_an_attribute_is_declined(pair):
     from sglang_nsa_plugin.adapters import eager
 
-    del twin.theirs.backend.real_page_size
-    refusal = eager.uncovered(twin.theirs.backend, twin.theirs.model_runner, NAMES)
-    assert refusal == f"{type(twin.theirs.backend).__name__} has no attribute real_page_size"
+    del pair.theirs.backend.real_page_size
+    refusal = eager.uncovered(pair.theirs.backend, pair.theirs.model_runner, NAMES)
+    assert refusal == f"{type(pair.theirs.backend).__name__} has no attribute real_page_size"
 
 
 def test_the_take_over_is_logged_once(state, caplog):
     caplog.set_level("INFO")
-    make_twin()
+    make_pair()
     said = [r.getMessage() for r in caplog.records if "adapter eager" in r.getMessage()]
     assert len(said) == 1
     assert said[0].startswith("sglang-nsa-plugin ")
@@ -364,24 +364,24 @@ def test_the_take_over_is_logged_once(state, caplog):
 def test_one_backend_that_fails_hands_back_the_others(state, monkeypatch):
     """The record speaks for all of them."""
     from sglang_nsa_plugin.adapters import eager
-    from sglang_nsa_plugin.cli.eager_rig import EagerRig
+    from sglang_nsa_plugin.harness.eager_backend import EagerBackend
 
-    twin = make_twin()
-    assert hasattr(twin.ours.backend, eager.ATTRIBUTE)
+    pair = make_pair()
+    assert hasattr(pair.ours.backend, eager.ATTRIBUTE)
 
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(eager, "EagerFill", no_memory)
-    EagerRig(CPU)
+    EagerBackend(CPU)
     assert (state.adapter, state.backend) == (None, None)
-    twin.ours.plan(twin.ours.batch(random_batch(twin, torch.Generator().manual_seed(19))))
-    assert not hasattr(twin.ours.backend, eager.ATTRIBUTE)
-    assert not hasattr(twin.ours.backend, eager.RAGGED_ATTRIBUTE)
+    pair.ours.plan(pair.ours.batch(random_batch(pair, torch.Generator().manual_seed(19))))
+    assert not hasattr(pair.ours.backend, eager.ATTRIBUTE)
+    assert not hasattr(pair.ours.backend, eager.RAGGED_ATTRIBUTE)
     assert state.launches == 0
 
 
-def test_an_error_in_service_goes_on_to_sglang(twin, monkeypatch):
+def test_an_error_in_service_goes_on_to_sglang(pair, monkeypatch):
     from sglang_nsa_plugin.adapters.eager_fill import PageTable
 
     def no_memory(*_):
@@ -389,34 +389,34 @@ def test_an_error_in_service_goes_on_to_sglang(twin, monkeypatch):
 
     monkeypatch.setattr(PageTable, "view", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        twin.ours.plan(twin.ours.batch(random_batch(twin, torch.Generator().manual_seed(18))))
+        pair.ours.plan(pair.ours.batch(random_batch(pair, torch.Generator().manual_seed(18))))
 
 
 # --- the shadow check ---
 
 
 def test_every_nth_step_is_compared_with_sglangs_own_plan(state):
-    twin = make_twin(check_every=3)
+    pair = make_pair(check_every=3)
     generator = torch.Generator().manual_seed(15)
     for _ in range(10):
-        step_and_expect_equal(twin, random_batch(twin, generator))
+        step_and_expect_equal(pair, random_batch(pair, generator))
     assert (state.launches, state.checks, state.mismatches) == (10, 3, 0)
 
 
 def test_a_checked_step_serves_our_tensors():
-    twin = make_twin(check_every=1)
+    pair = make_pair(check_every=1)
     addresses = set()
     for _ in range(2):  # SGLang's of two steps are there at once, so they differ
-        random_batch(twin, torch.Generator().manual_seed(17), raw_bs=4)
-        addresses.add(step_and_expect_equal(twin, 4).cu_seqlens_k.data_ptr())
+        random_batch(pair, torch.Generator().manual_seed(17), raw_bs=4)
+        addresses.add(step_and_expect_equal(pair, 4).cu_seqlens_k.data_ptr())
     assert len(addresses) == 1
 
 
 def test_a_difference_is_told_and_sglang_plans_from_then_on(state, caplog):
-    from sglang_nsa_plugin.adapters.checked import DIFFERENT
+    from sglang_nsa_plugin.adapters.shadow_check import DIFFERENT
 
-    twin = make_twin(check_every=2)
-    fill = twin.ours.backend._nsa_draft_extend_fill
+    pair = make_pair(check_every=2)
+    fill = pair.ours.backend._nsa_draft_extend_fill
     bind = fill.bind
 
     def bind_wrongly(args):
@@ -426,23 +426,23 @@ def test_a_difference_is_told_and_sglang_plans_from_then_on(state, caplog):
     fill.bind = bind_wrongly
     generator = torch.Generator().manual_seed(16)
     for _ in range(5):
-        random_batch(twin, generator, raw_bs=4)
-        twin.inputs.seq_lens.clamp_(min=DRAFT_TOKENS)
-        twin.ours.plan(twin.ours.batch(4))
+        random_batch(pair, generator, raw_bs=4)
+        pair.inputs.seq_lens.clamp_(min=DRAFT_TOKENS)
+        pair.ours.plan(pair.ours.batch(4))
     assert state.launches == 2
     assert state.mismatches == 1
     assert state.first_mismatch.startswith(f"{NAMES.seqlens_expanded}[0, 5]")
     assert state.fallbacks == {DIFFERENT: 3}
     assert len([r for r in caplog.records if "the shadow check found a diff" in r.getMessage()]) == 2
-    step_and_expect_equal(twin, 4)
+    step_and_expect_equal(pair, 4)
 
 
 # --- ragged replay, 0.5.11 and 0.5.12 ---
 
 
-def accepted_of(twin, generator, raw_bs, bs):
+def accepted_of(pair, generator, raw_bs, bs):
     """1 to all tokens of each request; the runner fills padded ones with all."""
-    n = twin.ours.draft_tokens
+    n = pair.ours.draft_tokens
     accepted = torch.full((bs,), n, dtype=torch.int32)
     accepted[:raw_bs] = torch.randint(1, n + 1, (raw_bs,), generator=generator, dtype=torch.int32)
     return accepted
@@ -456,18 +456,18 @@ def accepted_of(twin, generator, raw_bs, bs):
     ids=str,
 )
 def test_ragged_replays_equal_sglangs(backend, rig, state):
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
-    twin = make_twin(backend, **rig)
+    pair = make_pair(backend, **rig)
     generator = torch.Generator().manual_seed(9)
     for bs in (2, 4, 8):
-        twin.capture_setup(bs)
+        pair.capture_setup(bs)
     result = Comparison()
     for i in range(24):
         bs = (2, 4, 8)[i % 3]
         raw_bs = int(torch.randint(1, bs + 1, (), generator=generator))
-        random_batch(twin, generator, raw_bs, bs)
-        twin.ragged_step(bs, accepted_of(twin, generator, raw_bs, bs), result)
+        random_batch(pair, generator, raw_bs, bs)
+        pair.ragged_step(bs, accepted_of(pair, generator, raw_bs, bs), result)
         assert result.first is None, result.first
     assert state.launches == 24
     assert not state.fallbacks
@@ -475,92 +475,92 @@ def test_ragged_replays_equal_sglangs(backend, rig, state):
 
 @replays_ragged
 def test_ragged_replays_say_that_they_are_not_checked_and_end_with_a_difference(state, caplog):
-    from sglang_nsa_plugin.adapters.checked import DIFFERENT
     from sglang_nsa_plugin.adapters.ragged_fill import UNCHECKED
+    from sglang_nsa_plugin.adapters.shadow_check import DIFFERENT
 
-    twin = make_twin(check_every=1)
-    twin.capture_setup(4)
-    random_batch(twin, torch.Generator().manual_seed(12), raw_bs=4)
+    pair = make_pair(check_every=1)
+    pair.capture_setup(4)
+    random_batch(pair, torch.Generator().manual_seed(12), raw_bs=4)
     accepted = torch.tensor([1, 4, 2, 3], dtype=torch.int32)
     for _ in range(2):
-        twin.ours.replay(4, accepted)
+        pair.ours.replay(4, accepted)
     assert len([r for r in caplog.records if UNCHECKED in r.getMessage()]) == 1
     state.first_mismatch = "an eager step's"
-    twin.ours.replay(4, accepted)
+    pair.ours.replay(4, accepted)
     assert (state.launches, state.checks, state.fallbacks) == (2, 0, {DIFFERENT: 1})
 
 
 @replays_ragged
-def test_ragged_rows_behind_the_accepted_tokens_get_length_zero(twin):
+def test_ragged_rows_behind_the_accepted_tokens_get_length_zero(pair):
     """The kernels of the graph run on all captured rows, also on those that SGLang does not fill."""
-    twin.capture_setup(4)
-    random_batch(twin, torch.Generator().manual_seed(10), raw_bs=4)
+    pair.capture_setup(4)
+    random_batch(pair, torch.Generator().manual_seed(10), raw_bs=4)
     for accepted in ([4, 4, 4, 4], [1, 2, 1, 3]):
-        twin.ours.replay(4, torch.tensor(accepted, dtype=torch.int32))
-    expanded, clamped, sums = lengths_of(twin.ours.backend.decode_cuda_graph_metadata[4])
+        pair.ours.replay(4, torch.tensor(accepted, dtype=torch.int32))
+    expanded, clamped, sums = lengths_of(pair.ours.backend.decode_cuda_graph_metadata[4])
     assert expanded[7:] == clamped[7:] == [0] * 9
-    assert min(expanded[:7]) > 0 or min(twin.inputs.seq_lens.tolist()) < 4
+    assert min(expanded[:7]) > 0 or min(pair.inputs.seq_lens.tolist()) < 4
     assert sums[7:] == [sums[7]] * 10
 
 
 @replays_ragged
-def test_a_ragged_replay_is_one_launch_and_asks_the_device_for_nothing(twin, monkeypatch):
-    twin.capture_setup(4)
-    random_batch(twin, torch.Generator().manual_seed(11), raw_bs=4)
+def test_a_ragged_replay_is_one_launch_and_asks_the_device_for_nothing(pair, monkeypatch):
+    pair.capture_setup(4)
+    random_batch(pair, torch.Generator().manual_seed(11), raw_bs=4)
     accepted = torch.tensor([1, 4, 2, 3], dtype=torch.int32)
-    twin.ours.replay(4, accepted)  # checks the tensors
-    arguments = twin.ours._replay_arguments(4, accepted)
+    pair.ours.replay(4, accepted)  # checks the tensors
+    arguments = pair.ours._replay_arguments(4, accepted)
 
     def asked(tensor, *_):
         raise AssertionError("the device was asked for a value")
 
-    with twin.stand_ins(), Operations() as ours:
+    with pair.stub_process(), Operations() as ours:
         for name in ("tolist", "item", "cpu", "__int__"):
             monkeypatch.setattr(torch.Tensor, name, asked)
-        twin.ours.backend.init_forward_metadata_replay_cuda_graph(**arguments)
+        pair.ours.backend.init_forward_metadata_replay_cuda_graph(**arguments)
         with pytest.raises(AssertionError, match="the device was asked"):
-            twin.theirs.backend.init_forward_metadata_replay_cuda_graph(**arguments)
+            pair.theirs.backend.init_forward_metadata_replay_cuda_graph(**arguments)
         monkeypatch.undo()
     # up to where theirs ended
     assert set(ours.names[: ours.names.index("aten::max")]) <= VIEWS
 
 
 @replays_ragged
-def test_ragged_metadata_and_addresses_never_change(twin):
+def test_ragged_metadata_and_addresses_never_change(pair):
     """F17: the captured forward reads by address."""
     generator = torch.Generator().manual_seed(12)
-    twin.capture_setup(2)
-    metadata = twin.ours.backend.decode_cuda_graph_metadata[2]
+    pair.capture_setup(2)
+    metadata = pair.ours.backend.decode_cuda_graph_metadata[2]
     tensors = {n: t for n, t in vars(metadata).items() if isinstance(t, torch.Tensor)}
     for _ in range(3):
-        random_batch(twin, generator, raw_bs=2)
-        twin.ours.replay(2, accepted_of(twin, generator, 2, 2))
-        assert twin.ours.backend.forward_metadata is metadata
+        random_batch(pair, generator, raw_bs=2)
+        pair.ours.replay(2, accepted_of(pair, generator, 2, 2))
+        assert pair.ours.backend.forward_metadata is metadata
         assert all(getattr(metadata, name) is tensor for name, tensor in tensors.items())
 
 
 @replays_ragged
-def test_a_graph_with_too_few_table_rows_goes_to_sglang(twin, state):
+def test_a_graph_with_too_few_table_rows_goes_to_sglang(pair, state):
     """SGLang's page table has steps + 1 rows a request; a tree of drafts has more tokens than that."""
     from sglang_nsa_plugin.adapters.ragged_fill import OTHER_ROWS
 
-    twin.capture_setup(4)
-    random_batch(twin, torch.Generator().manual_seed(13), raw_bs=4)
-    metadata = twin.ours.backend.decode_cuda_graph_metadata[4]
+    pair.capture_setup(4)
+    random_batch(pair, torch.Generator().manual_seed(13), raw_bs=4)
+    metadata = pair.ours.backend.decode_cuda_graph_metadata[4]
     object.__setattr__(metadata, "page_table_1", metadata.page_table_1[:12])
-    twin.ours.replay(4, torch.tensor([1, 2, 1, 3], dtype=torch.int32))
+    pair.ours.replay(4, torch.tensor([1, 2, 1, 3], dtype=torch.int32))
     assert state.fallbacks == {OTHER_ROWS: 1}
-    assert twin.ours.backend.forward_metadata is metadata  # by SGLang
+    assert pair.ours.backend.forward_metadata is metadata  # by SGLang
 
 
 @replays_ragged
-def test_a_ragged_batch_without_a_length_for_each_request_goes_to_sglang(twin, state):
+def test_a_ragged_batch_without_a_length_for_each_request_goes_to_sglang(pair, state):
     from sglang_nsa_plugin.adapters.eager_fill import OTHER_SIZES
 
-    twin.capture_setup(4)
-    random_batch(twin, torch.Generator().manual_seed(14), raw_bs=4)
+    pair.capture_setup(4)
+    random_batch(pair, torch.Generator().manual_seed(14), raw_bs=4)
     with pytest.raises(RuntimeError, match="repeat"):  # SGLang's own answer
-        twin.ours.replay(4, torch.tensor([1, 2, 1], dtype=torch.int32))
+        pair.ours.replay(4, torch.tensor([1, 2, 1], dtype=torch.int32))
     assert state.fallbacks == {OTHER_SIZES: 1}
     assert state.launches == 0
 
@@ -635,20 +635,20 @@ def test_a_release_that_does_not_fit_is_declined_by_what_changed(change, said):
     assert said in outcome["record"]["reason"]
 
 
-def test_a_new_field_of_the_metadata_is_declined(twin, monkeypatch):
+def test_a_new_field_of_the_metadata_is_declined(pair, monkeypatch):
     """It would be left empty in silence."""
     from sglang_nsa_plugin.adapters import eager
 
-    fields = type(make_metadata(twin)).__dataclass_fields__
+    fields = type(make_metadata(pair)).__dataclass_fields__
     monkeypatch.setitem(fields, "new_plan", fields["seq_lens_sum"])
     monkeypatch.setattr(fields["seq_lens_sum"], "name", "new_plan")
-    refusal = eager.uncovered(twin.ours.backend, twin.ours.model_runner, NAMES)
+    refusal = eager.uncovered(pair.ours.backend, pair.ours.model_runner, NAMES)
     assert refusal == f"{NAMES.metadata} has further fields: new_plan"
 
 
-def make_metadata(twin):
-    twin.ours.plan(twin.ours.batch(1))
-    return twin.ours.backend.forward_metadata
+def make_metadata(pair):
+    pair.ours.plan(pair.ours.batch(1))
+    return pair.ours.backend.forward_metadata
 
 
 def test_another_plugin_on_the_same_target_is_named():

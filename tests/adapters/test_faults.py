@@ -6,7 +6,7 @@ import json
 import stat
 
 import pytest
-from graph_twin import skip_unless_captured
+from cpu_pair import skip_unless_captured
 from isolated import run, run_fresh
 from test_plugin import ACTIVATE, PARSE, SPARSE, last_line
 

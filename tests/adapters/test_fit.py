@@ -9,7 +9,7 @@ import pytest
 from isolated import run, run_fresh
 
 from sglang_nsa_plugin.adapters import in_graph
-from sglang_nsa_plugin.cli import fit, outline
+from sglang_nsa_plugin.cli import fit, source_stubs
 
 of_graphs = pytest.mark.skipif(
     not in_graph.is_generation(), reason="this SGLang does not capture DSA's draft-extend in graphs"
@@ -77,12 +77,12 @@ def test_modules_that_are_loaded_stay():
     ],
 )
 def test_what_changed_is_named(there, instead, misfit, monkeypatch):
-    read = outline._Loader.get_data
+    read = source_stubs._Loader.get_data
 
-    def changed(loader: outline._Loader, path: str) -> bytes:
+    def changed(loader: source_stubs._Loader, path: str) -> bytes:
         return read(loader, path).replace(there.encode(), instead.encode())
 
-    monkeypatch.setattr(outline._Loader, "get_data", changed)
+    monkeypatch.setattr(source_stubs._Loader, "get_data", changed)
     misfits = fit.ask()["misfits"]
     assert any(misfit in said for said in misfits), misfits
 

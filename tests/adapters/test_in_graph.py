@@ -14,21 +14,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from graph_twin import BATCH_SIZES, DRAFT_TOKENS, make_twin, on_the_cpu, random_batch
+from cpu_pair import BATCH_SIZES, DRAFT_TOKENS, make_pair, on_the_cpu, random_batch
 
 pytestmark = on_the_cpu
 
 
 @pytest.fixture
-def twin():
-    return make_twin()
+def pair():
+    return make_pair()
 
 
-def step_and_expect_equal(twin, bs):
-    from sglang_nsa_plugin.cli.replay import Comparison
+def step_and_expect_equal(pair, bs):
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
     result = Comparison()
-    twin.step(bs, result)
+    pair.step(bs, result)
     assert result.first is None, result.first
     return result
 
@@ -46,10 +46,10 @@ def step_and_expect_equal(twin, bs):
     ids=str,
 )
 def test_every_value_equals_sglangs_fill(backend, rig, state):
-    twin = make_twin(backend, **rig)
+    pair = make_pair(backend, **rig)
     generator = torch.Generator().manual_seed(1)
     for _ in range(30):
-        step_and_expect_equal(twin, random_batch(twin, generator))
+        step_and_expect_equal(pair, random_batch(pair, generator))
     assert state.adapter == "in-graph"
     assert state.backend == {"auto": "cpu", "torch": "torch"}[backend]
     assert state.captures == set(BATCH_SIZES)
@@ -57,92 +57,92 @@ def test_every_value_equals_sglangs_fill(backend, rig, state):
     assert not state.fallbacks
 
 
-def test_equals_sglangs_cuda_kernel_in_tritons_interpreter(twin):
+def test_equals_sglangs_cuda_kernel_in_tritons_interpreter(pair):
     """F1: on CUDA SGLang fills with one Triton kernel, which also clamps rows of padded requests."""
-    from sglang_nsa_plugin.cli.replay import Comparison, compare
-    from sglang_nsa_plugin.cli.rig import sglang_fused_fill
+    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
+    from sglang_nsa_plugin.harness.sglang_kernel import sglang_fused_fill
 
     generator = torch.Generator().manual_seed(2)
     result = Comparison()
     for raw_bs in (1, 2, 3, 5):
-        bs = random_batch(twin, generator, raw_bs)
-        twin.replay(bs)
-        theirs = twin.theirs.backend.decode_cuda_graph_metadata[bs]
-        sglang_fused_fill(theirs, twin.inputs, bs, DRAFT_TOKENS, 2048, 64)
-        compare(twin.ours.backend.decode_cuda_graph_metadata[bs], theirs, result)
+        bs = random_batch(pair, generator, raw_bs)
+        pair.replay(bs)
+        theirs = pair.theirs.backend.decode_cuda_graph_metadata[bs]
+        sglang_fused_fill(theirs, pair.inputs, bs, DRAFT_TOKENS, 2048, 64)
+        compare(pair.ours.backend.decode_cuda_graph_metadata[bs], theirs, result)
     assert result.first is None, result.first
 
 
-def test_padded_rows_get_length_zero(twin):
+def test_padded_rows_get_length_zero(pair):
     """F1, F3, F18: three requests in the bucket of four; the fourth has one token and four rows."""
-    bs = random_batch(twin, torch.Generator().manual_seed(3), raw_bs=3)
+    bs = random_batch(pair, torch.Generator().manual_seed(3), raw_bs=3)
     assert bs == 4
-    step_and_expect_equal(twin, bs)
-    metadata = twin.ours.backend.decode_cuda_graph_metadata[bs]
+    step_and_expect_equal(pair, bs)
+    metadata = pair.ours.backend.decode_cuda_graph_metadata[bs]
     assert metadata.dsa_seqlens_expanded[-DRAFT_TOKENS:].tolist() == [0, 0, 0, 1]
     assert metadata.cache_seqlens_int32[-1] == 1
 
 
-def test_draft_extend_lengths_include_the_draft_tokens(twin):
+def test_draft_extend_lengths_include_the_draft_tokens(pair):
     """F4: unlike target-verify, draft-extend is handed lengths that count the new tokens already."""
-    twin.inputs.seq_lens[:1].fill_(100)
-    twin.replay(1)
-    metadata = twin.ours.backend.decode_cuda_graph_metadata[1]
+    pair.inputs.seq_lens[:1].fill_(100)
+    pair.replay(1)
+    metadata = pair.ours.backend.decode_cuda_graph_metadata[1]
     assert metadata.cache_seqlens_int32.tolist() == [100]
     assert metadata.dsa_seqlens_expanded.tolist() == [97, 98, 99, 100]
 
 
-def test_accepted_tokens_do_not_change_the_metadata(twin):
+def test_accepted_tokens_do_not_change_the_metadata(pair):
     """F13: the width is static; how many drafts were accepted is used behind the forward."""
-    bs = random_batch(twin, torch.Generator().manual_seed(4), raw_bs=4)
-    metadata = twin.ours.backend.decode_cuda_graph_metadata[bs]
+    bs = random_batch(pair, torch.Generator().manual_seed(4), raw_bs=4)
+    metadata = pair.ours.backend.decode_cuda_graph_metadata[bs]
     filled = []
     for accepted in (1, 4):
-        view = twin.ours.replay_view(bs)
+        view = pair.ours.replay_view(bs)
         view.spec_info.num_accept_tokens.fill_(accepted)
-        with twin.stand_ins():
-            twin.ours.backend.init_forward_metadata_out_graph(view)
-        twin._replays[bs]()
+        with pair.stub_process():
+            pair.ours.backend.init_forward_metadata_out_graph(view)
+        pair._replays[bs]()
         filled.append(metadata.dsa_seqlens_expanded.clone())
     assert torch.equal(*filled)
 
 
-def test_metadata_object_and_addresses_never_change(twin):
+def test_metadata_object_and_addresses_never_change(pair):
     """F17: the captured forward reads by address."""
     generator = torch.Generator().manual_seed(5)
-    metadata = twin.ours.backend.decode_cuda_graph_metadata[2]
+    metadata = pair.ours.backend.decode_cuda_graph_metadata[2]
     tensors = {n: t for n, t in vars(metadata).items() if isinstance(t, torch.Tensor)}
     for _ in range(4):
-        random_batch(twin, generator, raw_bs=2)
-        twin.replay(2)
-        assert twin.ours.backend.forward_metadata is metadata
+        random_batch(pair, generator, raw_bs=2)
+        pair.replay(2)
+        assert pair.ours.backend.forward_metadata is metadata
         assert all(getattr(metadata, name) is tensor for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("name", ["seq_lens", "req_pool_indices"])
-def test_replaced_inputs_go_through_sglang(twin, state, caplog, name):
+def test_replaced_inputs_go_through_sglang(pair, state, caplog, name):
     """F19: a graph that would read the captured tensors must not write over SGLang's values."""
-    from sglang_nsa_plugin.adapters.captured import INPUTS_REPLACED
+    from sglang_nsa_plugin.adapters.captured_fill import INPUTS_REPLACED
 
     generator = torch.Generator().manual_seed(6)
-    bs = random_batch(twin, generator)
+    bs = random_batch(pair, generator)
     for count in (1, 2):
-        view = twin.ours.replay_view(bs)
-        captured = getattr(twin.inputs, name)
+        view = pair.ours.replay_view(bs)
+        captured = getattr(pair.inputs, name)
         setattr(view, name, captured.clone())
         kept = captured.clone()
         captured.fill_(1)  # what the captured fill would read
-        with twin.stand_ins():
-            twin.ours.backend.init_forward_metadata_out_graph(view)
-        twin._replays[bs]()
+        with pair.stub_process():
+            pair.ours.backend.init_forward_metadata_out_graph(view)
+        pair._replays[bs]()
         captured.copy_(kept)
-        expect_equal_after_sglang_fill(twin, bs)
+        expect_equal_after_sglang_fill(pair, bs)
         assert state.fallbacks == {INPUTS_REPLACED: count}
     said = [r for r in caplog.records if INPUTS_REPLACED in r.getMessage()]
     assert len(said) == 1
     assert said[0].levelname == "WARNING"
 
-    step_and_expect_equal(twin, bs)
+    step_and_expect_equal(pair, bs)
     assert state.replays == 1
 
 
@@ -151,12 +151,12 @@ def test_inputs_whose_memory_moved_go_through_sglang(state):
 
     Only the shadow check looks: see test_no_release_moves_memory_under_the_inputs.
     """
-    twin = make_twin(check_every=1_000)
-    bs = random_batch(twin, torch.Generator().manual_seed(9))
-    step_and_expect_equal(twin, bs)
-    twin.inputs.seq_lens.data = twin.inputs.seq_lens.clone()
-    twin.replay(bs)
-    expect_equal_after_sglang_fill(twin, bs)
+    pair = make_pair(check_every=1_000)
+    bs = random_batch(pair, torch.Generator().manual_seed(9))
+    step_and_expect_equal(pair, bs)
+    pair.inputs.seq_lens.data = pair.inputs.seq_lens.clone()
+    pair.replay(bs)
+    expect_equal_after_sglang_fill(pair, bs)
     assert sum(state.fallbacks.values()) == 1
 
 
@@ -209,38 +209,38 @@ def named(tensor: ast.expr) -> str:
     return getattr(tensor, "attr", getattr(tensor, "id", ""))
 
 
-def test_replaced_inputs_of_one_batch_size_are_news_to_the_others(twin, state):
+def test_replaced_inputs_of_one_batch_size_are_news_to_the_others(pair, state):
     """Where one is left to SGLang the fill is switched off in every graph, and on again by the next."""
     generator = torch.Generator().manual_seed(12)
     for raw_bs in (1, 2):
-        step_and_expect_equal(twin, random_batch(twin, generator, raw_bs))
-    view = twin.ours.replay_view(1)
+        step_and_expect_equal(pair, random_batch(pair, generator, raw_bs))
+    view = pair.ours.replay_view(1)
     view.seq_lens = view.seq_lens.clone()
-    with twin.stand_ins():
-        twin.ours.backend.init_forward_metadata_out_graph(view)
+    with pair.stub_process():
+        pair.ours.backend.init_forward_metadata_out_graph(view)
     assert sum(state.fallbacks.values()) == 1
-    step_and_expect_equal(twin, random_batch(twin, generator, raw_bs=2))
-    step_and_expect_equal(twin, random_batch(twin, generator, raw_bs=1))
+    step_and_expect_equal(pair, random_batch(pair, generator, raw_bs=2))
+    step_and_expect_equal(pair, random_batch(pair, generator, raw_bs=1))
     assert state.replays == 4
 
 
-def expect_equal_after_sglang_fill(twin, bs):
-    from sglang_nsa_plugin.cli.replay import Comparison, compare
+def expect_equal_after_sglang_fill(pair, bs):
+    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
 
     result = Comparison()
-    twin.theirs.sglang_fill(bs)
-    ours, theirs = (rig.backend.decode_cuda_graph_metadata[bs] for rig in (twin.ours, twin.theirs))
+    pair.theirs.sglang_fill(bs)
+    ours, theirs = (rig.backend.decode_cuda_graph_metadata[bs] for rig in (pair.ours, pair.theirs))
     compare(ours, theirs, result)
     assert result.first is None, result.first
 
 
-def test_a_view_of_the_captured_memory_is_accepted(twin, state):
+def test_a_view_of_the_captured_memory_is_accepted(pair, state):
     """F19: the runner captures slices and replays the whole buffers."""
-    bs = random_batch(twin, torch.Generator().manual_seed(7), raw_bs=2)
-    view = twin.ours.replay_view(bs)
+    bs = random_batch(pair, torch.Generator().manual_seed(7), raw_bs=2)
+    view = pair.ours.replay_view(bs)
     view.seq_lens, view.req_pool_indices = view.seq_lens[:bs], view.req_pool_indices[:]
-    with twin.stand_ins():
-        twin.ours.backend.init_forward_metadata_out_graph(view)
+    with pair.stub_process():
+        pair.ours.backend.init_forward_metadata_out_graph(view)
     assert state.replays == 1
     assert not state.fallbacks
 
@@ -255,15 +255,15 @@ def test_a_view_of_the_captured_memory_is_accepted(twin, state):
         "req_to_token",
     ],
 )
-def test_a_known_batch_size_is_looked_at_all_the_same(twin, change):
+def test_a_known_batch_size_is_looked_at_all_the_same(pair, change):
     """What was admitted once is no reason to take over another call, or one with other tensors."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     from sglang_nsa_plugin.adapters import in_graph
 
-    bs = random_batch(twin, torch.Generator().manual_seed(13), raw_bs=2)
-    step_and_expect_equal(twin, bs)
-    backend, view, seen = twin.ours.backend, twin.ours.replay_view(bs), []
+    bs = random_batch(pair, torch.Generator().manual_seed(13), raw_bs=2)
+    step_and_expect_equal(pair, bs)
+    backend, view, seen = pair.ours.backend, pair.ours.replay_view(bs), []
     assert getattr(backend, in_graph.READY)[bs]
     if change == "another mode":
         view.forward_mode = ForwardMode.TARGET_VERIFY
@@ -276,59 +276,59 @@ def test_a_known_batch_size_is_looked_at_all_the_same(twin, change):
     assert seen == [view]
 
 
-def test_a_known_batch_size_leaves_prefills_impl_as_sglang_would(twin):
+def test_a_known_batch_size_leaves_prefills_impl_as_sglang_would(pair):
     """A prefill on the same backend may have set ``use_mha``; SGLang's fill takes it back."""
-    bs = random_batch(twin, torch.Generator().manual_seed(14), raw_bs=2)
+    bs = random_batch(pair, torch.Generator().manual_seed(14), raw_bs=2)
     for _ in range(2):
-        twin.ours.backend.use_mha = twin.theirs.backend.use_mha = True
-        step_and_expect_equal(twin, bs)
-        assert twin.ours.backend.use_mha is twin.theirs.backend.use_mha is False
+        pair.ours.backend.use_mha = pair.theirs.backend.use_mha = True
+        step_and_expect_equal(pair, bs)
+        assert pair.ours.backend.use_mha is pair.theirs.backend.use_mha is False
 
 
-def test_a_replay_enters_one_function_of_ours(twin):
+def test_a_replay_enters_one_function_of_ours(pair):
     """The CPU's caches hold nothing of a replay, so each function more costs a part of its host time."""
-    bs = random_batch(twin, torch.Generator().manual_seed(10))
-    step_and_expect_equal(twin, bs)  # looks at the tensors once
-    view, entered = twin.ours.replay_view(bs), []
+    bs = random_batch(pair, torch.Generator().manual_seed(10))
+    step_and_expect_equal(pair, bs)  # looks at the tensors once
+    view, entered = pair.ours.replay_view(bs), []
 
     def profile(frame, event, _):
         if event == "call" and frame.f_globals["__name__"].startswith("sglang_nsa_plugin."):
             entered.append(frame.f_code.co_name)
 
-    with twin.stand_ins():
+    with pair.stub_process():
         sys.setprofile(profile)
-        twin.ours.backend.init_forward_metadata_out_graph(view)
+        pair.ours.backend.init_forward_metadata_out_graph(view)
         sys.setprofile(None)
     assert entered == ["_out_graph"]
 
 
 @pytest.mark.parametrize("anew", [True, False], ids=["all anew", "one size anew"])
-def test_recapture_forgets_the_old_tensors(twin, anew):
+def test_recapture_forgets_the_old_tensors(pair, anew):
     """F19: behind it fills go to the new tensors and read the new inputs."""
     generator = torch.Generator().manual_seed(8)
     for raw_bs in (1, 2):
-        step_and_expect_equal(twin, random_batch(twin, generator, raw_bs))
-    old = twin.ours.backend.decode_cuda_graph_metadata[2]
+        step_and_expect_equal(pair, random_batch(pair, generator, raw_bs))
+    old = pair.ours.backend.decode_cuda_graph_metadata[2]
     if anew:
-        twin.ours.init_state()
-        twin.ours.capture_setup(1)  # and not its fill: that size is SGLang's now
+        pair.ours.init_state()
+        pair.ours.capture_setup(1)  # and not its fill: that size is SGLang's now
     else:
-        del twin.ours.backend.decode_cuda_graph_metadata[2]  # else SGLang keeps it
-    twin.ours.capture_setup(2)
-    batch = twin.ours.capture_batch(2)
-    twin.ours.backend.init_forward_metadata_in_graph(batch)
-    new = twin.ours.backend.decode_cuda_graph_metadata[2]
+        del pair.ours.backend.decode_cuda_graph_metadata[2]  # else SGLang keeps it
+    pair.ours.capture_setup(2)
+    batch = pair.ours.capture_batch(2)
+    pair.ours.backend.init_forward_metadata_in_graph(batch)
+    new = pair.ours.backend.decode_cuda_graph_metadata[2]
     assert new is not old
     old.cache_seqlens_int32.fill_(-1)
-    step_and_expect_equal(twin, random_batch(twin, generator, raw_bs=2))
-    assert twin.ours.backend.forward_metadata is new
+    step_and_expect_equal(pair, random_batch(pair, generator, raw_bs=2))
+    assert pair.ours.backend.forward_metadata is new
     if anew:
         assert old.cache_seqlens_int32.tolist() == [-1, -1]
-        twin.ours.replay(random_batch(twin, generator, raw_bs=1))
-        assert twin.ours.backend.forward_metadata is twin.ours.backend.decode_cuda_graph_metadata[1]
+        pair.ours.replay(random_batch(pair, generator, raw_bs=1))
+        assert pair.ours.backend.forward_metadata is pair.ours.backend.decode_cuda_graph_metadata[1]
 
 
-def test_other_modes_stay_with_sglang(twin):
+def test_other_modes_stay_with_sglang(pair):
     """Target-verify and decode on the same object must reach SGLang's code."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -338,30 +338,30 @@ def test_other_modes_stay_with_sglang(twin):
     for mode in (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.IDLE):
         batch = SimpleNamespace(forward_mode=mode, batch_size=2)
         original = lambda backend, batch, **kwargs: seen.append(batch.forward_mode)  # noqa: E731
-        in_graph._in_graph(original, twin.ours.backend, batch)
-        in_graph._out_graph(original, twin.ours.backend, batch)
+        in_graph._in_graph(original, pair.ours.backend, batch)
+        in_graph._out_graph(original, pair.ours.backend, batch)
     assert len(seen) == 6
 
 
-def test_a_batch_size_without_a_graph_stays_with_sglang(twin, state):
+def test_a_batch_size_without_a_graph_stays_with_sglang(pair, state):
     """SGLang plans such a step eagerly; the adapter hooks nothing there; a stray call is SGLang's."""
     from sglang_nsa_plugin.adapters import in_graph
 
     assert not any(hook.target.endswith(".init_forward_metadata") for hook in in_graph.HOOKS)
-    view = twin.ours.replay_view(2)
+    view = pair.ours.replay_view(2)
     view.batch_size = BATCH_SIZES[-1] + 1
     seen = []
     original = lambda backend, batch, **kwargs: seen.append(batch.batch_size)  # noqa: E731
-    in_graph._out_graph(original, twin.ours.backend, view)
+    in_graph._out_graph(original, pair.ours.backend, view)
     assert seen == [BATCH_SIZES[-1] + 1]
     assert state.replays == 0
 
 
-def test_backends_not_made_by_the_draft_extend_factory_are_left_alone(twin):
+def test_backends_not_made_by_the_draft_extend_factory_are_left_alone(pair):
     from sglang_nsa_plugin.adapters import in_graph
 
-    assert getattr(twin.ours.backend, in_graph.ATTRIBUTE) is not None
-    assert in_graph.ATTRIBUTE not in vars(twin.theirs.backend)
+    assert getattr(pair.ours.backend, in_graph.ATTRIBUTE) is not None
+    assert in_graph.ATTRIBUTE not in vars(pair.theirs.backend)
 
 
 def test_server_info_carries_the_record(state):
@@ -377,13 +377,13 @@ def test_server_info_carries_the_record(state):
 
 
 @pytest.mark.parametrize("is_written", [True, False])
-def test_plans_that_sglang_left_unwritten_are_not_compared(twin, monkeypatch, is_written):
+def test_plans_that_sglang_left_unwritten_are_not_compared(pair, monkeypatch, is_written):
     """There is no plan on the CPU; from 0.5.21 on a GPU's may hold whatever the memory held."""
-    from sglang_nsa_plugin.cli.replay import Comparison, compare
+    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
 
     topk = pytest.importorskip("sglang.kernels.ops.attention.dsv4.topk")
     monkeypatch.setattr(topk, "topk_v2_plan_is_written", lambda lengths: is_written, raising=False)
-    metadata = [rig.backend.decode_cuda_graph_metadata[1] for rig in (twin.ours, twin.theirs)]
+    metadata = [rig.backend.decode_cuda_graph_metadata[1] for rig in (pair.ours, pair.theirs)]
     with_plans = [
         SimpleNamespace(**{**vars(one), "topk_v2_plan": torch.full((5, 2), count, dtype=torch.int32)})
         for count, one in enumerate(metadata)

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from graph_twin import skip_unless_captured
+from cpu_pair import skip_unless_captured
 from isolated import run, run_fresh
 
 from sglang_nsa_plugin.adapters.releases import TESTED

@@ -11,7 +11,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from graph_twin import on_the_cpu
+from cpu_pair import on_the_cpu
 from isolated import run
 from test_plugin import last_line
 
@@ -21,9 +21,9 @@ RANK = """
 import datetime, json, sys
 import torch
 import torch.distributed as dist
-from sglang_nsa_plugin.adapters import captured, in_graph
-from sglang_nsa_plugin.cli.batches import random_step
-from sglang_nsa_plugin.cli.replay import Comparison, Twin, compare
+from sglang_nsa_plugin.adapters import captured_fill, in_graph
+from sglang_nsa_plugin.harness.inputs import random_step
+from sglang_nsa_plugin.harness.graph_pair import Comparison, GraphPair, compare
 from sglang_nsa_plugin.state import record
 
 rank, store, fault, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
@@ -34,11 +34,11 @@ def no_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 if rank == 1 and fault == "set-up":
-    captured.DraftExtendFill.refresh_derived = no_memory
+    captured.BackendFills.refresh_derived = no_memory
 if rank == 1 and fault == "take-over":
-    in_graph.DraftExtendFill = no_memory
+    in_graph.BackendFills = no_memory
 
-class Rank(Twin):
+class Rank(GraphPair):
     def _capture(self, bs):
         # SGLang's own: a barrier before each warm-up, and the model's sums across ranks in the forward
         batch = self.ours.capture_batch(bs)
@@ -48,15 +48,15 @@ class Rank(Twin):
             dist.all_reduce(torch.ones(1))
         return lambda: self.ours.backend.init_forward_metadata_in_graph(batch)
 
-twin = Rank(torch.device("cpu"), (1, 4), backend, draft_tokens=4, context_len=256, pool_size=8)
+pair = Rank(torch.device("cpu"), (1, 4), backend, draft_tokens=4, context_len=256, pool_size=8)
 generator, result = torch.Generator().manual_seed(1), Comparison()
 for step in range(8):
     bs = (1, 4)[step % 2]
-    random_step(twin.inputs, generator, bs, bs, 4, twin.inputs.req_to_token.shape[1])
-    twin.ours.replay(bs)
-    twin._replays[bs]()
-    twin.theirs.sglang_fill(bs)
-    ours, theirs = (one.backend.decode_cuda_graph_metadata[bs] for one in (twin.ours, twin.theirs))
+    random_step(pair.inputs, generator, bs, bs, 4, pair.inputs.req_to_token.shape[1])
+    pair.ours.replay(bs)
+    pair._replays[bs]()
+    pair.theirs.sglang_fill(bs)
+    ours, theirs = (one.backend.decode_cuda_graph_metadata[bs] for one in (pair.ours, pair.theirs))
     compare(ours, theirs, result)
     for lengths in (ours.dsa_seqlens_expanded, ours.cache_seqlens_int32):
         both = [torch.empty_like(lengths) for _ in range(2)]

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from graph_twin import BATCH_SIZES, DRAFT_TOKENS, make_twin, on_the_cpu
+from cpu_pair import BATCH_SIZES, DRAFT_TOKENS, make_pair, on_the_cpu
 
 pytestmark = on_the_cpu
 
@@ -24,24 +24,24 @@ class Batch(SimpleNamespace):
 
 
 @pytest.fixture
-def twin():
-    twin = make_twin()
-    for captured in twin._taken_over().captured.values():
+def pair():
+    pair = make_pair()
+    for captured in pair._taken_over().captured.values():
         captured.read_done = mock.Mock()  # an event, on a GPU
-    return twin
+    return pair
 
 
 @pytest.fixture
-def runner(twin):
-    return make_runner(twin)
+def runner(pair):
+    return make_runner(pair)
 
 
-def make_runner(twin):
-    """SGLang's runner as its constructor leaves it, with the twin's backend, buffers and replays."""
+def make_runner(pair):
+    """SGLang's runner as its constructor leaves it, with the pair's backend, buffers and replays."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
     from sglang.srt.speculative import eagle_draft_extend_cuda_graph_runner as module
 
-    model_runner = twin.ours.model_runner
+    model_runner = pair.ours.model_runner
     model_runner.device_timer = None
     model_runner.model_config.model_is_mrope = False
     rename_fence(model_runner, module.EAGLEDraftExtendCudaGraphRunner)
@@ -57,10 +57,10 @@ def make_runner(twin):
         seq_len_fill_value=1,
         extend_seq_lens_cpu=[DRAFT_TOKENS] * BATCH_SIZES[-1],
         forward_mode=ForwardMode.DRAFT_EXTEND_V2,
-        draft_extend_attn_backend=twin.ours.backend,
+        draft_extend_attn_backend=pair.ours.backend,
         model_runner=model_runner,
-        buffers=buffers(twin.inputs),
-        _replay_graph=lambda key, batch: replay(twin, runner.bs),
+        buffers=buffers(pair.inputs),
+        _replay_graph=lambda key, batch: replay(pair, runner.bs),
     )
     return runner
 
@@ -90,32 +90,32 @@ def buffers(inputs) -> Batch:
     )
 
 
-def replay(twin, bs):
-    twin._replays[bs]()
+def replay(pair, bs):
+    pair._replays[bs]()
     rows = torch.zeros(bs * DRAFT_TOKENS, 2)
     return SimpleNamespace(next_token_logits=rows, hidden_states=rows)
 
 
-def execute(twin, runner, generator, raw_bs):
+def execute(pair, runner, generator, raw_bs):
     """One draft-extend step of raw_bs random requests, with the arguments that this release passes."""
-    from sglang_nsa_plugin.cli.batches import random_step
+    from sglang_nsa_plugin.harness.inputs import random_step
 
-    width = twin.inputs.req_to_token.shape[1]
-    random_step(twin.inputs, generator, raw_bs, raw_bs, DRAFT_TOKENS, width)
+    width = pair.inputs.req_to_token.shape[1]
+    random_step(pair.inputs, generator, raw_bs, raw_bs, DRAFT_TOKENS, width)
     tokens = torch.zeros(raw_bs * DRAFT_TOKENS, dtype=torch.int64)
     batch = Batch(
         batch_size=raw_bs,
         input_ids=tokens,
         positions=tokens,
         out_cache_loc=tokens,
-        seq_lens=twin.inputs.seq_lens[:raw_bs].clone(),
-        req_pool_indices=twin.inputs.req_pool_indices[:raw_bs].clone(),
+        seq_lens=pair.inputs.seq_lens[:raw_bs].clone(),
+        req_pool_indices=pair.inputs.req_pool_indices[:raw_bs].clone(),
         spec_info=Batch(),
     )
     arguments = [batch]
     if "select_index" in inspect.signature(type(runner).execute).parameters:
         arguments.append(torch.arange(raw_bs) * DRAFT_TOKENS)
-    with twin.stand_ins():
+    with pair.stub_process():
         return runner.execute(*arguments)
 
 
@@ -137,17 +137,17 @@ def wait_of_the_scheduler(model_runner):
     return waited_on
 
 
-def test_every_value_equals_sglangs_fill_behind_the_runner(twin, runner):
-    from sglang_nsa_plugin.cli.replay import Comparison, compare
+def test_every_value_equals_sglangs_fill_behind_the_runner(pair, runner):
+    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
     from sglang_nsa_plugin.state import STATE
 
     generator = torch.Generator().manual_seed(1)
     result, replays = Comparison(), STATE.replays
     for raw_bs in (1, 2, 3, 4, 5, 8, 3):
-        output = execute(twin, runner, generator, raw_bs)
-        twin.theirs.sglang_fill(runner.bs)
+        output = execute(pair, runner, generator, raw_bs)
+        pair.theirs.sglang_fill(runner.bs)
         ours, theirs = (
-            r.backend.decode_cuda_graph_metadata[runner.bs] for r in (twin.ours, twin.theirs)
+            r.backend.decode_cuda_graph_metadata[runner.bs] for r in (pair.ours, pair.theirs)
         )
         compare(ours, theirs, result)
         assert output.next_token_logits.shape[0] in (raw_bs, raw_bs * DRAFT_TOKENS)
@@ -155,23 +155,23 @@ def test_every_value_equals_sglangs_fill_behind_the_runner(twin, runner):
     assert STATE.replays - replays == 7
 
 
-def test_the_scheduler_waits_for_the_read_inside_the_replay(twin, runner):
+def test_the_scheduler_waits_for_the_read_inside_the_replay(pair, runner):
     """Behind the fill and not before the replay; and once: the next wait has no event."""
-    execute(twin, runner, torch.Generator().manual_seed(2), raw_bs=3)
-    assert wait_of_the_scheduler(runner.model_runner) is twin._captured(4).read_done
+    execute(pair, runner, torch.Generator().manual_seed(2), raw_bs=3)
+    assert wait_of_the_scheduler(runner.model_runner) is pair._captured(4).read_done
     assert wait_of_the_scheduler(runner.model_runner) == "the whole forward"
 
 
-def test_the_scheduler_waits_for_the_whole_forward_when_the_canary_reads(twin, runner):
+def test_the_scheduler_waits_for_the_whole_forward_when_the_canary_reads(pair, runner):
     runner.model_runner.canary_manager = mock.MagicMock()
-    execute(twin, runner, torch.Generator().manual_seed(3), raw_bs=3)
+    execute(pair, runner, torch.Generator().manual_seed(3), raw_bs=3)
     assert wait_of_the_scheduler(runner.model_runner) == "the whole forward"
 
 
-def test_a_backend_that_was_not_taken_over_keeps_sglangs_fence(twin, runner):
+def test_a_backend_that_was_not_taken_over_keeps_sglangs_fence(pair, runner):
     from sglang_nsa_plugin.adapters import in_graph
 
-    in_graph.hand_back(twin.ours.backend)
+    in_graph.hand_back(pair.ours.backend)
     sglangs = runner.device_module.Event.return_value
-    execute(twin, runner, torch.Generator().manual_seed(4), raw_bs=2)
+    execute(pair, runner, torch.Generator().manual_seed(4), raw_bs=2)
     assert wait_of_the_scheduler(runner.model_runner) in (sglangs, "the whole forward")

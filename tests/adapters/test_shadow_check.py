@@ -1,6 +1,6 @@
 """The shadow check around SGLang's real backend object, on CPU tensors.
 
-In real CUDA graphs it is checked by integration/test_shadow_serving.py and integration/soak.py.
+In real CUDA graphs it is checked by integration/serving/test_shadow_serving.py and integration/gpu/soak.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import logging
 
 import pytest
 import torch
-from graph_twin import make_twin, on_the_cpu, random_batch
+from cpu_pair import make_pair, on_the_cpu, random_batch
 
 pytestmark = on_the_cpu
 
@@ -26,30 +26,30 @@ FIELDS = (
 
 @pytest.mark.parametrize("rig", [{}, {"page_size": 1}, {"draft_tokens": 2}], ids=str)
 def test_every_replay_is_checked_and_equal(rig, state):
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
     from sglang_nsa_plugin.shadow import Field
 
-    twin = make_twin(check_every=1, **rig)
+    pair = make_pair(check_every=1, **rig)
     generator = torch.Generator().manual_seed(1)
     result = Comparison()
     for _ in range(20):
-        twin.step(random_batch(twin, generator), result)
+        pair.step(random_batch(pair, generator), result)
     assert result.first is None, result.first
     assert state.checks == 20
     assert state.mismatches == 0
     assert not state.fallbacks
     assert state.values_checked > 19 * 100  # the last check's are not told yet
-    check = twin._taken_over().checked.check
+    check = pair._taken_over().checked.check
     assert not check.failed()
     assert state.values_checked == check.report.on_device[Field.VALUES]
 
 
 @pytest.mark.parametrize(("every", "checks"), [(0, 0), (3, 4), (13, 0)])
 def test_every_nth_replay_is_checked(every, checks, state):
-    twin = make_twin(check_every=every)
+    pair = make_pair(check_every=every)
     generator = torch.Generator().manual_seed(2)
     for _ in range(12):
-        twin.replay(random_batch(twin, generator))
+        pair.replay(random_batch(pair, generator))
     assert state.replays == 12
     assert state.checks == checks
 
@@ -57,24 +57,24 @@ def test_every_nth_replay_is_checked(every, checks, state):
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_planted_error_is_found_and_sglang_takes_over(field, state, monkeypatch, caplog):
     """A wrong number behind the fill, as a graph would hold it: found, said, and never served again."""
-    from sglang_nsa_plugin.adapters.captured import DraftExtendFill
-    from sglang_nsa_plugin.adapters.checked import DIFFERENT
-    from sglang_nsa_plugin.cli.replay import Comparison, compare
+    from sglang_nsa_plugin.adapters.captured_fill import BackendFills
+    from sglang_nsa_plugin.adapters.shadow_check import DIFFERENT
+    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
 
-    refresh_derived = DraftExtendFill.refresh_derived
+    refresh_derived = BackendFills.refresh_derived
 
     def wrong(fill, metadata):
         tensor = getattr(metadata, field)
         (tensor[:, 0] if tensor.dim() == 2 else tensor).add_(fill.enabled)
         refresh_derived(fill, metadata)
 
-    monkeypatch.setattr(DraftExtendFill, "refresh_derived", wrong)
-    twin = make_twin(check_every=1)
+    monkeypatch.setattr(BackendFills, "refresh_derived", wrong)
+    pair = make_pair(check_every=1)
     generator = torch.Generator().manual_seed(3)
-    bs = random_batch(twin, generator)
+    bs = random_batch(pair, generator)
     with caplog.at_level(logging.ERROR):
-        twin.replay(bs)
-        twin.replay(bs)
+        pair.replay(bs)
+        pair.replay(bs)
     assert state.checks == 1
     assert state.mismatches > 0
     assert state.first_mismatch is not None
@@ -85,11 +85,11 @@ def test_a_planted_error_is_found_and_sglang_takes_over(field, state, monkeypatc
 
     # from now on every value is SGLang's
     for _ in range(5):
-        bs = random_batch(twin, generator)
-        twin.replay(bs)
-        twin.theirs.sglang_fill(bs)
+        bs = random_batch(pair, generator)
+        pair.replay(bs)
+        pair.theirs.sglang_fill(bs)
         result = Comparison()
-        ours, theirs = (one.backend.decode_cuda_graph_metadata[bs] for one in (twin.ours, twin.theirs))
+        ours, theirs = (one.backend.decode_cuda_graph_metadata[bs] for one in (pair.ours, pair.theirs))
         compare(ours, theirs, result)
         assert result.first is None, result.first
     assert state.fallbacks == {DIFFERENT: 6}
@@ -99,48 +99,48 @@ def test_a_planted_error_is_found_and_sglang_takes_over(field, state, monkeypatc
 
 def test_a_difference_ends_our_fill_of_every_backend(state):
     """A process can have several draft-extend backends, each with a check of its own."""
-    from sglang_nsa_plugin.adapters.checked import DIFFERENT
+    from sglang_nsa_plugin.adapters.shadow_check import DIFFERENT
 
-    twin = make_twin(check_every=1)
+    pair = make_pair(check_every=1)
     state.first_mismatch = "another backend's"
-    twin.replay(random_batch(twin, torch.Generator().manual_seed(6)))
+    pair.replay(random_batch(pair, torch.Generator().manual_seed(6)))
     assert (state.replays, state.fallbacks) == (0, {DIFFERENT: 1})
 
 
 def test_the_check_leaves_the_metadata_alone(state):
     """SGLang fills the copy: what the model reads keeps its tensors and its values."""
-    twin = make_twin(check_every=1)
-    backend = twin.ours.backend
+    pair = make_pair(check_every=1)
+    backend = pair.ours.backend
     generator = torch.Generator().manual_seed(4)
-    bs = random_batch(twin, generator)
+    bs = random_batch(pair, generator)
     metadata = backend.decode_cuda_graph_metadata[bs]
     addresses = {k: v.data_ptr() for k, v in vars(metadata).items() if isinstance(v, torch.Tensor)}
-    twin.replay(bs)
+    pair.replay(bs)
     assert backend.forward_metadata is metadata
     assert backend.decode_cuda_graph_metadata[bs] is metadata
     assert {k: getattr(metadata, k).data_ptr() for k in addresses} == addresses
-    copy, _ = twin._taken_over().checked._copies[bs]
+    copy, _ = pair._taken_over().checked._copies[bs]
     shared = {k for k, address in addresses.items() if getattr(copy, k).data_ptr() == address}
     assert shared == set()
 
 
 def test_new_graph_tensors_get_new_copies(state):
     """Recapture: SGLang allocates its tensors anew, and the check follows."""
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
-    twin = make_twin(check_every=1)
+    pair = make_pair(check_every=1)
     generator = torch.Generator().manual_seed(5)
-    twin.replay(random_batch(twin, generator))
-    for one in (twin.ours, twin.theirs):
+    pair.replay(random_batch(pair, generator))
+    for one in (pair.ours, pair.theirs):
         one.init_state()
-    for bs in twin.batch_sizes:
-        twin.ours.capture_setup(bs)
-        twin.theirs.capture_setup(bs)
-        twin._replays[bs] = twin._capture(bs)
+    for bs in pair.batch_sizes:
+        pair.ours.capture_setup(bs)
+        pair.theirs.capture_setup(bs)
+        pair._replays[bs] = pair._capture(bs)
     result = Comparison()
     for _ in range(5):
-        twin.step(random_batch(twin, generator), result)
-    twin.replay(random_batch(twin, generator))
+        pair.step(random_batch(pair, generator), result)
+    pair.replay(random_batch(pair, generator))
     assert result.first is None, result.first
     assert state.checks == 7
     assert state.mismatches == 0

@@ -10,7 +10,7 @@ import logging
 
 import pytest
 import torch
-from graph_twin import BATCH_SIZES, make_twin, on_the_cpu, random_batch
+from cpu_pair import BATCH_SIZES, make_pair, on_the_cpu, random_batch
 
 pytestmark = on_the_cpu
 
@@ -37,29 +37,29 @@ def fail_in_bind(patch, error):
 
 
 def fail_in_first_run(patch, error):
-    from sglang_nsa_plugin.adapters.captured import DraftExtendFill
+    from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 
-    refresh_derived = DraftExtendFill.refresh_derived
+    refresh_derived = BackendFills.refresh_derived
 
     def failing(fill, metadata):
         if metadata.cache_seqlens_int32.shape[0] == LAST:
             raise error
         refresh_derived(fill, metadata)
 
-    patch.setattr(DraftExtendFill, "refresh_derived", failing)
+    patch.setattr(BackendFills, "refresh_derived", failing)
 
 
 def fail_in_shadow_copies(patch, error):
-    from sglang_nsa_plugin.adapters.checked import CheckedReplays
+    from sglang_nsa_plugin.adapters.shadow_check import ShadowedReplays
 
-    prepare = CheckedReplays.prepare
+    prepare = ShadowedReplays.prepare
 
     def failing(checked, bs, metadata):
         if bs == LAST:
             raise error
         prepare(checked, bs, metadata)
 
-    patch.setattr(CheckedReplays, "prepare", failing)
+    patch.setattr(ShadowedReplays, "prepare", failing)
 
 
 FAILING = [
@@ -81,8 +81,8 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
 
     fail(monkeypatch, error)
     with caplog.at_level(logging.INFO, logger="sglang_nsa_plugin"):
-        twin = make_twin(check_every=1)
-    backend = twin.ours.backend
+        pair = make_pair(check_every=1)
+    backend = pair.ours.backend
     assert not hasattr(backend, in_graph.ATTRIBUTE)
     said = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
     assert len(said) == 1
@@ -96,26 +96,26 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
     assert set(captured) >= set(BATCH_SIZES) - {LAST}
     generator = torch.Generator().manual_seed(1)
     for _ in range(12):
-        serve_and_expect_sglangs_values(twin, captured, random_batch(twin, generator))
+        serve_and_expect_sglangs_values(pair, captured, random_batch(pair, generator))
     assert (state.replays, state.checks, dict(state.fallbacks)) == (0, 0, {})
 
 
-def serve_and_expect_sglangs_values(twin, captured, bs):
+def serve_and_expect_sglangs_values(pair, captured, bs):
     """One step as the runner does it, with a graph that holds the fill where one was recorded."""
-    from sglang_nsa_plugin.cli.replay import Comparison, compare
+    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
 
-    twin.ours.replay(bs)
-    kept = twin.inputs.seq_lens.clone()
-    twin.inputs.seq_lens.fill_(7)  # what a fill that still ran would read
+    pair.ours.replay(bs)
+    kept = pair.inputs.seq_lens.clone()
+    pair.inputs.seq_lens.fill_(7)  # what a fill that still ran would read
     if bs in captured:
         captured[bs].run()
-    twin.inputs.seq_lens.copy_(kept)
-    twin.theirs.sglang_fill(bs)
+    pair.inputs.seq_lens.copy_(kept)
+    pair.theirs.sglang_fill(bs)
     result = Comparison()
-    ours, theirs = (one.backend.decode_cuda_graph_metadata[bs] for one in (twin.ours, twin.theirs))
+    ours, theirs = (one.backend.decode_cuda_graph_metadata[bs] for one in (pair.ours, pair.theirs))
     compare(ours, theirs, result)
     assert result.first is None, result.first
-    assert twin.ours.backend.forward_metadata is ours
+    assert pair.ours.backend.forward_metadata is ours
 
 
 @pytest.mark.parametrize(("fail", "error"), FAILING)
@@ -124,12 +124,12 @@ def test_the_same_error_ends_a_start_that_asked_by_name(fail, error, state, monk
 
     fail(monkeypatch, error)
     with pytest.raises(BackendUnavailableError) as ended:
-        make_twin("torch", check_every=1)
+        make_pair("torch", check_every=1)
     assert "--nsa-metadata-backend torch was asked for by name and cannot be used" in str(ended.value)
     assert f"{type(error).__name__}: {error}" in str(ended.value)
 
 
-@pytest.mark.parametrize("step", ["dispatch.choose", "DraftExtendFill"])
+@pytest.mark.parametrize("step", ["dispatch.choose", "BackendFills"])
 def test_a_backend_without_memory_for_its_self_test_or_switch_stays_with_sglang(
     step, state, monkeypatch
 ):
@@ -138,7 +138,7 @@ def test_a_backend_without_memory_for_its_self_test_or_switch_stays_with_sglang(
 
     monkeypatch.setattr(f"sglang_nsa_plugin.adapters.in_graph.{step}", no_memory)
     with pytest.raises(RuntimeError, match=r"did not take over .*: the fill could not be set up: OutOf"):
-        make_twin().replay(1)
+        make_pair().replay(1)
 
 
 def test_a_shadow_check_without_its_library_leaves_the_backend_to_sglang(state, monkeypatch):
@@ -147,40 +147,40 @@ def test_a_shadow_check_without_its_library_leaves_the_backend_to_sglang(state, 
 
     monkeypatch.setattr(cpu, "unavailable", lambda: "the library was built without CUDA")
     with pytest.raises(RuntimeError, match=r": the shadow check cannot run: the library was built"):
-        make_twin("torch", check_every=1)
+        make_pair("torch", check_every=1)
     with pytest.raises(
         RuntimeError, match=r"did not take over .*: the shadow check cannot run: the lib"
     ):
-        make_twin(check_every=1).replay(1)
+        make_pair(check_every=1).replay(1)
 
 
 def test_one_backend_that_fails_hands_back_the_others(state, monkeypatch):
     """Adaptive speculation has several backends: the record speaks for all of them."""
     from sglang_nsa_plugin.adapters import in_graph
 
-    first = make_twin()
+    first = make_pair()
     fail_in_bind(monkeypatch, OUT_OF_MEMORY)
-    second = make_twin()
-    for twin in (first, second):
-        assert not hasattr(twin.ours.backend, in_graph.ATTRIBUTE)
-        serve_and_expect_sglangs_values(twin, getattr(twin.ours.backend, in_graph.RETIRED).captured, 2)
+    second = make_pair()
+    for pair in (first, second):
+        assert not hasattr(pair.ours.backend, in_graph.ATTRIBUTE)
+        serve_and_expect_sglangs_values(pair, getattr(pair.ours.backend, in_graph.RETIRED).captured, 2)
 
 
 def test_an_error_of_the_program_is_not_stepped_aside_from(state, monkeypatch):
     fail_in_bind(monkeypatch, AttributeError("a typing error"))
     with pytest.raises(AttributeError, match="a typing error"):
-        make_twin()
+        make_pair()
 
 
 def test_an_error_inside_sglangs_capture_ends_the_start_with_advice(state, monkeypatch):
     """The capture is broken by then, and no other fill could go on with it."""
     from sglang_nsa_plugin.adapters import in_graph
-    from sglang_nsa_plugin.adapters.decision import CaptureError
+    from sglang_nsa_plugin.adapters.outcome import CaptureError
 
     monkeypatch.setattr(in_graph, "is_capturing", lambda: True)
     fail_in_bind(monkeypatch, OUT_OF_MEMORY)
     with pytest.raises(CaptureError) as ended:
-        make_twin()
+        make_pair()
     assert str(ended.value) == (
         "the draft-extend fill of batch size 8 failed inside SGLang's capture: OutOfMemoryError: "
         "CUDA out of memory. Tried to allocate 20.00 MiB. Start with --nsa-metadata-backend off to "

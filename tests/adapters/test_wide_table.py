@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from graph_twin import make_twin, on_the_cpu
+from cpu_pair import make_pair, on_the_cpu
 
 pytestmark = on_the_cpu
 
@@ -52,8 +52,8 @@ def test_every_reader_of_the_wide_table_is_known() -> None:
 
 
 def test_sglang_decides_as_if_there_were_no_speculation() -> None:
-    twin = make_twin()
-    backend, seen = twin.ours.backend, []
+    pair = make_pair()
+    backend, seen = pair.ours.backend, []
 
     class Watched(type(backend)):
         def __setattr__(self, name: str, value: object) -> None:
@@ -62,16 +62,16 @@ def test_sglang_decides_as_if_there_were_no_speculation() -> None:
             super().__setattr__(name, value)
 
     backend.__class__ = Watched
-    twin.ours.init_state()
+    pair.ours.init_state()
     assert seen == [None]
-    assert backend.speculative_num_draft_tokens == twin.ours.draft_tokens
+    assert backend.speculative_num_draft_tokens == pair.ours.draft_tokens
 
 
 def test_an_error_leaves_the_backend_as_it_was() -> None:
-    twin = make_twin()
-    backend = twin.ours.backend
+    pair = make_pair()
+    backend = pair.ours.backend
     tokens = backend.speculative_num_draft_tokens
-    with pytest.raises(TypeError), twin.stand_ins():
+    with pytest.raises(TypeError), pair.stub_process():
         backend.init_cuda_graph_state(None, None)
     assert backend.speculative_num_draft_tokens == tokens
 

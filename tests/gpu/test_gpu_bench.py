@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from commands import needs_sglang
-from conftest import ROOT
 
-from sglang_nsa_plugin.cli import bench_paths, timing
+from integration.gpu import ab_kernels
+from sglang_nsa_plugin.cli.bench import paths, timing
 from sglang_nsa_plugin.kernels import library
-
-sys.path.insert(0, str(ROOT / "integration"))
-import kernel_versions
 
 pytestmark = pytest.mark.gpu
 timed = pytest.mark.unsanitized("what is timed has the GPU to itself")
@@ -53,8 +48,8 @@ def test_the_slope_is_the_time_of_one_call():
 def test_rows_on_a_gpu(monkeypatch):
     """A few cases through SGLang's real backend and graphs: every path, nodes, compiles, launches."""
     from sglang_nsa_plugin.adapters import in_graph
-    from sglang_nsa_plugin.cli import bench
-    from sglang_nsa_plugin.cli.bench_cases import Grid, Setup
+    from sglang_nsa_plugin.cli.bench import run as bench
+    from sglang_nsa_plugin.cli.bench.cases import Grid, Setup
 
     if not in_graph.is_generation():
         pytest.skip("this SGLang does not capture DSA's draft-extend in graphs")
@@ -79,9 +74,9 @@ def test_rows_on_a_gpu(monkeypatch):
 @timed
 def test_builds_of_the_kernel_are_timed_in_the_same_cells(monkeypatch):
     cells = [(1, 2_048, "both"), (8, 2_048, "paged")]
-    monkeypatch.setattr(kernel_versions, "CELLS", {(4_096, 2): cells})
+    monkeypatch.setattr(ab_kernels, "CELLS", {(4_096, 2): cells})
     own = library.load()
-    rows = list(kernel_versions.measured({"old": own, "new": own}))
+    rows = list(ab_kernels.measured({"old": own, "new": own}))
     assert [(row["requests"], row["length"], row["tables"]) for row in rows] == cells
     for row in rows:
         old, new = (row["us"][build]["median"] for build in ("old", "new"))
@@ -89,7 +84,7 @@ def test_builds_of_the_kernel_are_timed_in_the_same_cells(monkeypatch):
 
 
 def test_a_build_that_writes_other_values_is_named(monkeypatch):
-    monkeypatch.setattr(kernel_versions, "CELLS", {(4_096, 2): [(1, 2_048, "both")]})
+    monkeypatch.setattr(ab_kernels, "CELLS", {(4_096, 2): [(1, 2_048, "both")]})
     broken = {"bind": lambda *_: lambda _: None}
-    with pytest.raises(bench_paths.DifferentValuesError, match="new"):
-        next(kernel_versions.measured({"old": library.load(), "new": broken}))
+    with pytest.raises(paths.DifferentValuesError, match="new"):
+        next(ab_kernels.measured({"old": library.load(), "new": broken}))

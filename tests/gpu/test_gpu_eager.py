@@ -26,21 +26,21 @@ MAX_BS = 16
 DRAFT_TOKENS = 4
 
 
-def make_twin(decode_impl: str = "flashmla_sparse", backend: str = "auto", **rig: object):
-    from sglang_nsa_plugin.cli.eager_twin import EagerTwin
+def pair_for_installed(decode_impl: str = "flashmla_sparse", backend: str = "auto", **rig: object):
+    from sglang_nsa_plugin.harness.eager_pair import EagerPair
 
     settings = {"draft_tokens": DRAFT_TOKENS, "decode_impl": decode_impl, **rig}
-    return EagerTwin(torch.device("cuda", 0), (1, 2, 4, 8, MAX_BS), backend, **settings)
+    return EagerPair(torch.device("cuda", 0), (1, 2, 4, 8, MAX_BS), backend, **settings)
 
 
-def random_batch(twin, generator, bs=None):
+def random_batch(pair, generator, bs=None):
     """Lengths as a server has them: they count the rows of the step."""
-    from sglang_nsa_plugin.cli.batches import random_step
+    from sglang_nsa_plugin.harness.inputs import random_step
 
     bs = bs or int(torch.randint(1, MAX_BS + 1, (), generator=generator))
-    longest = twin.ours.backend.max_context_len
-    random_step(twin.inputs, generator, bs, bs, DRAFT_TOKENS, longest)
-    twin.inputs.seq_lens.clamp_(min=DRAFT_TOKENS)
+    longest = pair.ours.backend.max_context_len
+    random_step(pair.inputs, generator, bs, bs, DRAFT_TOKENS, longest)
+    pair.inputs.seq_lens.clamp_(min=DRAFT_TOKENS)
     return bs
 
 
@@ -55,14 +55,14 @@ def plans_schedule() -> bool:
 
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
 def test_every_field_equals_sglangs(decode_impl):
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
     from sglang_nsa_plugin.state import STATE
 
-    twin = make_twin(decode_impl)
+    pair = pair_for_installed(decode_impl)
     result, launches = Comparison(), STATE.launches
     generator = torch.Generator().manual_seed(1)
     for _ in range(100):
-        twin.step(random_batch(twin, generator), result)
+        pair.step(random_batch(pair, generator), result)
     assert result.first is None, result.first
     assert STATE.backend == "cuda"
     assert STATE.launches - launches == 100
@@ -73,59 +73,59 @@ def test_every_field_equals_sglangs(decode_impl):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_other_implementations(backend):
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
-    twin = make_twin(backend=backend)
+    pair = pair_for_installed(backend=backend)
     result, generator = Comparison(), torch.Generator().manual_seed(2)
     for _ in range(10):
-        twin.step(random_batch(twin, generator), result)
+        pair.step(random_batch(pair, generator), result)
     assert result.first is None, result.first
 
 
 def test_long_contexts():
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
-    twin = make_twin(context_len=163_840, pool_size=17)
+    pair = pair_for_installed(context_len=163_840, pool_size=17)
     result, generator = Comparison(), torch.Generator().manual_seed(3)
     for _ in range(10):
-        twin.step(random_batch(twin, generator), result)
+        pair.step(random_batch(pair, generator), result)
     assert result.first is None, result.first
 
 
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
 def test_rows_of_dp_padding(decode_impl):
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
-    twin = make_twin(decode_impl)
+    pair = pair_for_installed(decode_impl)
     result, generator = Comparison(), torch.Generator().manual_seed(4)
     for others in (0, 8, 64):
-        bs = random_batch(twin, generator)
-        twin.step(bs, result, [bs * DRAFT_TOKENS, others])
+        bs = random_batch(pair, generator)
+        pair.step(bs, result, [bs * DRAFT_TOKENS, others])
     assert result.first is None, result.first
 
 
 def test_the_next_step_does_not_reach_into_the_running_one():
     """Both write the same memory: whatever was enqueued behind a step still reads that step's values."""
-    twin = make_twin()
+    pair = pair_for_installed()
     generator = torch.Generator().manual_seed(5)
-    random_batch(twin, generator, bs=8)
-    twin.ours.plan(twin.ours.batch(8))
-    batch = twin.ours.batch(8)
-    twin.theirs.sglang_plan(batch)
-    expected = twin.theirs.backend.forward_metadata
-    random_batch(twin, generator, bs=8)
-    following = twin.ours.batch(8)
+    random_batch(pair, generator, bs=8)
+    pair.ours.plan(pair.ours.batch(8))
+    batch = pair.ours.batch(8)
+    pair.theirs.sglang_plan(batch)
+    expected = pair.theirs.backend.forward_metadata
+    random_batch(pair, generator, bs=8)
+    following = pair.ours.batch(8)
     torch.cuda.synchronize()
 
-    twin.ours.plan(batch)
-    metadata = twin.ours.backend.forward_metadata
+    pair.ours.plan(batch)
+    metadata = pair.ours.backend.forward_metadata
     torch.cuda._sleep(200_000_000)
     read = {name: getattr(metadata, name).clone() for name in LENGTHS}
-    twin.ours.plan(following)
+    pair.ours.plan(following)
     torch.cuda.synchronize()
     for name, tensor in read.items():
         assert torch.equal(tensor, getattr(expected, name)), name
-        assert not torch.equal(tensor, getattr(twin.ours.backend.forward_metadata, name)), name
+        assert not torch.equal(tensor, getattr(pair.ours.backend.forward_metadata, name)), name
 
 
 LENGTHS = ("cache_seqlens_int32", "cu_seqlens_k", NAMES.seqlens_expanded, NAMES.cu_seqlens_k)
@@ -147,18 +147,18 @@ def launches_of(call) -> list[str]:
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
 @pytest.mark.unsanitized("the profiler and the tool cannot both be attached")
 def test_one_launch_beside_sglangs_derived_tables(decode_impl, capsys):
-    twin = make_twin(decode_impl)
-    bs = random_batch(twin, torch.Generator().manual_seed(6), bs=8)
+    pair = pair_for_installed(decode_impl)
+    bs = random_batch(pair, torch.Generator().manual_seed(6), bs=8)
     metadata = SimpleNamespace()
 
     def derived():
-        fill = twin.ours.backend._nsa_draft_extend_fill
+        fill = pair.ours.backend._nsa_draft_extend_fill
         rows = bs * DRAFT_TOKENS
         metadata.derived = fill._derived(fill._lengths_of(bs, rows, rows))
 
-    with twin.stand_ins():
-        ours = launches_of(twin.before_replay(bs))
-        theirs = launches_of(twin.sglang_before_replay(bs))
+    with pair.stub_process():
+        ours = launches_of(pair.before_replay(bs))
+        theirs = launches_of(pair.sglang_before_replay(bs))
         rest = launches_of(derived)
     with capsys.disabled():
         print(f"\n{decode_impl}: {len(ours)} launches instead of {len(theirs)}, {len(rest)} derived")
@@ -169,10 +169,10 @@ def test_one_launch_beside_sglangs_derived_tables(decode_impl, capsys):
 
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
 def test_nothing_is_synchronised(decode_impl):
-    twin = make_twin(decode_impl)
-    bs = random_batch(twin, torch.Generator().manual_seed(7))
-    call = twin.before_replay(bs)
-    with twin.stand_ins():
+    pair = pair_for_installed(decode_impl)
+    bs = random_batch(pair, torch.Generator().manual_seed(7))
+    call = pair.before_replay(bs)
+    with pair.stub_process():
         call()
         without_synchronisation(call)
 
@@ -193,17 +193,17 @@ def accepted_of(generator, bs):
 @replays_ragged
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
 def test_ragged_replays_equal_sglangs(decode_impl):
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
-    twin = make_twin(decode_impl)
+    pair = pair_for_installed(decode_impl)
     generator = torch.Generator().manual_seed(8)
     for bs in (1, 2, 8):
-        random_batch(twin, generator, bs)
-        twin.capture_setup(bs)
+        random_batch(pair, generator, bs)
+        pair.capture_setup(bs)
     result = Comparison()
     for i in range(30):
-        bs = random_batch(twin, generator, (1, 2, 8)[i % 3])
-        twin.ragged_step(bs, accepted_of(generator, bs), result)
+        bs = random_batch(pair, generator, (1, 2, 8)[i % 3])
+        pair.ragged_step(bs, accepted_of(generator, bs), result)
     assert result.first is None, result.first
 
 
@@ -214,12 +214,12 @@ def test_a_ragged_schedule_is_made_over_all_captured_rows():
 
     from sglang_nsa_plugin.adapters.eager_fill import schedule_of
 
-    twin = make_twin()
+    pair = pair_for_installed()
     generator = torch.Generator().manual_seed(9)
-    random_batch(twin, generator, bs=8)
-    twin.capture_setup(8)
-    twin.ours.replay(8, accepted_of(generator, 8))
-    metadata = twin.ours.backend.decode_cuda_graph_metadata[8]
+    random_batch(pair, generator, bs=8)
+    pair.capture_setup(8)
+    pair.ours.replay(8, accepted_of(generator, 8))
+    metadata = pair.ours.backend.decode_cuda_graph_metadata[8]
     schedule = schedule_of(importlib.import_module(NAMES.module))
     lengths = getattr(metadata, NAMES.seqlens_expanded)
     assert lengths.shape == (8 * DRAFT_TOKENS,)
@@ -229,19 +229,19 @@ def test_a_ragged_schedule_is_made_over_all_captured_rows():
 
 @replays_ragged
 def test_a_ragged_replay_synchronises_nothing_where_sglangs_does():
-    twin = make_twin()
+    pair = pair_for_installed()
     generator = torch.Generator().manual_seed(10)
-    random_batch(twin, generator, bs=8)
-    twin.capture_setup(8)
+    random_batch(pair, generator, bs=8)
+    pair.capture_setup(8)
     accepted = accepted_of(generator, 8)
-    twin.ours.replay(8, accepted)
-    twin.theirs.replay(8, accepted)
-    ours, theirs = (rig._replay_arguments(8, accepted) for rig in (twin.ours, twin.theirs))
-    with twin.stand_ins():
+    pair.ours.replay(8, accepted)
+    pair.theirs.replay(8, accepted)
+    ours, theirs = (rig._replay_arguments(8, accepted) for rig in (pair.ours, pair.theirs))
+    with pair.stub_process():
         without_synchronisation(
-            lambda: twin.ours.backend.init_forward_metadata_replay_cuda_graph(**ours)
+            lambda: pair.ours.backend.init_forward_metadata_replay_cuda_graph(**ours)
         )
         with pytest.raises(RuntimeError, match="synchroniz"):
             without_synchronisation(
-                lambda: twin.theirs.backend.init_forward_metadata_replay_cuda_graph(**theirs)
+                lambda: pair.theirs.backend.init_forward_metadata_replay_cuda_graph(**theirs)
             )

@@ -19,7 +19,7 @@ from sglang_nsa_plugin import (
     fill_draft_extend_metadata_cuda,
     fill_draft_extend_metadata_cuda_adaptive,
 )
-from sglang_nsa_plugin.cli import timing
+from sglang_nsa_plugin.cli.bench import timing
 from sglang_nsa_plugin.kernels import cuda
 
 pytestmark = pytest.mark.gpu

@@ -11,11 +11,11 @@ BATCH_SIZES = (1, 2, 4, 8, 16)
 DRAFT_TOKENS = 4
 
 
-def make_twin(decode_impl: str, backend: str = "auto", **rig: object):
+def pair_for_installed(decode_impl: str, backend: str = "auto", **rig: object):
     pytest.importorskip("sglang", reason="needs SGLang with its GPU packages")
     from sglang_nsa_plugin.adapters import in_graph
-    from sglang_nsa_plugin.cli.replay import Twin
-    from sglang_nsa_plugin.cli.stand_ins import missing_for
+    from sglang_nsa_plugin.harness.graph_pair import GraphPair
+    from sglang_nsa_plugin.harness.process_stubs import missing_for
 
     if not in_graph.is_generation():
         pytest.skip("this SGLang runs draft-extend eagerly: tests/gpu/test_gpu_eager.py")
@@ -24,29 +24,31 @@ def make_twin(decode_impl: str, backend: str = "auto", **rig: object):
     if missing is not None:
         pytest.skip(f"needs SGLang's GPU packages: {missing}")
     device = torch.device("cuda", 0)
-    return Twin(device, BATCH_SIZES, backend, draft_tokens=DRAFT_TOKENS, decode_impl=decode_impl, **rig)
+    return GraphPair(
+        device, BATCH_SIZES, backend, draft_tokens=DRAFT_TOKENS, decode_impl=decode_impl, **rig
+    )
 
 
-def random_batch(twin, generator, longest=None):
-    from sglang_nsa_plugin.cli.batches import random_step
+def random_batch(pair, generator, longest=None):
+    from sglang_nsa_plugin.harness.inputs import random_step
 
     raw_bs = int(torch.randint(1, BATCH_SIZES[-1] + 1, (), generator=generator))
-    bs = twin.bucket(raw_bs)
-    longest = longest or twin.inputs.req_to_token.shape[1]
-    random_step(twin.inputs, generator, raw_bs, bs, DRAFT_TOKENS, longest)
+    bs = pair.bucket(raw_bs)
+    longest = longest or pair.inputs.req_to_token.shape[1]
+    random_step(pair.inputs, generator, raw_bs, bs, DRAFT_TOKENS, longest)
     return bs
 
 
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
 def test_every_value_equals_sglangs_fill(decode_impl):
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
     from sglang_nsa_plugin.state import STATE
 
-    twin = make_twin(decode_impl)
+    pair = pair_for_installed(decode_impl)
     result, replays = Comparison(), STATE.replays
     generator = torch.Generator().manual_seed(1)
     for _ in range(200):
-        twin.step(random_batch(twin, generator), result)
+        pair.step(random_batch(pair, generator), result)
     assert result.first is None, result.first
     assert STATE.backend == "cuda"
     assert STATE.replays - replays == 200
@@ -58,16 +60,16 @@ def test_every_value_equals_sglangs_fill(decode_impl):
 
 @pytest.mark.parametrize(("topk_backend", "is_left_out"), [("sgl-kernel", True), ("flashinfer", False)])
 def test_the_wide_table_is_left_out_where_nothing_reads_it(topk_backend, is_left_out):
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
-    twin = make_twin("flashmla_sparse", dsa_topk_backend=topk_backend)
-    backend, result = twin.ours.backend, Comparison()
+    pair = pair_for_installed("flashmla_sparse", dsa_topk_backend=topk_backend)
+    backend, result = pair.ours.backend, Comparison()
     assert (backend.decode_cuda_graph_metadata["page_table"] is None) == is_left_out
-    assert twin.theirs.backend.decode_cuda_graph_metadata["page_table"] is not None
+    assert pair.theirs.backend.decode_cuda_graph_metadata["page_table"] is not None
     assert backend.speculative_num_draft_tokens == DRAFT_TOKENS
     generator = torch.Generator().manual_seed(7)
     for _ in range(20):
-        twin.step(random_batch(twin, generator), result)
+        pair.step(random_batch(pair, generator), result)
     assert result.first is None, result.first
     assert (result.compared["page_table_1"] == 0) == is_left_out
     assert result.compared["real_page_table"] > 0
@@ -76,85 +78,85 @@ def test_the_wide_table_is_left_out_where_nothing_reads_it(topk_backend, is_left
 @pytest.mark.parametrize(("decode_impl", "most"), [("flashmla_sparse", 3), ("flashmla_kv", 6)])
 def test_nodes_of_the_recorded_refresh(decode_impl, most):
     """The fill, the event behind it and SGLang's top-k plan; FlashMLA's own tables where it decodes."""
-    from sglang_nsa_plugin.cli.timing import graph_nodes
+    from sglang_nsa_plugin.cli.bench.timing import graph_nodes
     from sglang_nsa_plugin.state import STATE
 
-    twin = make_twin(decode_impl)
-    batch = twin.ours.capture_batch(8)
-    nodes = graph_nodes(lambda: twin.ours.backend.init_forward_metadata_in_graph(batch))
+    pair = pair_for_installed(decode_impl)
+    batch = pair.ours.capture_batch(8)
+    nodes = graph_nodes(lambda: pair.ours.backend.init_forward_metadata_in_graph(batch))
     assert STATE.mqa_schedule == "cuda"
     assert sum(nodes.values()) <= most, nodes
 
 
 def test_a_schedule_unlike_deep_gemms_stays_with_deep_gemm(monkeypatch):
     from sglang_nsa_plugin.adapters import mqa_schedule
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
     right = mqa_schedule._of_fill
     monkeypatch.setattr(mqa_schedule, "_of_fill", lambda *arguments: right(*arguments) + 1)
-    twin = make_twin("flashmla_sparse")
-    assert twin._taken_over().remainder_last is None
+    pair = pair_for_installed("flashmla_sparse")
+    assert pair._taken_over().remainder_last is None
     result = Comparison()
-    twin.step(random_batch(twin, torch.Generator().manual_seed(8)), result)
+    pair.step(random_batch(pair, torch.Generator().manual_seed(8)), result)
     assert result.first is None, result.first
     assert result.compared["paged_mqa_schedule_metadata"] > 0
 
 
 def test_long_contexts_reach_the_top_k_plan():
     """Lengths over 65,536 put items into the plan, which short ones leave empty."""
-    from sglang_nsa_plugin.cli.replay import Comparison
+    from sglang_nsa_plugin.harness.graph_pair import Comparison
 
-    twin = make_twin("flashmla_sparse", context_len=163_840, pool_size=17)
+    pair = pair_for_installed("flashmla_sparse", context_len=163_840, pool_size=17)
     result = Comparison()
     generator = torch.Generator().manual_seed(2)
     for _ in range(10):
-        twin.step(random_batch(twin, generator), result)
+        pair.step(random_batch(pair, generator), result)
     assert result.first is None, result.first
     assert result.compared["topk_v2_plan"] > 10 * 2
 
 
 def test_metadata_addresses_never_change():
-    twin = make_twin("flashmla_sparse")
+    pair = pair_for_installed("flashmla_sparse")
     generator = torch.Generator().manual_seed(3)
-    metadata = twin.ours.backend.decode_cuda_graph_metadata[4]
+    metadata = pair.ours.backend.decode_cuda_graph_metadata[4]
     names = [name for name, value in vars(metadata).items() if isinstance(value, torch.Tensor)]
     before = {name: getattr(metadata, name).data_ptr() for name in names}
     for _ in range(5):
-        random_batch(twin, generator)
-        twin.replay(4)
-        assert twin.ours.backend.forward_metadata is metadata
+        random_batch(pair, generator)
+        pair.replay(4)
+        assert pair.ours.backend.forward_metadata is metadata
     assert {name: getattr(metadata, name).data_ptr() for name in names} == before
 
 
 def test_replaced_inputs_go_through_sglang_and_are_not_overwritten():
     """The graph still holds a fill of the captured tensors: it must not run over SGLang's values."""
-    from sglang_nsa_plugin.adapters.captured import INPUTS_REPLACED
-    from sglang_nsa_plugin.cli.replay import Comparison, compare
+    from sglang_nsa_plugin.adapters.captured_fill import INPUTS_REPLACED
+    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
     from sglang_nsa_plugin.state import STATE
 
-    twin = make_twin("flashmla_sparse")
+    pair = pair_for_installed("flashmla_sparse")
     generator = torch.Generator().manual_seed(4)
-    bs = random_batch(twin, generator)
-    captured = twin.inputs.seq_lens.clone()
-    replaced = twin.ours.replay_view(bs)
+    bs = random_batch(pair, generator)
+    captured = pair.inputs.seq_lens.clone()
+    replaced = pair.ours.replay_view(bs)
     replaced.seq_lens = captured.clone()
-    twin.inputs.seq_lens.fill_(777)  # what the captured fill would read
+    pair.inputs.seq_lens.fill_(777)  # what the captured fill would read
     fallbacks = STATE.fallbacks[INPUTS_REPLACED]
-    with twin.stand_ins():
-        twin.ours.backend.init_forward_metadata_out_graph(replaced)
-    twin._replays[bs]()
+    with pair.stub_process():
+        pair.ours.backend.init_forward_metadata_out_graph(replaced)
+    pair._replays[bs]()
     assert STATE.fallbacks[INPUTS_REPLACED] == fallbacks + 1
-    twin.inputs.seq_lens.copy_(captured)
-    twin.theirs.sglang_fill(bs)
+    pair.inputs.seq_lens.copy_(captured)
+    pair.theirs.sglang_fill(bs)
     result = Comparison()
     compare(
-        twin.ours.backend.decode_cuda_graph_metadata[bs],
-        twin.theirs.backend.decode_cuda_graph_metadata[bs],
+        pair.ours.backend.decode_cuda_graph_metadata[bs],
+        pair.theirs.backend.decode_cuda_graph_metadata[bs],
         result,
     )
     assert result.first is None, result.first
 
-    twin.step(bs, result)  # and the next replay with the captured tensors is ours again
+    pair.step(bs, result)  # and the next replay with the captured tensors is ours again
     assert result.first is None, result.first
     assert STATE.fallbacks[INPUTS_REPLACED] == fallbacks + 1
 
@@ -162,46 +164,46 @@ def test_replaced_inputs_go_through_sglang_and_are_not_overwritten():
 @pytest.mark.parametrize("fault", ["in a capture", "in the last batch size"])
 def test_an_error_while_the_fill_is_set_up_leaves_every_graph_to_sglang(fault, monkeypatch):
     """Also graphs that hold our fill; and a capture that it broke leaves nothing behind."""
-    from sglang_nsa_plugin.adapters import captured
-    from sglang_nsa_plugin.cli.replay import Comparison, compare
+    from sglang_nsa_plugin.adapters import captured_fill
+    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
     from sglang_nsa_plugin.state import STATE
 
-    refresh_derived = captured.DraftExtendFill.refresh_derived
+    refresh_derived = captured_fill.BackendFills.refresh_derived
 
     def failing(fill, metadata):
-        if fault == "in a capture" and captured.is_capturing():
+        if fault == "in a capture" and captured_fill.is_capturing():
             torch.cuda.synchronize()  # not allowed there
         if fault != "in a capture" and metadata.cache_seqlens_int32.shape[0] == BATCH_SIZES[-1]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         refresh_derived(fill, metadata)
 
-    monkeypatch.setattr(captured.DraftExtendFill, "refresh_derived", failing)
+    monkeypatch.setattr(captured_fill.BackendFills, "refresh_derived", failing)
     stream = torch.cuda.current_stream()
-    twin = make_twin("flashmla_sparse")
+    pair = pair_for_installed("flashmla_sparse")
     assert torch.cuda.current_stream() == stream
     assert STATE.adapter is None
     assert STATE.reason.startswith("the fill could not be set up: ")
 
     generator, result = torch.Generator().manual_seed(7), Comparison()
     for _ in range(20):
-        bs = random_batch(twin, generator)
-        twin.ours.replay(bs)
-        kept = twin.inputs.seq_lens.clone()
-        twin.inputs.seq_lens.fill_(777)  # what a fill that still ran would read
-        twin._replays[bs]()
-        twin.inputs.seq_lens.copy_(kept)
-        twin.theirs.sglang_fill(bs)
-        compare(*(r.backend.decode_cuda_graph_metadata[bs] for r in (twin.ours, twin.theirs)), result)
+        bs = random_batch(pair, generator)
+        pair.ours.replay(bs)
+        kept = pair.inputs.seq_lens.clone()
+        pair.inputs.seq_lens.fill_(777)  # what a fill that still ran would read
+        pair._replays[bs]()
+        pair.inputs.seq_lens.copy_(kept)
+        pair.theirs.sglang_fill(bs)
+        compare(*(r.backend.decode_cuda_graph_metadata[bs] for r in (pair.ours, pair.theirs)), result)
     assert result.first is None, result.first
 
 
 @pytest.mark.unsanitized("the profiler and the tool cannot both be attached")
 def test_replay_launches_nothing_and_synchronises_nothing():
-    twin = make_twin("flashmla_sparse")
+    pair = pair_for_installed("flashmla_sparse")
     generator = torch.Generator().manual_seed(5)
-    bs = random_batch(twin, generator)
-    call = twin.before_replay(bs)
-    with twin.stand_ins():
+    bs = random_batch(pair, generator)
+    call = pair.before_replay(bs)
+    with pair.stub_process():
         call()
         torch.cuda.synchronize()
         with torch.profiler.profile(
@@ -227,13 +229,13 @@ def test_fence_covers_the_read(event):
     graph the tables hold the old slots, and the overwrite ends before the graph does: the overlap is
     kept. Behind SGLang's event, recorded before the replay, they do not: the test would notice.
     """
-    twin = make_twin("flashmla_sparse")
-    batch, bs = twin.ours.capture_batch(8), 8
-    backend = twin.ours.backend
-    random_batch(twin, torch.Generator().manual_seed(6))
-    twin.inputs.seq_lens.fill_(4_000)
-    twin.inputs.req_pool_indices.copy_(torch.arange(1, twin.inputs.max_bs + 1))
-    pages = twin.inputs.req_to_token[1 : bs + 1, :4_000:64] // 64
+    pair = pair_for_installed("flashmla_sparse")
+    batch, bs = pair.ours.capture_batch(8), 8
+    backend = pair.ours.backend
+    random_batch(pair, torch.Generator().manual_seed(6))
+    pair.inputs.seq_lens.fill_(4_000)
+    pair.inputs.req_pool_indices.copy_(torch.arange(1, pair.inputs.max_bs + 1))
+    pages = pair.inputs.req_to_token[1 : bs + 1, :4_000:64] // 64
     expected = pages.repeat_interleave(DRAFT_TOKENS, 0)
 
     graph = torch.cuda.CUDAGraph()
@@ -241,7 +243,7 @@ def test_fence_covers_the_read(event):
         torch.cuda._sleep(100_000_000)
         backend.init_forward_metadata_in_graph(batch)
         torch.cuda._sleep(1_000_000_000)
-    read_done = twin._captured(bs).read_done
+    read_done = pair._captured(bs).read_done
     forward, scheduler = torch.cuda.Stream(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(forward):
@@ -253,7 +255,7 @@ def test_fence_covers_the_read(event):
         forward_done.record()
     with torch.cuda.stream(scheduler):
         scheduler.wait_event(read_done)
-        twin.inputs.req_to_token.fill_(-5)
+        pair.inputs.req_to_token.fill_(-5)
         overwritten = torch.cuda.Event()
         overwritten.record()
     overwritten.synchronize()

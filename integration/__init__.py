@@ -1,0 +1,1 @@
+"""What needs a GPU host, real servers or several SGLang releases, and what it measured (``results/``)."""

@@ -1,0 +1,173 @@
+"""What was compared and watched on a GPU, for README: one table of its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from integration.gpu import sanitizers
+
+Part = dict[str, Any]
+Row = tuple[str, str, str]
+
+
+def figures(gpu: dict[str, Part], serve: dict[str, Part], loads: Sequence[Part]) -> list[str]:
+    """A table, and a sentence on what a check costs.
+
+    Args:
+        gpu: parts of ``make gpu-test``.
+        serve: parts of ``make serve-test``.
+        loads: the result files of ``make serve-test PART=shadow-load``, one of each run.
+    """
+    rows = [
+        *tested(gpu["tests"]),
+        *sanitized_fills(gpu["sanitizers"]),
+        *sanitized_tests("the tests", gpu.get("sanitized_tests", {})),
+        *sanitized_tests("the tests that hold 17 GB", gpu.get("sanitized_vast_tests", {})),
+        *demonstrated(gpu["demo"]),
+        *soaked(gpu.get("soak", {})),
+        *under_load(serve.get("shadow_checked_load", {})),
+        *loaded(loads),
+        *planted(serve["planted_error"]),
+        *counted(serve.get("metrics", {})),
+    ]
+    table = [
+        "| on a GPU | how much | found |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    return ["\n".join(table), *cost_of_a_check(gpu.get("check_cost", {}))]
+
+
+def tested(part: Part) -> Iterator[Row]:
+    yield "`make gpu-test`: tests", f"{part['counts']['passed']} passed", failures(part)
+
+
+def failures(part: Part) -> str:
+    return ", ".join(f"`{name}` failed" for name in part["failed"]) or "0 failed"
+
+
+def sanitized_fills(part: Part) -> Iterator[Row]:
+    ran = tools(part)
+    fills = ", ".join(sorted({f"{tool['fills']} fills" for tool in ran.values()}))
+    yield f"compute-sanitizer over fills: {', '.join(ran)}", f"{fills} each", errors(ran)
+    found = [
+        f"{tool} {'found it' if count else 'did not find it'}" for tool, count in part["planted"].items()
+    ]
+    yield (
+        "the same over fills that are wrong on purpose",
+        "memory never written, memory given back",
+        ", ".join(found),
+    )
+
+
+def sanitized_tests(which: str, part: Part) -> Iterator[Row]:
+    ran = tools(part)
+    if not ran:
+        return
+    passed = sorted({tool["tests"].get("passed", 0) for tool in ran.values()})
+    copies = [copies_of_sglang(name, tool) for name, tool in ran.items() if tool["copies_of_sglang"]]
+    failed = sorted({name for tool in ran.values() for name in tool["failed"]})
+    yield (
+        f"compute-sanitizer over {which}: {', '.join(ran)}",
+        f"{' or '.join(map(str, passed))} passed under each",
+        "; ".join([errors(ran), *copies, *(f"`{name}` failed" for name in failed)]),
+    )
+
+
+def copies_of_sglang(name: str, tool: Part) -> str:
+    of_sglang = {by: count for by, count in tool["copies"].items() if by.startswith(sanitizers.SGLANG)}
+    askers = ", ".join(f"{count:,} {asker}" for asker, count in of_sglang.items())
+    return f"{tool['copies_of_sglang']:,} copies that SGLang asked for, by {name}: {askers}"
+
+
+def tools(part: Part) -> dict[str, Part]:
+    """What each tool found, without the summaries beside them."""
+    return {name: tool for name, tool in part.items() if isinstance(tool, dict) and "errors" in tool}
+
+
+def errors(ran: dict[str, Part]) -> str:
+    ended = [tool["errors"] for tool in ran.values() if tool["errors"] is not None]
+    not_ended = [name for name, tool in ran.items() if tool["errors"] is None]
+    return "; ".join(
+        [f"{sum(ended)} errors", *(f"{name} did not come to its end" for name in not_ended)]
+    )
+
+
+def demonstrated(part: Part) -> Iterator[Row]:
+    values, different = (sum(part[key].values()) for key in ("compared", "different"))
+    yield (
+        "`sglang-nsa-plugin demo`: replays beside SGLang's own fill",
+        f"{part['steps']} replays, {values:,} values",
+        f"{different} different",
+    )
+
+
+def soaked(part: Part) -> Iterator[Row]:
+    if "replays" in part:  # else it was not run, or did not end
+        yield (
+            "`integration/gpu/soak.py`: random batches, shadow-checked",
+            f"{part['checks']:,} of {part['replays']:,} replays, {part['values_compared']:,} values",
+            f"{part['mismatches']} different",
+        )
+
+
+def under_load(part: Part) -> Iterator[Row]:
+    if part:
+        yield (
+            "a server under mixed load, shadow-checked",
+            f"{part['record']['checks']:,} replays",
+            f"{part['record']['mismatches']} different",
+        )
+
+
+def loaded(runs: Sequence[Part]) -> Iterator[Row]:
+    if not runs:
+        return
+    checks, values, different = (
+        sum(run["parts"]["total"][key] for run in runs)
+        for key in ("checks", "values_checked", "mismatches")
+    )
+    servers = [server for run in runs for server in run["parts"]["servers"].values()]
+    failed = sum("error" in server for server in servers)
+    yield (
+        "servers of 2, 4 and 6 draft tokens, bfloat16 and FP8, under mixed load, shadow-checked, "
+        f"SGLang {', '.join(sorted({run['versions']['sglang'] for run in runs}))}",
+        f"{checks:,} replays, {values:,} values, runs: {len(runs)}",
+        f"{different} different, {failed} of {len(servers)} servers failed",
+    )
+
+
+def planted(part: Part) -> Iterator[Row]:
+    yield (
+        "a shadow-checked server with wrong numbers planted behind the fill",
+        f"{part['prompts_after']} prompts after it",
+        f"{part['record']['mismatches']} wrong numbers by the first check; "
+        "right tokens, by SGLang's own fill",
+    )
+
+
+def counted(part: Part) -> Iterator[Row]:
+    if not part:
+        return
+    moments = [part[moment] for moment in ("before", "after")]
+    by_place = {
+        "`/metrics`": [next(iter(moment["metrics"].values()))["replays"] for moment in moments],
+        "`/server_info`": [moment["server_info"]["replays"] for moment in moments],
+        "its own record": [moment["scheduler"]["replays"] for moment in moments],
+    }
+    said = [f"{place} {before:,} and {after:,}" for place, (before, after) in by_place.items()]
+    yield "replays that a server counts", "before and after a load", "; ".join(said)
+
+
+def cost_of_a_check(part: Part) -> list[str]:
+    if not part:
+        return []
+    (host, stream), (checked_host, checked_stream) = (
+        [part["us"][arm][clock]["median"] for clock in ("host", "stream")]
+        for arm in ("unchecked", "checked")
+    )
+    return [
+        f"A shadow check takes a replay from {host:.0f} to {checked_host:.0f} µs of the host's time and "
+        f"from {stream:.0f} to {checked_stream:.0f} µs of the stream's."
+    ]

@@ -1,0 +1,1 @@
+"""One GPU, no server: tests, sanitizers, benchmarks and their goals."""

@@ -1,0 +1,1 @@
+"""The SGLang releases: installing one, and testing the plugin against each."""

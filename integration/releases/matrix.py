@@ -1,0 +1,176 @@
+"""``make test-releases``: the plugin against SGLang's own code in each release, without a GPU.
+
+    python -m integration.releases.matrix [VERSION ...]
+
+For each release, by default all that are listed as tested: a fresh environment below .releases/ with
+that release and its own transformers, in which SGLang's loader discovers the installed wheel, its own
+command line parses the flag, and its own backend class is filled by both and compared value by value.
+Writes integration/results/releases.json, or below NSA_RESULTS_DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+from typing import Any
+
+from integration import result_files
+from integration.releases.install_sglang import release_key
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDER = ROOT / ".releases"
+RESULT = "releases.json"
+STEPS = 100
+# How SGLang's draft-extend code came to be what it is, and the first release of each generation.
+GENERATIONS = {
+    "B": ("0.5.11", "NSA, planned eagerly or replayed ragged"),
+    "C": ("0.5.13", "DSA, planned eagerly"),
+    "D": ("0.5.15", "DSA, captured in CUDA graphs"),
+    "E": ("0.5.20", "D with k-pooling and another runner"),
+    "F": ("0.5.22", "E without an early fence"),
+}
+TIME_LIMIT_S = 1200
+# Named first so that nothing later chooses them; what the tests need comes with the wheel's extra.
+FIRST = ("torch==2.13.0", "triton==3.6.0", "numpy>=2,<2.4")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("version", nargs="*", help="such as 0.5.14; default: all tested releases")
+    parser.add_argument("--keep", action="store_true", help="use the environments of an earlier run")
+    arguments = parser.parse_args()
+    versions = arguments.version or tested_releases()
+    wheel = build_wheel()
+    rows = {version: try_release(version, wheel, arguments.keep) for version in versions}
+    result_files.merge(RESULT, "make test-releases", rows, alone=True)
+    print(as_text(rows))
+    return 0 if all(row["verdict"] == "equal" for row in rows.values()) else 1
+
+
+def tested_releases() -> list[str]:
+    """The list in adapters/releases.py, read without importing the package: it may not be built here."""
+    path = ROOT / "sglang_nsa_plugin" / "adapters" / "releases.py"
+    tree = ast.parse(path.read_text())
+    (listed,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TESTED"
+    )
+    return sorted(ast.literal_eval(listed), key=release_key)
+
+
+def generation(version: str) -> str:
+    """The last generation that began with this release or before it."""
+    key = release_key(version)
+    return max(name for name, (first, _) in GENERATIONS.items() if release_key(first) <= key)
+
+
+def build_wheel() -> Path:
+    """The wheel of this source tree, which every environment installs."""
+    folder = FOLDER / "wheel"
+    shutil.rmtree(folder, ignore_errors=True)
+    run(sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "-w", str(folder), str(ROOT))
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def try_release(version: str, wheel: Path, keep: bool) -> dict[str, Any]:
+    """One row of the table: what was found, hooked and compared in this release."""
+    begin = time.monotonic()
+    python = environment(version, wheel, keep)
+    demo_passed, demo = run_demo(python)
+    tests_passed, tests = run_tests(python)
+    state = demo.get("state", {})
+    passed = demo_passed and tests_passed and demo.get("verdict") == "equal"
+    row = {
+        "generation": generation(version),
+        "adapter": state.get("adapter"),
+        "implementation": state.get("backend"),
+        "reason": state.get("reason"),
+        "hook_targets": demo.get("hook_targets", []),
+        "steps": demo.get("steps"),
+        "values_compared": sum(demo.get("compared", {}).values()),
+        "values_different": sum(demo.get("different", {}).values()),
+        "adapter_tests": tests,
+        "torch": demo.get("torch"),
+        "transformers": demo.get("transformers"),
+        "verdict": "equal" if passed else "failed",
+        "seconds": round(time.monotonic() - begin),
+    }
+    print(f"{version}: {row['verdict']} after {row['seconds']} s", flush=True)
+    return row
+
+
+def environment(version: str, wheel: Path, keep: bool) -> str:
+    """A virtual environment with this SGLang and the wheel; returns its Python."""
+    folder = FOLDER / version
+    python = str(folder / "bin" / "python")
+    if not (keep and folder.is_dir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        venv.create(folder, with_pip=True)
+        run(python, "-m", "pip", "install", "-qq", *FIRST)
+    run(python, "-m", "integration.releases.install_sglang", version)
+    run(python, "-m", "pip", "install", "-qq", f"{wheel}[test]")
+    run(python, "-m", "pip", "install", "-qq", "--force-reinstall", "--no-deps", str(wheel))
+    return python
+
+
+def run_demo(python: str) -> tuple[bool, dict[str, Any]]:
+    """SGLang's loader and its real backend class, hundreds of steps, every value compared."""
+    path = FOLDER / "demo.json"
+    path.unlink(missing_ok=True)
+    command = [python, "-m", "sglang_nsa_plugin", "demo", "--steps", str(STEPS), "--json", str(path)]
+    done = subprocess.run(
+        command, cwd=FOLDER, env=clean_environment(), timeout=TIME_LIMIT_S, check=False
+    )
+    return done.returncode == 0, json.loads(path.read_text()) if path.is_file() else {}
+
+
+def run_tests(python: str) -> tuple[bool, dict[str, int]]:
+    """tests/adapters: SGLang's own parser with the flag, what is declined, values, counters."""
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/adapters"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=clean_environment(),
+        timeout=TIME_LIMIT_S,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(done.stdout[-3000:] if done.returncode else done.stdout.strip().splitlines()[-1], flush=True)
+    found = re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)
+    return done.returncode == 0, {word: int(count) for count, word in found}
+
+
+def clean_environment() -> dict[str, str]:
+    """Without this shell's settings of SGLang; with bytecode, or each import takes 40 s."""
+    ours = ("SGLANG_", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "TRITON_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, env=clean_environment(), check=True, timeout=TIME_LIMIT_S)
+
+
+def as_text(rows: dict[str, dict[str, Any]]) -> str:
+    """The table as it goes to README."""
+    lines = [
+        f"{version:14} {row['generation']} {row['adapter'] or '-':9} {len(row['hook_targets'])} hooks "
+        f"{row['values_compared']:>12,} values {row['values_different']:>4} different  {row['verdict']}"
+        for version, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

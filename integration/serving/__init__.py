@@ -1,0 +1,1 @@
+"""Real SGLang servers, with the plugin and without it, side by side."""

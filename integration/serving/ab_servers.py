@@ -1,0 +1,222 @@
+"""The servers of the tests: with the plugin and as SGLang is, same flags, started ahead of their tests.
+
+with Fleet(model, folder, [EAGER, FP8], at_once=8) as fleet:
+    arms = fleet.ready(EAGER)
+    arms["plugin"].server.generate([1, 2, 3], 16)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from integration.releases.install_sglang import release_key
+from integration.serving.server import POLL_S, Server, ServerError
+
+PROBE = Path(__file__).parent / "probe"
+# Until all of a setup are ready: on a host that never served it, SGLang compiles for up to five minutes.
+START_LIMIT_S = 420.0
+CORRUPT_LIMIT_S = 10.0
+
+# Servers share one GPU, each with a KV cache of fixed size. One that starts counts what others take
+# between its two looks at the free memory as its own: the limit of that is far up.
+SHARED_GPU_ARGS = (
+    *("--mem-fraction-static", "0.8"),
+    *("--max-total-tokens", "200000"),
+    *("--cuda-graph-max-bs", "16"),
+    "--skip-server-warmup",
+)
+# Idle servers leave the cores to those that start.
+MANY = ("--sleep-on-idle",)
+FP8 = ("--kv-cache-dtype", "fp8_e4m3")
+
+# The arms differ in nothing but this. SGLang finds every installed plugin by itself; naming one
+# leaves the others out. Settings of the shell that could change the plugin's choice are removed.
+Environment = Mapping[str, str | None]
+PLUGIN_ENV: Environment = {
+    "SGLANG_PLUGINS": None,
+    "SGLANG_NSA_METADATA_BACKEND": None,
+    "SGLANG_NSA_METADATA_CHECK": None,
+}
+SGLANG_ENV: Environment = {"SGLANG_PLUGINS": "probe"}
+ARMS: Mapping[str, Environment] = {"plugin": PLUGIN_ENV, "sglang": SGLANG_ENV}
+# The probe keeps an event of each replay: without it memory stays, under minutes of load.
+NO_PROBE: Environment = {"NSA_PROBE_DIR": None}
+
+
+def serve_args(decode_backend: str = "flashmla_sparse", draft_tokens: int = 4) -> list[str]:
+    """The options of a small server, spelled as the installed SGLang spells them.
+
+    The last verified token is one of the draft tokens, so there is a step less than there are of them.
+    The graphs of prefill take minutes to capture and have nothing to do with draft-extend.
+    """
+    installed = release_key(version("sglang"))
+    sparse = "nsa" if installed < (0, 5, 13) else "dsa"
+    no_prefill_graph = (
+        "--disable-piecewise-cuda-graph" if installed < (0, 5, 14) else "--disable-prefill-cuda-graph"
+    )
+    return [
+        *("--speculative-algorithm", "EAGLE"),
+        *("--speculative-num-steps", str(draft_tokens - 1)),
+        *("--speculative-eagle-topk", "1"),
+        *("--speculative-num-draft-tokens", str(draft_tokens)),
+        *(f"--{sparse}-prefill-backend", decode_backend),
+        *(f"--{sparse}-decode-backend", decode_backend),
+        *SHARED_GPU_ARGS,
+        no_prefill_graph,
+    ]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Servers that are started together and differ in nothing but their environment.
+
+    Attributes:
+        name: of the parts in the result file and of the folder of logs.
+        flags: behind those of `serve_args`; where both name an option, these win.
+        arms: name of the arm → variables that make the difference; None removes one.
+        decode_backend: SGLang's sparse attention.
+        draft_tokens: verified in each speculative step.
+        gpus: how many a server takes.
+    """
+
+    name: str
+    flags: tuple[str, ...] = ()
+    arms: Mapping[str, Environment] = field(default_factory=lambda: ARMS)
+    decode_backend: str = "flashmla_sparse"
+    draft_tokens: int = 4
+    gpus: int = 1
+
+    @property
+    def args(self) -> list[str]:
+        """The options of each of its servers, without the model."""
+        return [*serve_args(self.decode_backend, self.draft_tokens), *self.flags]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A running server and the folder where the probe writes its measurements."""
+
+    server: Server
+    probe_dir: Path
+
+    def corrupt(self, *fields: str) -> None:
+        """From now on these tensors of SGLang's metadata are wrong behind each fill, and no others.
+
+        For servers started with NSA_PROBE_CORRUPT, see integration/serving/probe/.
+
+        Raises:
+            ServerError: the probe does not say within `CORRUPT_LIMIT_S` seconds that they are.
+        """
+        wanted = ",".join(fields)
+        (self.probe_dir / "corrupt").write_text(wanted)
+        done = self.probe_dir / "corrupted"
+        deadline = time.monotonic() + CORRUPT_LIMIT_S
+        while not done.is_file() or done.read_text() != wanted:
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"server {self.server.name}: the probe did not corrupt {wanted or 'nothing'} within "
+                    f"{CORRUPT_LIMIT_S:.0f} s; see {self.server.log_path}"
+                )
+            time.sleep(POLL_S)
+
+
+class Arms(dict[str, Arm]):
+    """Running servers by the name of their arm, and the setup that they share."""
+
+    def __init__(self, setup: Setup, arms: Mapping[str, Arm]) -> None:
+        super().__init__(arms)
+        self.setup = setup
+
+
+class Fleet:
+    """Starts the servers of the setups in their order, ahead of the tests that use them.
+
+    Args:
+        model: the checkpoint.
+        folder: for logs (``SETUP/ARM.log``) and probe files (``SETUP/ARM-probe/``).
+        setups: those to start ahead; another is started when it is asked for.
+        at_once: no more servers than this run ahead.
+    """
+
+    def __init__(
+        self, model: Path, folder: Path, setups: Sequence[Setup] = (), at_once: int = 2
+    ) -> None:
+        self._model = model
+        self._folder = folder
+        self._waiting = list(setups)
+        self._at_once = at_once
+        self._running: dict[str, Arms] = {}
+
+    def __enter__(self) -> Fleet:
+        self._start_ahead()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._waiting.clear()
+        stop_all(arm for arms in self._running.values() for arm in arms.values())
+        self._running.clear()
+
+    def ready(self, setup: Setup) -> Arms:
+        """The setup's servers, when each of them has generated a token."""
+        arms = self._running.get(setup.name) or self._start(setup)
+        for arm in arms.values():
+            arm.server.wait_ready(START_LIMIT_S)
+        return arms
+
+    def done(self, setup: Setup) -> None:
+        """Ends the setup's servers and starts the next ones."""
+        stop_all(self._running.pop(setup.name, {}).values())
+        self._start_ahead()
+
+    def alone(self, setup: Setup) -> bool:
+        """Whether no servers of other setups run."""
+        return set(self._running) <= {setup.name}
+
+    def _start_ahead(self) -> None:
+        while self._waiting:
+            running = sum(len(arms) for arms in self._running.values())
+            if running and running + len(self._waiting[0].arms) > self._at_once:
+                return
+            self._start(self._waiting[0])
+
+    def _start(self, setup: Setup) -> Arms:
+        self._waiting = [other for other in self._waiting if other.name != setup.name]
+        arms = Arms(setup, {name: self._arm(setup, name) for name in setup.arms})
+        self._running[setup.name] = arms  # first: what has been started is ended also when one fails
+        for arm in arms.values():
+            arm.server.start()
+        return arms
+
+    def _arm(self, setup: Setup, name: str) -> Arm:
+        folder = self._folder / setup.name
+        probe_dir = (folder / f"{name}-probe").resolve()
+        probe_dir.mkdir(parents=True)
+        with_probe = {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(PROBE), os.environ.get("PYTHONPATH")])),
+            "NSA_PROBE_DIR": str(probe_dir),
+            **setup.arms[name],
+        }
+        model = ("--model-path", str(Path(self._model).resolve()))
+        log_path = folder / f"{name}.log"
+        return Arm(Server([*model, *setup.args], with_probe, log_path=log_path, name=name), probe_dir)
+
+
+def stop_all(arms: Iterable[Arm]) -> None:
+    """Ends the servers side by side: each takes some seconds."""
+    servers = [arm.server for arm in arms]
+    with ThreadPoolExecutor(max(len(servers), 1)) as pool:
+        list(pool.map(Server.stop, servers))
+
+
+@contextmanager
+def start_arms(setup: Setup, model: Path, folder: Path) -> Iterator[Arms]:
+    """The setup's servers, ready; ended on leaving."""
+    with Fleet(model, folder) as fleet:
+        yield fleet.ready(setup)

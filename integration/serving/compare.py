@@ -1,0 +1,213 @@
+"""What the serving tests share: prompts, the comparison of both arms, and what the servers recorded.
+
+Greedy tokens do not depend on drafts, so wrong metadata shows in the accepted drafts; wrong tokens show
+memory that was written or freed at the wrong time. Both are compared, and the reasons to finish.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from itertools import zip_longest
+from typing import Any
+
+import pytest
+
+from integration import result_files
+from integration.serving import checkpoint
+from integration.serving.ab_servers import Arm, Arms
+from integration.serving.ab_stats import Row, accepted_drafts, added, mean_tokens, mismatched
+from integration.serving.server import Answer, Server
+
+RECORD_KEY = "nsa_metadata"
+PROBE_SETTLES_S = 2.0
+# Around pages (64 tokens), and with 96 new tokens within index_topk: beyond, SGLang's top-k writes the
+# chosen positions in an order that differs from run to run, and bfloat16 sums with it.
+SHORT_LENGTHS = (1, 5, 20, 63, 64, 65, 150, 400, 900, 1_300)
+NEW_TOKENS = 96
+LEAST_ASKS, MOST_ASKS = 2, 5
+# How far the tokens of a step may differ between arms where the batches differ.
+ACCEPTANCE_LIMIT = 0.02
+
+Report = Callable[[str, dict[str, Any]], None]  # writes the figures of one part
+
+
+def prompts(lengths: Sequence[int], seed: int) -> list[list[int]]:
+    """Random ordinary tokens; the same for both arms, and no common beginnings."""
+    source = random.Random(seed)
+    return [source.choices(range(checkpoint.ORDINARY), k=length) for length in lengths]
+
+
+def comparison(plugin: Answer, sglang: Answer, length: int) -> Row:
+    """How two answers to a prompt of ``length`` tokens differ."""
+    pairs = zip_longest(plugin.output_ids, sglang.output_ids)
+    longest = max(len(plugin.output_ids), len(sglang.output_ids))
+    return {
+        "length": length,
+        "tokens": len(sglang.output_ids),
+        "deterministic": length + longest <= checkpoint.INDEX_TOPK,
+        "same_ids": plugin.output_ids == sglang.output_ids,
+        "same_drafts": plugin.histogram == sglang.histogram,
+        "same_finish": plugin.finish == sglang.finish,
+        "first_different_token": next((i for i, (a, b) in enumerate(pairs) if a != b), None),
+        "accepted_drafts": {"plugin": plugin.histogram, "sglang": sglang.histogram},
+    }
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Counts over `comparison` rows, and the accepted drafts and tokens per step of both arms."""
+    accepted = accepted_drafts(rows)
+    return {
+        "prompts": len(rows),
+        "tokens_compared": sum(row["tokens"] for row in rows),
+        **{name: sum(row[name] for row in rows) for name in ("same_ids", "same_drafts", "same_finish")},
+        "accepted_drafts": accepted,
+        "tokens_per_step": {arm: mean_tokens(counts) for arm, counts in accepted.items()},
+        "each": list(rows),
+    }
+
+
+def mismatches(rows: Iterable[Row]) -> list[Row]:
+    """Rows that differ in tokens or reason to finish, or, where SGLang is repeatable, in the drafts."""
+    return [row for row in rows if mismatched(row)]
+
+
+def one_at_a_time(
+    arms: Arms, asked: Sequence[Sequence[int]], new_tokens: int | None = NEW_TOKENS, **options: Any
+) -> list[Row]:
+    """Each prompt to both arms in turn."""
+    rows = []
+    for prompt in asked:
+        answers = {n: arm.server.generate(prompt, new_tokens, **options) for n, arm in arms.items()}
+        rows.append(comparison(answers["plugin"], answers["sglang"], len(prompt)))
+    return rows
+
+
+def at_once(arms: Arms, count: int, seed: int) -> Row:
+    """``count`` prompts in one request, several times to each arm.
+
+    Which requests share a batch changes bfloat16 sums, and with a near tie tokens. A prompt is different
+    where no answer of the plugin is one of SGLang's; both are asked again before that is believed. New
+    tokens differ by request, so that the batch shrinks while it runs.
+    """
+    source = random.Random(seed)
+    asked = prompts([source.choice(SHORT_LENGTHS[1:8]) for _ in range(count)], seed)
+    new_tokens = [NEW_TOKENS // 2 + 8 * (i % 7) for i in range(count)]
+    answers: dict[str, list[list[Answer]]] = {name: [] for name in arms}
+    for asks in range(1, MOST_ASKS + 1):
+        for name, arm in arms.items():
+            arm.server.flush_cache()
+            answers[name].append(arm.server.generate_batch(asked, new_tokens))
+        row = repeated(answers["plugin"], answers["sglang"])
+        if asks >= LEAST_ASKS and not row["different"]:
+            break
+    for name, each in answers.items():
+        lengths = [[len(answer.output_ids) for answer in ask] for ask in each]
+        assert lengths == [new_tokens] * asks, f"{name}: answers of other lengths than asked for"
+    return {"at_once": count, "asks": asks, **row}
+
+
+def repeated(plugin: Sequence[Sequence[Answer]], sglang: Sequence[Sequence[Answer]]) -> Row:
+    """The comparison of `at_once`; one sequence for each time that all prompts were asked."""
+    repeatable = different = 0
+    for ours, theirs in zip(zip(*plugin, strict=True), zip(*sglang, strict=True), strict=True):
+        expected = [answer.output_ids for answer in theirs]
+        repeatable += expected.count(expected[0]) == len(expected)
+        different += not any(answer.output_ids in expected for answer in ours)
+    accepted = {
+        name: reduce(added, (answer.histogram for ask in asks for answer in ask), [])
+        for name, asks in (("plugin", plugin), ("sglang", sglang))
+    }
+    return {
+        "prompts": len(sglang[0]),
+        "tokens_compared": sum(len(answer.output_ids) for answer in sglang[0]),
+        "repeatable": repeatable,
+        "different": different,
+        "accepted_drafts": accepted,
+    }
+
+
+def assert_alike(rows: Sequence[Row]) -> None:
+    """No prompt of `at_once` got other tokens, and most of them can tell."""
+    assert [row for row in rows if row["different"]] == []
+    told, asked = sum(row["repeatable"] for row in rows), sum(row["prompts"] for row in rows)
+    assert 2 * told > asked, (
+        f"SGLang repeats itself for {told} of {asked} prompts: too few tell anything"
+    )
+
+
+def relative(plugin: float, sglang: float) -> float:
+    """How far the plugin's figure is from SGLang's, as a share of SGLang's."""
+    return round(abs(plugin - sglang) / sglang, 5)
+
+
+def read_record(target: Server) -> dict[str, Any]:
+    """The plugin's record of the first scheduler, as ``GET /server_info`` shows it."""
+    return records(target)[0]
+
+
+def records(target: Server) -> list[dict[str, Any]]:
+    """The plugin's record of each scheduler that ``GET /server_info`` asks, one a data parallel rank."""
+    states = target.server_info()["internal_states"]
+    missing = [rank for rank, state in enumerate(states) if RECORD_KEY not in state]
+    assert not missing, (
+        f"server {target.name}: /server_info has no internal_states[{missing[0]}][{RECORD_KEY!r}]: the "
+        f"plugin is not active in the scheduler; see {target.log_path}"
+    )
+    return [dict(state[RECORD_KEY]) for state in states]
+
+
+def processes(arm: Arm) -> list[dict[str, Any]]:
+    """What the probe wrote in each process that loads plugins."""
+    return [json.loads(path.read_text()) for path in sorted(arm.probe_dir.glob("*.json"))]
+
+
+def schedulers_figures(arm: Arm) -> list[dict[str, Any]]:
+    """The probe's figures of each scheduler; it writes them when no replay ran for a moment."""
+    time.sleep(PROBE_SETTLES_S)
+    return [figures for figures in processes(arm) if "fill_us" in figures]
+
+
+def scheduler_figures(arm: Arm) -> dict[str, Any]:
+    """The same of a server with one scheduler."""
+    timed = schedulers_figures(arm)
+    assert len(timed) == 1, (
+        f"server {arm.server.name}: {len(timed)} processes in {arm.probe_dir} timed draft-extend "
+        f"replays, expected 1; see {arm.server.log_path}"
+    )
+    return timed[0]
+
+
+def in_graph(probe: Mapping[str, Any]) -> bool:
+    """Whether this SGLang captures draft-extend in graphs, by what the probe found to time."""
+    return "replays" in probe
+
+
+def check_record(arms: Arms, report: Report) -> None:
+    """Every captured draft-extend step went through the plugin, none through SGLang's own fill."""
+    probe, record = scheduler_figures(arms["plugin"]), read_record(arms["plugin"].server)
+    steps = probe["replays"] if in_graph(probe) else probe["fills"]
+    report(f"{arms.setup.name}.record", {"record": record, "probe_steps": steps})
+    assert record["backend"] == "cuda", record
+    assert record["fallbacks"] == {}, record
+    assert record["pid"] == probe["pid"]
+    assert steps > 0
+    if in_graph(probe):
+        assert sorted(record["captures"]) == sorted(probe["capture_bs"])
+        assert record["replays"] == steps
+    else:
+        assert record["launches"] == steps
+
+
+def needs_graphs(arms: Arms) -> None:
+    """Skips where this SGLang runs draft-extend without a graph."""
+    if read_record(arms["plugin"].server)["adapter"] != "in-graph":
+        pytest.skip("this SGLang runs draft-extend without a graph")
+
+
+def gpu_memory_mib() -> list[int]:
+    """Memory in use on each GPU, in MiB."""
+    return [int(line) for line in result_files.of_gpus("memory.used")]

@@ -1,0 +1,312 @@
+"""A second SGLang plugin that only measures: host time around each draft-extend replay.
+
+With this folder on PYTHONPATH, SGLang finds the entry point ``probe``. The probe works the same
+with and without sglang-nsa-plugin, so both arms of a comparison are timed by the same code. Each
+process that loads plugins writes ``$NSA_PROBE_DIR/<pid>.json``; without that variable the probe
+does nothing.
+
+In a scheduler process the draft-extend runner is watched from the end of its ``__init__``, so that
+captures are not timed. Two spans are taken, in nanoseconds of ``time.perf_counter_ns``:
+
+- fill: one call of ``draft_extend_attn_backend.init_forward_metadata_out_graph`` inside
+  ``execute``; SGLang fills the metadata there, sglang-nsa-plugin only points at it.
+- before_replay: from entering ``execute`` to entering ``_replay_graph``.
+
+And the events that ``execute`` publishes for the scheduler to wait on are told apart: SGLang makes a new
+one for each replay, a graph records the same one again.
+
+SGLang 0.5.14 and before runs draft-extend without a graph: there only fill is taken, one call of
+``init_forward_metadata`` for a draft-extend batch.
+
+``NSA_PROBE_LEAST`` puts the least that a hook can do in the place of the fill before a replay: behind
+the wrapper of SGLang's registry, a function that points the backend at its captured metadata and asks
+nothing. For servers with the plugin, whose graphs hold the fill.
+
+``NSA_PROBE_CORRUPT`` names fields of SGLang's metadata, with commas, that can be made wrong. Each
+captured fill of sglang-nsa-plugin is then followed by one more step for each of them, which does
+something while its field is named in ``$NSA_PROBE_DIR/corrupt`` and the fill is switched on: lengths and
+running sums are halved, page tables point to page 0. What is wrong now stands in
+``$NSA_PROBE_DIR/corrupted``. No index leaves its tensor this way, so that a wrong tensor shows in what
+the server answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+import types
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WORKER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
+RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
+SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
+PLUGIN_MODULE = "sglang_nsa_plugin.plugin"
+STATE_MODULE = "sglang_nsa_plugin.state"
+FENCE_EVENTS = ("shared_read_done_event", "war_fastpath_read_done_event")
+WRITE_EVERY_S = 0.5
+FIRST_SAMPLES = 5
+SWITCH_EVERY_S = 0.1
+
+clock = time.perf_counter_ns
+
+
+def register() -> None:
+    """Called by SGLang's plugin loader.
+
+    A spawned scheduler has imported its own module before it loads plugins; the launcher has not.
+    There the hook is left out, because applying it imports the runner's module, which costs the
+    launcher seconds and needs GPU libraries that it does without.
+    """
+    folder = os.environ.get("NSA_PROBE_DIR")
+    if not folder:
+        return
+    path = Path(folder) / f"{os.getpid()}.json"
+    if SCHEDULER_MODULE not in sys.modules:
+        _write(path, _process("launcher"))
+        return
+    _write(path, _process("scheduler"))
+
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def watch(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:
+        original(runner, *args, **kwargs)
+        Watch(runner, path)
+
+    def watch_eager(original: Callable[..., None], worker: Any, *args: Any, **kwargs: Any) -> None:
+        original(worker, *args, **kwargs)
+        if not getattr(worker, "cuda_graph_runner_for_draft_extend", None):
+            EagerWatch(worker.draft_runner.attn_backend, path)
+
+    fields = os.environ.get("NSA_PROBE_CORRUPT")
+    if fields:
+        Corruption(fields.split(","), Path(folder)).install()
+    HookRegistry.register(f"{RUNNER}.__init__", watch, HookType.AROUND)
+    HookRegistry.register(f"{WORKER}.init_cuda_graphs", watch_eager, HookType.AROUND)
+
+
+class Corruption:
+    """Makes tensors wrong behind each captured fill, as a file says while the server runs."""
+
+    def __init__(self, fields: list[str], folder: Path) -> None:
+        self.fields = fields
+        self.asked = folder / "corrupt"
+        self.done = folder / "corrupted"
+        self.switches: Any = None  # int32 [fields] on the device, 1 where a field is wrong now
+
+    def install(self) -> None:
+        from sglang_nsa_plugin.adapters.captured_fill import BackendFills
+
+        refresh_derived = BackendFills.refresh_derived
+
+        def wrong(fill: Any, metadata: Any) -> None:
+            self.spoil(fill, metadata)
+            refresh_derived(fill, metadata)
+
+        BackendFills.refresh_derived = wrong
+
+    def spoil(self, fill: Any, metadata: Any) -> None:
+        """Enqueues the wrong numbers. SGLang first calls it in a warm-up, before any capture."""
+        if self.switches is None:
+            self.switches = fill.enabled.new_zeros(len(self.fields))
+            threading.Thread(target=self._follow, name="nsa-corruption", daemon=True).start()
+        for number, field in enumerate(self.fields):
+            tensor = getattr(metadata, field)
+            assert tensor is not None, f"{field}: is not there to be made wrong"
+            on = self.switches[number] * fill.enabled
+            if tensor.dim() == 1:
+                tensor.sub_(tensor // 2 * on)
+            else:
+                tensor.mul_(1 - on)
+
+    def _follow(self) -> None:
+        """Sets the switches to what the file asks for; touches the device only when that changes."""
+        now = None
+        while True:
+            asked = self.asked.read_text() if self.asked.is_file() else None
+            if asked is not None and asked != now:
+                for number, field in enumerate(self.fields):
+                    self.switches[number].fill_(int(field in asked.split(",")))
+                self._wait()
+                self.done.write_text(asked)
+                now = asked
+            time.sleep(SWITCH_EVERY_S)
+
+    def _wait(self) -> None:
+        if self.switches.is_cuda:
+            import torch
+
+            torch.cuda.synchronize()
+
+
+class EagerWatch:
+    """Times the draft-extend metadata of one backend and writes the figures from a thread of its own."""
+
+    def __init__(self, backend: Any, path: Path) -> None:
+        self.fill_ns: list[int] = []
+        fill = backend.init_forward_metadata
+
+        def timed(forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            begin = clock()
+            result = fill(forward_batch, *args, **kwargs)
+            spent = clock() - begin
+            if forward_batch.forward_mode.is_draft_extend_v2():
+                self.fill_ns.append(spent)
+            return result
+
+        backend.init_forward_metadata = timed
+        _write_when_quiet(path, self.fill_ns, self.figures)
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            **_process("scheduler"),
+            "fills": len(self.fill_ns),
+            "fill_us": summary(self.fill_ns),
+            "plugin_record": _plugin_record(),
+        }
+
+
+class Watch:
+    """Times one runner and writes the figures from a thread of its own."""
+
+    def __init__(self, runner: Any, path: Path) -> None:
+        self.capture_bs = [int(size) for size in runner.capture_bs]
+        self.fill_ns: list[int] = []
+        self.before_replay_ns: list[int] = []
+        self.replays: Counter[int] = Counter()
+        self.fences: dict[int, Any] = {}  # by identity; holding them keeps identities apart
+        self.entered = 0
+        self.executing = False
+        if os.environ.get("NSA_PROBE_LEAST"):
+            do_the_least(runner.draft_extend_attn_backend)
+        self._time_fill(runner.draft_extend_attn_backend)
+        self._time_execute(runner)
+        self._time_replay(runner)
+        _write_when_quiet(path, self.before_replay_ns, self.figures)
+
+    def _time_fill(self, backend: Any) -> None:
+        fill = backend.init_forward_metadata_out_graph
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = clock()
+            result = fill(*args, **kwargs)
+            spent = clock() - begin
+            if self.executing:
+                self.fill_ns.append(spent)
+            return result
+
+        backend.init_forward_metadata_out_graph = timed
+
+    def _time_execute(self, runner: Any) -> None:
+        execute = runner.execute
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.executing = True
+            self.entered = clock()
+            try:
+                output = execute(*args, **kwargs)
+            finally:
+                self.executing = False
+            self._keep_fence(runner.model_runner)
+            return output
+
+        runner.execute = timed
+
+    def _keep_fence(self, model_runner: Any) -> None:
+        event = next(getattr(model_runner, name) for name in FENCE_EVENTS if hasattr(model_runner, name))
+        self.fences[id(event)] = event
+
+    def _time_replay(self, runner: Any) -> None:
+        replay = runner._replay_graph
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.before_replay_ns.append(clock() - self.entered)
+            self.replays[runner.bs] += 1
+            return replay(*args, **kwargs)
+
+        runner._replay_graph = timed
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            **_process("scheduler"),
+            "capture_bs": self.capture_bs,
+            "replays": len(self.before_replay_ns),
+            "replays_by_batch_size": {str(bs): n for bs, n in sorted(self.replays.items())},
+            "distinct_fences": len(self.fences),
+            "fill_us": summary(self.fill_ns),
+            "before_replay_us": summary(self.before_replay_ns),
+            "plugin_record": _plugin_record(),
+        }
+
+
+def do_the_least(backend: Any) -> None:
+    """From now on replays of this backend only point it at its captured metadata."""
+    from sglang.srt.plugins import hook_registry
+
+    def point(original: Callable[..., Any], backend: Any, forward_batch: Any) -> None:
+        backend.forward_metadata = backend.decode_cuda_graph_metadata[forward_batch.batch_size]
+
+    original = type(backend).init_forward_metadata_out_graph
+    hooked = hook_registry._wrap_fn(original, point, hook_registry.HookType.AROUND)
+    backend.init_forward_metadata_out_graph = types.MethodType(hooked, backend)
+
+
+def _write_when_quiet(path: Path, samples: list[int], figures: Callable[[], dict[str, Any]]) -> None:
+    """Writes after each pause of the steps, in a thread: sorting beside them would slow them down."""
+
+    def watch() -> None:
+        written, seen = -1, -1
+        while True:
+            count = len(samples)
+            if count == seen and count != written:
+                _write(path, figures())
+                written = count
+            seen = count
+            time.sleep(WRITE_EVERY_S)
+
+    threading.Thread(target=watch, name="nsa-probe", daemon=True).start()
+
+
+def summary(samples_ns: list[int]) -> dict[str, Any]:
+    """Count, mean, median, 10th and 90th percentile, greatest and first samples in microseconds."""
+    spans = [span / 1000 for span in samples_ns]
+    if len(spans) < 2:
+        return {"count": len(spans), "first": spans}
+    tenths = statistics.quantiles(spans, n=10)
+    return {
+        "count": len(spans),
+        "median": round(statistics.median(spans), 3),
+        "p10": round(tenths[0], 3),
+        "p90": round(tenths[-1], 3),
+        "mean": round(statistics.fmean(spans), 3),
+        "max": round(max(spans), 3),
+        "first": [round(span, 3) for span in spans[:FIRST_SAMPLES]],
+    }
+
+
+def _process(role: str) -> dict[str, Any]:
+    """SGLang imports all plugins of a process before it runs the first, in whatever order."""
+    return {
+        "pid": os.getpid(),
+        "role": role,
+        "argv": sys.argv,
+        "plugin_loaded": PLUGIN_MODULE in sys.modules,
+        "written_at": time.time(),
+    }
+
+
+def _plugin_record() -> dict[str, Any] | None:
+    state = sys.modules.get(STATE_MODULE)
+    return None if state is None else state.record()
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,34 @@
+"""FP8 KV cache and FlashMLA's other kernel, which has metadata of its own: both arms alike."""
+
+from __future__ import annotations
+
+from integration.serving.ab_servers import FP8, MANY, Arms, Setup
+from integration.serving.compare import (
+    SHORT_LENGTHS,
+    Report,
+    assert_alike,
+    at_once,
+    check_record,
+    mismatches,
+    one_at_a_time,
+    prompts,
+    summary,
+)
+
+SETUPS = (Setup("fp8", (*MANY, *FP8), decode_backend="flashmla_kv"),)
+
+
+def test_one_at_a_time(arms: Arms, report: Report) -> None:
+    rows = one_at_a_time(arms, prompts(SHORT_LENGTHS, seed=31))
+    report("fp8.one_at_a_time", summary(rows))
+    assert mismatches(rows) == []
+
+
+def test_many_at_once(arms: Arms, report: Report) -> None:
+    rows = [at_once(arms, count, seed=30 + count) for count in (3, 16, 24)]
+    report("fp8.many_at_once", {"each": rows})
+    assert_alike(rows)
+
+
+def test_record(arms: Arms, report: Report) -> None:
+    check_record(arms, report)

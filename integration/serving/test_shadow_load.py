@@ -1,0 +1,96 @@
+"""Shadow-checked replays by the thousands: servers of several draft-token counts under mixed load.
+
+    python -m pytest integration/serving/test_shadow_load.py -v -s [--load-s 390] [--budget-s 520]
+
+All servers share one GPU and compare every replay. The load ends when --load-s are over, or 20 s before
+--budget-s are, counted from pytest's start. Each run writes a result file of its own,
+shadow-load-VERSION-TIME.json: runs add up.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_shadow_serving import CHECKED, mixed_load
+
+from integration import result_files
+from integration.serving.ab_servers import FP8, MANY, NO_PROBE, START_LIMIT_S, Fleet, Setup
+from integration.serving.compare import read_record
+from integration.serving.server import ServerError
+
+COMMAND = "make serve-test PART=shadow-load"
+ARM = {"checked": {**CHECKED, **NO_PROBE}}
+SETUPS = (
+    Setup("checked2", MANY, ARM, draft_tokens=2),
+    Setup("checked4", MANY, ARM),
+    Setup("checked6", MANY, ARM, draft_tokens=6),
+    Setup("checked4-fp8", (*MANY, *FP8), ARM, "flashmla_kv"),
+)
+# One request at a time gives most replays a second; the others put padding and many requests in between.
+AT_ONCE = (1, 1, 1, 2, 5, 11, 16)
+NEW_TOKENS = (32, 192, 768)
+STOPPING_S = 20
+SUMMED = ("replays", "checks", "values_checked", "mismatches")
+
+
+@pytest.fixture(scope="module")
+def found(
+    gpus: int, model: Path, folder: Path, begin: float, request: pytest.FixtureRequest
+) -> dict[str, dict[str, Any]]:
+    """What the server of each setup did, or how it ended: one that fails does not stop the others."""
+    if not gpus:
+        pytest.skip("needs an NVIDIA GPU, nvidia-smi lists none")
+    load_s, budget_s = (request.config.getoption(name) for name in ("--load-s", "--budget-s"))
+    end = min(time.monotonic() + START_LIMIT_S + load_s, begin + budget_s) - STOPPING_S
+    with (
+        Fleet(model, folder, SETUPS, at_once=len(SETUPS)) as fleet,
+        ThreadPoolExecutor(len(SETUPS)) as pool,
+    ):
+        runs = list(pool.map(lambda setup: _run(fleet, setup, load_s, end), SETUPS))
+        by_name = {setup.name: run for setup, run in zip(SETUPS, runs, strict=True)}
+        _write(by_name)  # before the servers end: a host's limit may come while they do
+    return by_name
+
+
+def _run(fleet: Fleet, setup: Setup, load_s: float, end: float) -> dict[str, Any]:
+    try:
+        arms = fleet.ready(setup)
+        target = arms["checked"].server
+        seconds = min(load_s, end - time.monotonic())
+        requests = mixed_load(target, seconds, seed=target.port, at_once=AT_ONCE, new_tokens=NEW_TOKENS)
+        record = read_record(target)
+    except ServerError as error:
+        return {"error": str(error)}
+    return {
+        "ready_after_s": round(target.ready_after_s or 0.0, 1),
+        "load_s": round(seconds, 1),
+        "requests": requests,
+        "record": record,
+    }
+
+
+def _write(runs: dict[str, dict[str, Any]]) -> None:
+    records = [run["record"] for run in runs.values() if "record" in run]
+    total = {key: sum(record[key] for record in records) for key in SUMMED}
+    total["fallbacks"] = sum(sum(record["fallbacks"].values()) for record in records)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    file = f"shadow-load-{version('sglang')}-{stamp}.json"
+    print(f"\n{file}: {total}")
+    result_files.merge(file, COMMAND, {"total": total, "servers": runs})
+
+
+@pytest.mark.parametrize("name", [setup.name for setup in SETUPS])
+def test_every_replay_was_checked_and_equal(found: dict[str, dict[str, Any]], name: str) -> None:
+    run = found[name]
+    assert "error" not in run, run["error"]
+    record = run["record"]
+    assert record["adapter"] == "in-graph"
+    assert record["checks"] == record["replays"] > 1000
+    assert record["values_checked"] > 100 * record["checks"]
+    assert record["mismatches"] == 0
+    assert record["fallbacks"] == {}

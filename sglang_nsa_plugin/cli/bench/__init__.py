@@ -1,0 +1,1 @@
+"""``sglang-nsa-plugin bench``: times of one fill, SGLang's and the plugin's, in one process."""

@@ -1,0 +1,115 @@
+"""The ways to fill one case that ``bench`` times, each proven to write the same values first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from sglang_nsa_plugin import api, dispatch
+from sglang_nsa_plugin.cli.bench import baseline_059
+from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, Case, DirectFills, live_cells
+from sglang_nsa_plugin.fill_args import FillArgs
+from sglang_nsa_plugin.harness.graph_pair import LENGTHS, TABLES, Comparison, GraphPair
+
+Call = Callable[[], object]
+# sglang: its own call before a replay. ours: on the host that same call, on the GPU all that the graph
+# holds. sglang_kernel: its fill kernel alone. The implementations' names: each called directly.
+# original: the fill of SGLang 0.5.7 to 0.5.9.
+SGLANG, OURS, SGLANG_KERNEL, ORIGINAL = "sglang", "ours", "sglang_kernel", "original"
+
+
+class DifferentValuesError(RuntimeError):
+    """A way to fill wrote other values than the one it is compared with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """What is timed: calls on the host, and calls that are captured and timed on the GPU."""
+
+    host: dict[str, Call]
+    gpu: dict[str, Call]
+
+
+def implementations(device: torch.device) -> dict[str, str | None]:
+    """Those for this device, best first, and why one cannot run here."""
+    return {name: dispatch.refusal(name, device) for name in dispatch.CANDIDATES[device.type]}
+
+
+def direct(fills: DirectFills, bs: int, tables: str) -> dict[str, Call]:
+    """Each implementation bound to the same tensors; with both tables the original fill, too."""
+    args = fills.args(bs, tables)
+    found: dict[str, Call] = {
+        name: api.bind(args, name)
+        for name, why_not in implementations(args.device).items()
+        if why_not is None
+    }
+    return {**found, ORIGINAL: baseline_059.bind(args)} if tables == BOTH else found
+
+
+def with_sglang(pair: GraphPair, fills: DirectFills, bs: int, tables: str) -> Paths:
+    """SGLang's and ours. SGLang's whole fill and ours in the graph stand where the graph's tables do."""
+    ours = direct(fills, bs, tables)
+    kernel = {SGLANG_KERNEL: pair.sglang_kernel(bs, wide=tables == BOTH)}
+    host, gpu = {**kernel, **ours}, {**kernel, **_capturable(ours)}
+    if tables == recorded_tables(pair, bs):
+        host = {SGLANG: pair.sglang_before_replay(bs), OURS: pair.before_replay(bs), **host}
+        gpu = {SGLANG: pair.sglang_before_replay(bs), OURS: pair.recording(bs), **gpu}
+    return Paths(host, gpu)
+
+
+def recorded_tables(pair: GraphPair, bs: int) -> str:
+    """Which page tables the graph of this batch size fills."""
+    return BOTH if pair.metadata(bs).page_table_1 is not None else PAGED
+
+
+def _capturable(calls: Mapping[str, Call]) -> dict[str, Call]:
+    """Without the original, which waits for the device."""
+    return {name: call for name, call in calls.items() if name != ORIGINAL}
+
+
+def compare(
+    calls: Mapping[str, Call], args: FillArgs, expected: Mapping[str, torch.Tensor], case: Case
+) -> int:
+    """Runs each call over poisoned outputs; how many values were compared.
+
+    Raises:
+        DifferentValuesError: one wrote another value than ``expected``, by name of the output.
+    """
+    found = Comparison()
+    always = torch.ones((), dtype=torch.bool, device=args.device)
+    for path, call in calls.items():
+        for output in args.outputs().values():
+            output.fill_(dispatch.POISON)
+        call()
+        for name, output in args.outputs().items():
+            cells = live_cells(args, name, case.length)
+            mine, other = output[cells], expected[name][cells]
+            found.add(name, mine, other, always.expand(mine.shape))
+        if found.first is not None:
+            raise DifferentValuesError(f"not timed, because {path} filled other values: {found.first}")
+    return sum(found.compared.values())
+
+
+def sglang_values(pair: GraphPair, bs: int) -> dict[str, torch.Tensor]:
+    """SGLang's tensors of this batch size, by our names."""
+    metadata = pair.theirs.backend.decode_cuda_graph_metadata[bs]
+    fields = {**LENGTHS, **{name: name for name in TABLES}}
+    return {name: getattr(metadata, field) for name, field in fields.items()}
+
+
+def memory_bytes(metadata: Any) -> int:
+    """Bytes of the tensors of one metadata object; what lies at one address counts once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in _tensors(metadata)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _tensors(metadata: Any) -> Iterator[torch.Tensor]:
+    for field in dataclasses.fields(metadata):
+        value = getattr(metadata, field.name)
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif dataclasses.is_dataclass(value):
+            yield from _tensors(value)

@@ -1,0 +1,1 @@
+"""SGLang's real attention backend without a server: what demo, bench and the tests drive."""

@@ -1,0 +1,83 @@
+"""What the rigs of all releases share: inputs, settings, a model runner, SGLang's own backend."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from sglang_nsa_plugin.harness import process_stubs
+from sglang_nsa_plugin.harness.inputs import Inputs, make_inputs, table_width
+
+
+class HarnessBackend(ABC):
+    """SGLang's own draft-extend backend around a minimal model runner: no server, no model.
+
+    backend is made by SGLang's own code, so hooks on it fire. inputs may be another rig's, to compare
+    two backends on one batch. Making a rig publishes its settings and server_args as this process's
+    SGLang configuration, in place of what was there. index_kpool is the model's pooling of indexer
+    keys, which releases from 0.5.20 on know.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        max_bs: int = 8,
+        draft_tokens: int = 4,
+        context_len: int = 4096,
+        pool_size: int = 32,
+        page_size: int = 64,
+        index_topk: int = 2048,
+        decode_impl: str = "flashmla_sparse",
+        index_kpool: int = 1,
+        inputs: Inputs | None = None,
+        **server_args: Any,
+    ) -> None:
+        self.device = torch.device(device)
+        self.draft_tokens = draft_tokens
+        self.index_topk = index_topk
+        self.page_size = page_size
+        process_stubs.check_device(self.device, decode_impl)
+        if inputs is not None and inputs.page_size != page_size:
+            raise ValueError(f"inputs: page_size must be the rig's, {page_size}, got {inputs.page_size}")
+        if inputs is None:
+            width = table_width(context_len, draft_tokens, page_size)
+            inputs = make_inputs(self.device, max_bs, pool_size, width, page_size)
+        self.inputs = inputs
+        self.max_bs = inputs.max_bs
+        self.server_args = process_stubs.publish_server_args(
+            page_size=page_size,
+            speculative_algorithm="EAGLE",
+            speculative_num_steps=draft_tokens - 1,
+            speculative_eagle_topk=1,
+            speculative_num_draft_tokens=draft_tokens,
+            **self._backend_settings(decode_impl),
+            **server_args,
+        )
+        self.model_runner = process_stubs.model_runner(
+            self.device,
+            self.server_args,
+            inputs,
+            context_len,
+            page_size,
+            index_topk,
+            decode_impl,
+            index_kpool,
+        )
+        with self.stub_process():
+            self.backend = self._make_backend()
+
+    @abstractmethod
+    def stub_process(self) -> contextlib.AbstractContextManager[None]:
+        """To be entered around calls of SGLang's code; changes nothing on CUDA but the topology."""
+
+    @abstractmethod
+    def _backend_settings(self, decode_impl: str) -> dict[str, str]:
+        """The server arguments that choose the attention backend, as this release spells them."""
+
+    @abstractmethod
+    def _make_backend(self) -> Any:
+        """The backend of :attr:`model_runner`, by SGLang's own code."""

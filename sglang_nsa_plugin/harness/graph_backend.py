@@ -1,0 +1,135 @@
+"""SGLang's own draft-extend metadata code around a minimal model runner: no server, no model.
+
+For releases with `dsa_backend` whose draft-extend runs in a CUDA graph (0.5.15 and later), on CUDA
+tensors with everything real, and on CPU tensors with SGLang's own torch path: there Triton's
+interpreter runs the one kernel that it needs, and the DeepGEMM schedule, the top-k plan and the
+FlashMLA metadata stay None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from sglang_nsa_plugin.harness import process_stubs, sglang_kernel
+from sglang_nsa_plugin.harness.backend import HarnessBackend
+from sglang_nsa_plugin.harness.inputs import PADDED_SEQ_LEN
+
+
+class GraphBackend(HarnessBackend):
+    """A :class:`HarnessBackend` whose backend is made by SGLang's DraftBackendFactory, so that hooks on it fire."""
+
+    def stub_process(self) -> contextlib.AbstractContextManager[None]:
+        """To be entered around calls of SGLang's code; changes nothing on CUDA but the topology."""
+        return process_stubs.stub_process(self.device)
+
+    def _backend_settings(self, decode_impl: str) -> dict[str, str]:
+        sglang_kernel.fused_fill()  # older releases have other backends: better told here than by a missing name
+        return {
+            "attention_backend": "dsa",
+            "dsa_prefill_backend": decode_impl,
+            "dsa_decode_backend": decode_impl,
+        }
+
+    def _make_backend(self) -> Any:
+        """By the method with which SGLang makes the one of its draft-extend graphs."""
+        from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+        arguments = {
+            "draft_model_runner": self.model_runner,
+            "topk": 1,
+            "speculative_num_steps": self.draft_tokens - 1,
+        }
+        if "server_args" in process_stubs.parameters(DraftBackendFactory):
+            arguments["server_args"] = self.server_args
+        made = DraftBackendFactory(**arguments)._create_dsa_prefill_backend()
+        return made[1] if isinstance(made, tuple) else made
+
+    def init_state(self) -> None:
+        """Allocate the graph buffers, as the runner does once before it captures."""
+        with self.stub_process():
+            self.backend.init_cuda_graph_state(self.max_bs, self.max_bs * self.draft_tokens)
+
+    def capture_setup(self, bs: int) -> None:
+        """Make the metadata of batch size bs, as the runner does before it captures that size."""
+        with self.stub_process():
+            self.backend.init_forward_metadata_out_graph(self.capture_batch(bs), in_capture=True)
+
+    def capture_batch(self, bs: int) -> Any:
+        """The ForwardBatch of a capture: the first bs entries of the static buffers."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+        self._check_bs(bs)
+        seq_lens = self.inputs.seq_lens[:bs]
+        return ForwardBatch(
+            forward_mode=_draft_extend_mode(),
+            batch_size=bs,
+            input_ids=self._tokens(bs),
+            req_pool_indices=self.inputs.req_pool_indices[:bs],
+            seq_lens=seq_lens,
+            out_cache_loc=self._tokens(bs),
+            seq_lens_sum=int(seq_lens.sum()),
+            seq_lens_cpu=torch.full((bs,), PADDED_SEQ_LEN, dtype=torch.int64),
+            extend_seq_lens=self._per_request(bs),
+            extend_seq_lens_cpu=[self.draft_tokens] * bs,
+            positions=self._tokens(bs),
+            spec_info=self._spec_info(bs),
+        )
+
+    def replay_view(self, bs: int) -> SimpleNamespace:
+        """What execute() hands to the backend: the whole static buffers, no host lengths."""
+        self._check_bs(bs)
+        return SimpleNamespace(
+            batch_size=bs,
+            forward_mode=_draft_extend_mode(),
+            input_ids=self._tokens(bs),
+            req_pool_indices=self.inputs.req_pool_indices,
+            seq_lens=self.inputs.seq_lens,
+            seq_lens_sum=None,
+            seq_lens_cpu=None,
+            encoder_lens=None,
+            out_cache_loc=self._tokens(bs),
+            out_cache_loc_dsv4=None,
+            spec_info=self._spec_info(bs),
+        )
+
+    def replay(self, bs: int) -> None:
+        """Call the backend, hooks and all, as execute() does before a replay."""
+        with self.stub_process():
+            self.backend.init_forward_metadata_out_graph(self.replay_view(bs))
+
+    def sglang_fill(self, bs: int) -> None:
+        """SGLang's own fill into decode_cuda_graph_metadata[bs], past any hooks on the class."""
+        if bs not in self.backend.decode_cuda_graph_metadata:
+            raise ValueError(f"bs: call capture_setup({bs}) first, nothing is captured for {bs}")
+        original = inspect.unwrap(type(self.backend).init_forward_metadata_out_graph)
+        with self.stub_process():
+            original(self.backend, self.replay_view(bs))
+
+    def _check_bs(self, bs: int) -> None:
+        if not 1 <= bs <= self.max_bs:
+            raise ValueError(f"bs: must lie in 1..{self.max_bs}, the rig's max_bs, got {bs}")
+
+    def _tokens(self, bs: int) -> torch.Tensor:
+        """int64 zeros, one per token of the batch: per-token fields that a fill does not read."""
+        return torch.zeros(bs * self.draft_tokens, dtype=torch.int64, device=self.device)
+
+    def _per_request(self, bs: int) -> torch.Tensor:
+        return torch.full((bs,), self.draft_tokens, dtype=torch.int32, device=self.device)
+
+    def _spec_info(self, bs: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            num_accept_tokens=self._per_request(bs),
+            num_correct_drafts=self._per_request(bs),
+            num_tokens_per_req=self.draft_tokens,
+        )
+
+
+def _draft_extend_mode() -> Any:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    return ForwardMode.DRAFT_EXTEND_V2

@@ -1,0 +1,653 @@
+"""What the serving tests are made of, without a GPU: checkpoint, server fixture, comparison."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("sglang", reason="needs what SGLang brings: requests, psutil, safetensors")
+INTEGRATION = Path(__file__).resolve().parent.parent.parent / "integration"
+
+import psutil  # noqa: E402
+
+from integration import result_files  # noqa: E402
+from integration.figures import serve_figures  # noqa: E402
+from integration.serving import (
+    ab_stats,
+    checkpoint,
+    compare,
+    paired_timing,
+    serve_test,
+)
+from integration.serving.ab_servers import serve_args, stop_all  # noqa: E402
+from integration.serving.server import Answer, Server, ServerError, free_ports  # noqa: E402
+
+# A stand-in for `sglang.launch_server`: it takes --port and answers as the fixture expects.
+STAND_IN = """
+import http.server, json, os, signal, subprocess, sys, time
+port = int(sys.argv[sys.argv.index("--port") + 1])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        BEFORE_ANSWER
+        text = json.dumps({"output_ids": body["input_ids"], "meta_info": {}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+    def log_message(self, *_): pass
+BEFORE_LISTENING
+print("listening", flush=True)
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def stand_in(tmp_path: Path, before_listening: str = "", before_answer: str = "pass") -> Server:
+    server = Server([], log_path=tmp_path / "server.log", name="stand-in")
+    program = STAND_IN.replace("BEFORE_LISTENING", textwrap.dedent(before_listening))
+    program = program.replace("BEFORE_ANSWER", before_answer)
+    server.command = [sys.executable, "-c", program, "--port", str(server.port)]
+    return server
+
+
+def test_a_server_that_answers_late_is_waited_for(tmp_path):
+    with stand_in(tmp_path, "time.sleep(1)") as server:
+        server.wait_ready(limit_s=30)
+        assert server.ready_after_s is not None
+        assert server.ready_after_s > 1
+        assert server.generate([4, 5], 1).output_ids == [4, 5]
+
+
+def test_a_server_that_dies_is_reported_with_the_end_of_its_log(tmp_path):
+    dies = "print('out of paper', flush=True); sys.exit(7)"
+    with stand_in(tmp_path, dies) as server, pytest.raises(ServerError) as error:
+        server.wait_ready(limit_s=30)
+    assert "server stand-in ended with exit code 7" in str(error.value)
+    assert str(error.value).endswith("out of paper")
+
+
+def test_a_server_that_never_listens_is_given_up(tmp_path):
+    with stand_in(tmp_path, "time.sleep(60)") as server, pytest.raises(ServerError) as error:
+        server.wait_ready(limit_s=1)
+    assert "did not listen on port" in str(error.value)
+    assert "within 1 s" in str(error.value)
+
+
+def test_a_request_that_hangs_breaks_the_server_for_good(tmp_path):
+    with stand_in(tmp_path, before_answer="time.sleep(30)") as server:
+        while "listening" not in server.log():
+            time.sleep(0.1)
+        with pytest.raises(ServerError, match="did not answer POST /generate within 1 s"):
+            server.generate([1], 1, limit_s=1)
+        begin = time.monotonic()
+        with pytest.raises(ServerError, match="is not asked again"):
+            server.generate([1], 1)
+        assert time.monotonic() - begin < 1
+
+
+def test_a_server_that_ends_in_a_request_is_reported(tmp_path):
+    with stand_in(tmp_path, before_answer="os._exit(3)") as server:
+        while "listening" not in server.log():
+            time.sleep(0.1)
+        with pytest.raises(ServerError, match="broke off POST /generate"):
+            server.generate([1], 1)
+
+
+def test_the_whole_process_tree_is_ended_and_nothing_else(tmp_path):
+    """A scheduler outlives its parent, and may ignore the signal that asks it to end."""
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    start = f"""
+    child = subprocess.Popen([sys.executable, "-c", {stubborn!r}])
+    other = subprocess.Popen([sys.executable, "-c", {stubborn!r}], start_new_session=True)
+    print(json.dumps([child.pid, other.pid]), flush=True)
+    """
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        with stand_in(tmp_path, start) as server:
+            server.wait_ready(limit_s=30)
+            started = json.loads(server.log().splitlines()[0])
+            assert all(psutil.pid_exists(pid) for pid in started)
+        assert not any(is_running(pid) for pid in started)
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_servers_of_a_fleet_end_side_by_side(tmp_path):
+    slow = """
+        def end(*_):
+            time.sleep(2)
+            os._exit(0)
+        signal.signal(signal.SIGTERM, end)
+    """
+    servers = [stand_in(tmp_path / str(number), slow) for number in range(3)]
+    for server in servers:
+        server.start()
+    for server in servers:
+        server.wait_ready(20)
+    begin = time.monotonic()
+    stop_all(SimpleNamespace(server=server) for server in servers)
+    assert time.monotonic() - begin < 5
+    assert all(server.process is None for server in servers)
+
+
+def test_ports_leave_room_for_the_one_that_sglang_derives():
+    ports = free_ports(5)
+    assert len(set(ports)) == 5
+    assert all(port + 10_000 < 65_536 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("release", "expected", "absent"),
+    [
+        ("0.5.12.post1", ["--nsa-decode-backend", "--disable-piecewise-cuda-graph"], "--dsa"),
+        ("0.5.13.post1", ["--dsa-decode-backend", "--disable-piecewise-cuda-graph"], "--nsa"),
+        ("0.5.14", ["--dsa-decode-backend", "--disable-prefill-cuda-graph"], "--nsa"),
+    ],
+)
+def test_options_are_spelled_as_the_release_spells_them(monkeypatch, release, expected, absent):
+    monkeypatch.setattr("arms.version", lambda name: release)
+    options = serve_args()
+    assert set(expected) <= set(options)
+    assert not any(option.startswith(absent) for option in options)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return checkpoint.write_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def test_the_checkpoint_is_the_same_each_time(model, tmp_path):
+    again = checkpoint.write_checkpoint(tmp_path)
+    names = sorted(path.name for path in model.iterdir())
+    assert sorted(path.name for path in again.iterdir()) == names
+    assert [digest(again / name) for name in names] == [digest(model / name) for name in names]
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def test_the_checkpoint_loads_and_fits_its_config(model):
+    from safetensors import safe_open
+
+    config = json.loads((model / "config.json").read_text())
+    names: set[str] = set()
+    for path in model.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+            for name in file.keys():  # noqa: SIM118 -- no mapping
+                assert str(file.get_slice(name).get_dtype()) in ("BF16", "F32"), name
+    layers = {int(name.split(".")[2]) for name in names if name.startswith("model.layers.")}
+    assert layers == set(range(config["num_hidden_layers"] + config["num_nextn_predict_layers"]))
+    assert sum(path.stat().st_size for path in model.glob("*.safetensors")) < 200 * 2**20
+
+
+def test_sglangs_own_config_class_takes_the_checkpoint(model):
+    """The config is of NSA/DSA sparse attention, with the geometry that its kernels accept."""
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    config = get_config(str(model), trust_remote_code=False)
+    assert config.architectures == ["DeepseekV32ForCausalLM"]
+    assert (config.index_topk, config.index_head_dim, config.index_n_heads) == (2048, 128, 64)
+
+
+def answer(ids, histogram=(1, 2)):
+    meta = {"spec_verify_ct": sum(histogram), "spec_accept_histogram": [*histogram, 0, 0]}
+    return Answer(list(ids), 1.0, meta)
+
+
+@pytest.mark.parametrize(
+    ("ours", "same_ids", "same_drafts", "first"),
+    [
+        (answer([1, 2, 3]), True, True, None),
+        (answer([1, 9, 3]), False, True, 1),
+        (answer([1, 2, 3], (2, 2)), True, False, None),
+    ],
+)
+def test_planted_differences_are_seen(ours, same_ids, same_drafts, first):
+    row = compare.comparison(ours, answer([1, 2, 3]), length=10)
+    assert (row["same_ids"], row["same_drafts"]) == (same_ids, same_drafts)
+    assert row["first_different_token"] == first
+    assert row["deterministic"]
+    assert not compare.comparison(ours, answer([1, 2, 3]), length=2_048)["deterministic"]
+
+
+def test_an_answer_of_another_length_is_a_difference():
+    row = compare.comparison(answer([1, 2]), answer([1, 2, 3]), length=10)
+    assert not row["same_ids"]
+    assert row["first_different_token"] == 2
+    assert compare.mismatches([row]) == [row]
+
+
+def test_another_reason_to_finish_is_a_difference():
+    ended = Answer([1, 2], 1.0, {"finish_reason": {"type": "stop", "matched": 2}})
+    full = Answer([1, 2], 1.0, {"finish_reason": {"type": "length", "length": 2}})
+    row = compare.comparison(ended, full, length=10)
+    assert compare.mismatches([row]) == [row]
+    assert compare.mismatches([compare.comparison(full, full, length=10)]) == []
+
+
+def test_drafts_count_only_where_sglang_is_repeatable():
+    ours, theirs = answer([1, 2, 3], (2, 2)), answer([1, 2, 3])
+    assert compare.mismatches([compare.comparison(ours, theirs, length=10)]) != []
+    assert compare.mismatches([compare.comparison(ours, theirs, length=2_048)]) == []
+
+
+def test_a_batch_differs_where_no_answer_is_one_of_sglangs():
+    a, b, c = answer([1]), answer([2]), answer([3])
+    row = compare.repeated([[a, a, c], [a, b, c]], [[a, b, a], [a, b, b]])
+    assert (row["prompts"], row["repeatable"], row["different"]) == (3, 2, 1)
+    with pytest.raises(AssertionError):
+        compare.assert_alike([row])
+    untold = compare.repeated([[a, a], [a, b]], [[a, a], [b, b]])
+    with pytest.raises(AssertionError, match="0 of 2 prompts"):
+        compare.assert_alike([untold])
+    compare.assert_alike([compare.repeated([[a, b]], [[a, b]])])
+
+
+def test_a_pair_is_the_median_of_each_order_on_each_half_of_the_cores():
+    """Two servers that answer in these times: the one outlier of a pair does not count."""
+    pinned, asked = {}, []
+
+    def measure(target, turn):
+        asked.append((target.name, turn, tuple(pinned[target.name])))
+        return {0: 90.0, 5: 1.0}.get(turn, 3.0) if target.name == "plugin" else 4.0
+
+    plugin, sglang = (
+        SimpleNamespace(name=name, pin=functools.partial(pinned.__setitem__, name))
+        for name in ("plugin", "sglang")
+    )
+    found = paired_timing.paired(plugin, sglang, measure, count=2, rounds=4)
+    assert found["plugin_over_sglang"] == {
+        "median": 0.75,
+        "min": 0.75,
+        "max": 0.75,
+        "each": [0.75, 0.75],
+    }
+    assert [turn for _, turn, _ in asked] == [turn for turn in range(-4, 8) for _ in range(2)]
+    firsts = [(name, half) for name, _, half in asked[-8::2]]
+    assert len(set(firsts)) == 4
+    assert {name for name, _ in firsts} == {"plugin", "sglang"}
+    low, high = sorted({half for _, half in firsts})
+    assert sorted(low + high) == sorted(os.sched_getaffinity(0))
+    assert all({asked[i][2], asked[i + 1][2]} == {low, high} for i in range(0, len(asked), 2))
+    everything = sorted(os.sched_getaffinity(0))
+    assert pinned == {"plugin": everything, "sglang": everything}  # afterwards
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_every_thread_of_a_server_is_pinned(tmp_path):
+    program = """
+import threading
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+"""
+    core = max(os.sched_getaffinity(0))
+    with stand_in(tmp_path, program) as server:
+        server.wait_ready(10)
+        server.pin([core])
+        root = psutil.Process(server.process.pid)
+        threads = [thread.id for each in (root, *root.children()) for thread in each.threads()]
+        assert [os.sched_getaffinity(thread) for thread in threads] == [{core}] * 3
+
+
+def test_tokens_of_a_step_and_how_far_apart():
+    assert ab_stats.added([1, 2], [1, 0, 4]) == [2, 2, 4]
+    assert ab_stats.mean_tokens([1, 0, 1]) == 2.0
+    assert ab_stats.mean_tokens([]) == 0.0
+    assert compare.relative(plugin=2.97, sglang=3.0) == 0.01
+
+
+FIELDS = ("cache_seqlens_int32", "dsa_seqlens_expanded", "real_page_table")
+
+
+@pytest.mark.parametrize("wrong", FIELDS)
+def test_the_probe_makes_one_tensor_wrong_while_it_is_asked_to(tmp_path, monkeypatch, wrong):
+    """On SGLang's own backend class, whose captured fill the CPU runs again at each replay."""
+    from sglang_nsa_plugin.adapters import captured_fill, in_graph
+
+    if not in_graph.is_generation() or torch.cuda.is_available():
+        pytest.skip("needs the in-graph adapter on the CPU")
+    from sglang_nsa_plugin.harness.graph_pair import Comparison, GraphPair
+
+    monkeypatch.syspath_prepend(str(INTEGRATION / "probe"))
+    import nsa_probe
+
+    refresh = captured_fill.BackendFills.refresh_derived
+    monkeypatch.setattr(captured_fill.BackendFills, "refresh_derived", refresh)  # put back afterwards
+    nsa_probe.Corruption(list(FIELDS), tmp_path).install()
+    pair = GraphPair(torch.device("cpu"), (2,), draft_tokens=4, context_len=512, pool_size=12)
+    pair.inputs.seq_lens[:2] = 200
+    pair.inputs.req_to_token.fill_(640)
+
+    def different_when_asked_for(text):
+        (tmp_path / "corrupt").write_text(text)
+        done = tmp_path / "corrupted"
+        while not done.is_file() or done.read_text() != text:
+            time.sleep(0.05)
+        result = Comparison()
+        pair.step(2, result)
+        return {name for name, count in result.different.items() if count}
+
+    seen = different_when_asked_for(wrong)
+    assert seen - {"ctx_lens"} == {field_of[wrong]}
+    assert different_when_asked_for("") == set()
+
+
+def test_the_probe_can_do_the_least_that_a_hook_can(monkeypatch):
+    """The captured fill runs at the replay all the same, so the values stay SGLang's."""
+    from sglang_nsa_plugin.adapters import in_graph
+
+    if not in_graph.is_generation() or torch.cuda.is_available():
+        pytest.skip("needs the in-graph adapter on the CPU")
+    from sglang_nsa_plugin.harness.graph_pair import Comparison, GraphPair
+    from sglang_nsa_plugin.state import STATE
+
+    monkeypatch.syspath_prepend(str(INTEGRATION / "probe"))
+    import nsa_probe
+
+    pair = GraphPair(torch.device("cpu"), (2, 3), draft_tokens=4, context_len=512, pool_size=12)
+    nsa_probe.do_the_least(pair.ours.backend)
+    replays, result = STATE.replays, Comparison()
+    for bs in (3, 2):
+        pair.inputs.seq_lens[:bs] = 100 * bs
+        pair.step(bs, result)
+        metadata = pair.ours.backend.decode_cuda_graph_metadata[bs]
+        assert pair.ours.backend.forward_metadata is metadata
+    assert result.first is None, result.first
+    assert STATE.replays == replays  # nobody of ours was asked
+
+
+field_of = {
+    "cache_seqlens_int32": "cache_seqlens",
+    "dsa_seqlens_expanded": "seqlens_expanded",
+    "real_page_table": "real_page_table",
+}
+
+
+def slices(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The serving tests against stand-ins for SGLang's server and nvidia-smi."""
+    (tmp_path / "state").mkdir(parents=True)
+    stand_ins = str(Path(__file__).parent / "stand_in")
+    env = {
+        **os.environ,
+        "PATH": os.pathsep.join([stand_ins, os.environ["PATH"]]),
+        "PYTHONPATH": stand_ins,
+        "STAND_IN_DIR": str(tmp_path / "state"),
+        "NSA_RESULTS_DIR": str(tmp_path / "results"),
+        "NSA_COMMIT": "none",
+        **environment,
+    }
+    command = [sys.executable, str(INTEGRATION / "serve_test.py"), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+
+
+def failures(output: str) -> list[str]:
+    """The names of the tests that pytest says failed, without their parameters."""
+    lines = [line for line in output.splitlines() if line.startswith("FAILED integration/")]
+    return [line.partition("::")[2].partition("[")[0] for line in lines]
+
+
+def written(tmp_path: Path) -> dict:
+    (path,) = (tmp_path / "results").glob("serve-*.json")
+    return json.loads(path.read_text())["parts"]
+
+
+def test_slices_run_alone_and_merge_into_one_file(tmp_path):
+    run = slices(tmp_path, "most", "corruption", "memory", "parallel", "load", "--", "--load-s=3")
+    assert run.returncode == 0, run.stdout[-3_000:]
+    parts = written(tmp_path)
+    assert {name.partition(".")[0] for name in parts} == {
+        *("cases", "fp8", "corruption", "width1-2", "width3-4", "width5-6", "no-graphs", "no-overlap"),
+        *("memory", "sampling", "tp2", "dp2", "load"),
+    }
+    assert len({part["of"]["commit"] for part in parts.values()}) == 1
+    assert parts["load"]["requests"]["plugin"]["answered"] > 48
+    assert parts["memory.recapture"]["outcomes"] == {"plugin": "ended", "sglang": "ended"}
+
+
+def test_parts_that_stand_alone_stay_and_say_which_run_they_are_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("NSA_RESULTS_DIR", str(tmp_path))
+    for commit, part, figure in (("a" * 40, "load", 1), ("b" * 40, "load", 2), ("c" * 40, "core", 3)):
+        monkeypatch.setenv("NSA_COMMIT", commit)
+        path = result_files.merge(
+            "serve-0.json", "make serve-test", {part: {"figure": figure}}, alone=True
+        )
+    found = json.loads(path.read_text())
+    assert found["commit"] == "c" * 40
+    stamps = {name: (part["figure"], part["of"]["commit"]) for name, part in found["parts"].items()}
+    assert stamps == {"load": (2, "b" * 40), "core": (3, "c" * 40)}
+    result_files.merge("serve-0.json", "make bench", {"bench": {}})
+    assert list(json.loads(path.read_text())["parts"]) == ["load", "core", "bench"]
+    monkeypatch.setenv("NSA_COMMIT", "d" * 40)
+    result_files.merge("serve-0.json", "make bench", {"bench": {}})
+    assert list(json.loads(path.read_text())["parts"]) == ["bench"]
+
+
+def test_gpus_are_those_that_are_left_visible(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "$@"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert result_files.of_gpus("name") == ["--query-gpu=name --format=csv,noheader,nounits"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert result_files.of_gpus("name") == ["--query-gpu=name --format=csv,noheader,nounits --id 1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert result_files.of_gpus("name") == []
+
+
+def test_the_readme_counts_what_differs():
+    ours, theirs = (Answer([1, 2], 0.1, {"spec_accept_histogram": [1, 1]}) for _ in range(2))
+    other = Answer([1, 3], 0.1, {"spec_accept_histogram": [1, 1]})
+    rows = [compare.comparison(ours, theirs, 10), compare.comparison(other, theirs, 10)]
+    many = compare.repeated([[ours, other]], [[theirs, theirs]])
+    record = {"replays": 12, "fallbacks": {"a reason": 3}}
+    parts = {
+        "fp8.one_at_a_time": compare.summary(rows),
+        "fp8.many_at_once": {"each": [many]},
+        "fp8.record": {"record": record},
+        "corruption.cu_seqlens_k": {"caught_by": []},
+        "corruption.real_page_table": {"caught_by": ["tokens", "accepted drafts"]},
+    }
+    table, wrong = serve_figures.figures(parts)
+    assert table.splitlines()[-1].endswith(" | 4 | 8 | 2 | 1.50 → 1.50 | 12 | 3 |")
+    assert "`real_page_table` (tokens and accepted drafts)" in wrong
+    assert "`cu_seqlens_k` changed nothing" in wrong
+    assert serve_figures.figures({}) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "mismatches", "failed"),
+    [("", 0, []), ("mismatch", 4, ["test_every_replay_was_checked_and_equal"] * 4)],
+)
+def test_the_shadow_checked_load_adds_up_its_servers(tmp_path, fault, mismatches, failed):
+    run = slices(tmp_path, "shadow-load", "--", "-q", "--load-s=5", STAND_IN_FAULT=fault)
+    (path,) = (tmp_path / "results").glob("shadow-load-*.json")
+    parts = json.loads(path.read_text())["parts"]
+    assert failures(run.stdout) == failed, run.stdout[-3_000:]
+    assert run.returncode == bool(failed)
+    assert list(parts["servers"]) == ["checked2", "checked4", "checked6", "checked4-fp8"]
+    replays = [server["record"]["replays"] for server in parts["servers"].values()]
+    assert parts["total"]["checks"] == sum(replays)
+    assert parts["total"]["mismatches"] == mismatches
+
+
+@pytest.mark.parametrize(
+    ("fault", "failed"),
+    [
+        ("tokens", ["test_one_at_a_time", "test_many_at_once"]),
+        ("drafts", ["test_one_at_a_time"]),
+        ("fallback", ["test_record"]),
+    ],
+)
+def test_a_wrong_plugin_fails_the_slice(tmp_path, fault, failed):
+    run = slices(tmp_path, "fp8", "--", "-q", STAND_IN_FAULT=fault)
+    assert run.returncode == 1
+    assert "FAILED: fp8" in run.stdout
+    assert failures(run.stdout) == failed
+    assert "fp8.one_at_a_time" in written(tmp_path)  # figures before assertions
+
+
+def test_an_unknown_slice_is_refused_with_the_choices(tmp_path):
+    run = slices(tmp_path, "everything")
+    assert run.returncode == 2
+    assert "no slice named everything; there are core, paired" in run.stderr
+
+
+def test_the_files_of_every_slice_exist():
+    files = {word for words in serve_test.SLICES.values() for word in words if word.endswith(".py")}
+    assert files == {path.name for path in INTEGRATION.glob("test_*.py")}
+
+
+def test_prompts_are_the_same_in_both_arms():
+    assert compare.prompts([5, 9], seed=1) == compare.prompts([5, 9], seed=1)
+    assert compare.prompts([5, 9], seed=1) != compare.prompts([5, 9], seed=2)
+    assert max(max(p) for p in compare.prompts([500], seed=3)) < checkpoint.ORDINARY
+
+
+def test_variables_are_set_and_removed(monkeypatch):
+    from integration.serving.server import changed_environment
+
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
+    monkeypatch.setenv("PYTHONPATH", "here")
+    changed = changed_environment({"SGLANG_PLUGINS": None, "NEW": "1"})
+    assert "SGLANG_PLUGINS" not in changed
+    assert changed["NEW"] == "1"
+    assert changed["PYTHONPATH"] == os.path.abspath("here")
+
+
+@pytest.mark.parametrize("value", [max, statistics.median_low])
+def test_memory_that_grows_is_seen(value):
+    from test_load import growth
+
+    samples = [{"plugin": 4_800 + 10 * i, "sglang": 4_700} for i in range(30)]
+    assert [growth(samples, arm, value) for arm in ("plugin", "sglang")] == [100, 0]
+
+
+@pytest.mark.parametrize(("moment", "greatest"), [(15, -5_900), (25, 5_900)])
+def test_a_process_that_comes_and_goes_is_no_growth(moment, greatest):
+    from test_load import growth
+
+    samples = [{"plugin": 4_700} for _ in range(30)]
+    samples[moment]["plugin"] += 5_900
+    assert growth(samples, "plugin", max) == greatest
+    assert growth(samples, "plugin", statistics.median_low) == 0
+
+
+def test_gpu_memory_that_falls_a_lot_tells_nothing_of_growth():
+    assert serve_figures.gpu_memory(12) == "GPU memory grew by 12 MiB in the last third"
+    assert serve_figures.gpu_memory(-8_617).endswith("its growth is not known")
+
+
+def test_sglangs_own_parser_takes_the_flags_of_every_setup():
+    import argparse
+    import importlib
+
+    from sglang.srt.server_args import ServerArgs
+
+    from integration.serving.ab_servers import SHARED_GPU_ARGS
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    setups = [
+        setup
+        for path in INTEGRATION.glob("test_*.py")
+        for setup in importlib.import_module(path.stem).SETUPS
+    ]
+    assert len({setup.name for setup in setups}) == len(setups) > 10
+    for setup in setups:
+        parsed = parser.parse_args(["--model-path", "none", *setup.args])
+        assert parsed.speculative_num_draft_tokens == setup.draft_tokens
+        assert parsed.speculative_num_steps == setup.draft_tokens - 1
+        assert parsed.max_total_tokens == int(SHARED_GPU_ARGS[SHARED_GPU_ARGS.index("200000")])
+        if "--mem-fraction-static" in setup.flags:
+            own = setup.flags[setup.flags.index("--mem-fraction-static") + 1]
+            assert parsed.mem_fraction_static == float(own), "the setup's own flag wins"
+
+
+# A scheduler's metrics, and what SGLang's HTTP process makes of those in the folder.
+RANK = """
+import json, sys
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from sglang_nsa_plugin import metrics, state
+rank = int(sys.argv[1])
+state.STATE = metrics.STATE = state.State(
+    adapter="in-graph" if rank else None, backend="cuda" if rank else None, replays=1000 + rank,
+    checks=7, mismatches=4, fallbacks=state.Counter({'a reason, "quoted"': 3, "another": 1}))
+metrics.export({"model_name": "a model", "tp_rank": rank, "pp_rank": 0})
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+print(json.dumps([generate_latest(registry).decode(), state.record()]))
+"""
+
+
+def metrics_and_record(rank, folder):
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-c", RANK, str(rank)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_metrics_are_told_apart_by_rank_and_agree_with_the_record(tmp_path):
+    from integration.serving import metrics_page
+
+    _, idle = metrics_and_record(0, tmp_path)
+    text, record = metrics_and_record(1, tmp_path)
+    shown = metrics_page.shown(text)
+    assert set(shown) == {"pp_rank=0 tp_rank=0", "pp_rank=0 tp_rank=1"}
+    assert shown["pp_rank=0 tp_rank=1"] == metrics_page.expected(record)
+    assert shown["pp_rank=0 tp_rank=1"]["fallbacks"] == {'a reason, "quoted"': 3, "another": 1}
+    # a rank that the plugin leaves alone shows what runs and no counters
+    assert shown["pp_rank=0 tp_rank=0"] == {
+        "fallbacks": {},
+        "info": metrics_page.expected(idle)["info"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("replays", 5), ("checks", 5), ("fallbacks", {}), ("version", "0"), ("backend", "triton")],
+)
+def test_a_metric_that_differs_from_the_record_is_seen(name, value, tmp_path):
+    from integration.serving import metrics_page
+
+    text, record = metrics_and_record(1, tmp_path)
+    (shown,) = metrics_page.shown(text).values()
+    assert shown != metrics_page.expected({**record, name: value})
+
+
+def test_a_server_without_metrics_is_an_error(tmp_path):
+    import requests
+
+    from integration.serving import metrics_page
+
+    with stand_in(tmp_path) as server:
+        server.wait_ready(limit_s=30)
+        with pytest.raises(requests.HTTPError):
+            metrics_page.read(server.url)
