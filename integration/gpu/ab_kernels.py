@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("kernel_versions: needs an NVIDIA GPU, torch finds none", file=sys.stderr)
+        print("ab_kernels: needs an NVIDIA GPU, torch finds none", file=sys.stderr)
         return 1
     rows = []
     for row in measured({str(path): tvm_ffi.load_module(str(path)) for path in arguments.builds}):

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_shadow_serving import CHECKED, mixed_load
 
 from integration import result_files
 from integration.serving.ab_servers import FP8, MANY, NO_PROBE, START_LIMIT_S, Fleet, Setup
 from integration.serving.compare import read_record
 from integration.serving.server import ServerError
+from integration.serving.test_shadow_serving import CHECKED, mixed_load
 
 COMMAND = "make serve-test PART=shadow-load"
 ARM = {"checked": {**CHECKED, **NO_PROBE}}

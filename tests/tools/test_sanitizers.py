@@ -1,9 +1,8 @@
-"""What integration/gpu/sanitizers.py makes of the tools' words, with a stand-in for compute-sanitizer."""
+"""What integration/gpu/sanitizers.py reads from the tools' output; compute-sanitizer is a stand-in."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -202,8 +201,8 @@ def test_our_kernels_alone_are_watched_where_that_is_possible(stand_in):
 
 
 def test_the_kernels_have_the_names_that_are_watched():
-    root = Path(sanitizers.__file__).resolve().parent.parent
-    sources = [*(root / "csrc").glob("*.cu"), root / "sglang_nsa_plugin" / "kernels" / "triton.py"]
+    csrc = sanitizers.ROOT / "csrc"
+    sources = [*csrc.glob("*.cu"), sanitizers.ROOT / "sglang_nsa_plugin" / "kernels" / "triton.py"]
     text = "".join(path.read_text() for path in sources)
     kernels = re.findall(r"__global__[^{;]*?(\w+)\(const __grid_constant__", text)
     assert len(kernels) == text.count("__global__")

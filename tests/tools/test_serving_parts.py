@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
+import importlib
 import json
 import os
 import statistics
@@ -14,25 +16,34 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
+import requests
 import torch
 
-pytest.importorskip("sglang", reason="needs what SGLang brings: requests, psutil, safetensors")
-INTEGRATION = Path(__file__).resolve().parent.parent.parent / "integration"
-
-import psutil  # noqa: E402
-
-from integration import result_files  # noqa: E402
-from integration.figures import serve_figures  # noqa: E402
+from integration import result_files
+from integration.figures import serve_figures
 from integration.serving import (
+    ab_servers,
     ab_stats,
     checkpoint,
     compare,
+    metrics_page,
     paired_timing,
     serve_test,
+    test_load,
 )
-from integration.serving.ab_servers import serve_args, stop_all  # noqa: E402
-from integration.serving.server import Answer, Server, ServerError, free_ports  # noqa: E402
+from integration.serving.ab_servers import SHARED_GPU_ARGS, serve_args, stop_all
+from integration.serving.server import (
+    Answer,
+    Server,
+    ServerError,
+    changed_environment,
+    free_ports,
+)
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SERVING = ROOT / "integration" / "serving"
 
 # A stand-in for `sglang.launch_server`: it takes --port and answers as the fixture expects.
 STAND_IN = """
@@ -166,7 +177,7 @@ def test_ports_leave_room_for_the_one_that_sglang_derives():
     ],
 )
 def test_options_are_spelled_as_the_release_spells_them(monkeypatch, release, expected, absent):
-    monkeypatch.setattr("arms.version", lambda name: release)
+    monkeypatch.setattr(ab_servers, "version", lambda name: release)
     options = serve_args()
     assert set(expected) <= set(options)
     assert not any(option.startswith(absent) for option in options)
@@ -332,7 +343,7 @@ def test_the_probe_makes_one_tensor_wrong_while_it_is_asked_to(tmp_path, monkeyp
         pytest.skip("needs the in-graph adapter on the CPU")
     from sglang_nsa_plugin.harness.graph_pair import Comparison, GraphPair
 
-    monkeypatch.syspath_prepend(str(INTEGRATION / "probe"))
+    monkeypatch.syspath_prepend(str(SERVING / "probe"))
     import nsa_probe
 
     refresh = captured_fill.BackendFills.refresh_derived
@@ -365,7 +376,7 @@ def test_the_probe_can_do_the_least_that_a_hook_can(monkeypatch):
     from sglang_nsa_plugin.harness.graph_pair import Comparison, GraphPair
     from sglang_nsa_plugin.state import STATE
 
-    monkeypatch.syspath_prepend(str(INTEGRATION / "probe"))
+    monkeypatch.syspath_prepend(str(SERVING / "probe"))
     import nsa_probe
 
     pair = GraphPair(torch.device("cpu"), (2, 3), draft_tokens=4, context_len=512, pool_size=12)
@@ -400,8 +411,10 @@ def slices(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Co
         "NSA_COMMIT": "none",
         **environment,
     }
-    command = [sys.executable, str(INTEGRATION / "serve_test.py"), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+    command = [sys.executable, "-m", "integration.serving.serve_test", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False
+    )
 
 
 def failures(output: str) -> list[str]:
@@ -519,7 +532,7 @@ def test_an_unknown_slice_is_refused_with_the_choices(tmp_path):
 
 def test_the_files_of_every_slice_exist():
     files = {word for words in serve_test.SLICES.values() for word in words if word.endswith(".py")}
-    assert files == {path.name for path in INTEGRATION.glob("test_*.py")}
+    assert files == {path.name for path in SERVING.glob("test_*.py")}
 
 
 def test_prompts_are_the_same_in_both_arms():
@@ -529,8 +542,6 @@ def test_prompts_are_the_same_in_both_arms():
 
 
 def test_variables_are_set_and_removed(monkeypatch):
-    from integration.serving.server import changed_environment
-
     monkeypatch.setenv("SGLANG_PLUGINS", "other")
     monkeypatch.setenv("PYTHONPATH", "here")
     changed = changed_environment({"SGLANG_PLUGINS": None, "NEW": "1"})
@@ -541,20 +552,16 @@ def test_variables_are_set_and_removed(monkeypatch):
 
 @pytest.mark.parametrize("value", [max, statistics.median_low])
 def test_memory_that_grows_is_seen(value):
-    from test_load import growth
-
     samples = [{"plugin": 4_800 + 10 * i, "sglang": 4_700} for i in range(30)]
-    assert [growth(samples, arm, value) for arm in ("plugin", "sglang")] == [100, 0]
+    assert [test_load.growth(samples, arm, value) for arm in ("plugin", "sglang")] == [100, 0]
 
 
 @pytest.mark.parametrize(("moment", "greatest"), [(15, -5_900), (25, 5_900)])
 def test_a_process_that_comes_and_goes_is_no_growth(moment, greatest):
-    from test_load import growth
-
     samples = [{"plugin": 4_700} for _ in range(30)]
     samples[moment]["plugin"] += 5_900
-    assert growth(samples, "plugin", max) == greatest
-    assert growth(samples, "plugin", statistics.median_low) == 0
+    assert test_load.growth(samples, "plugin", max) == greatest
+    assert test_load.growth(samples, "plugin", statistics.median_low) == 0
 
 
 def test_gpu_memory_that_falls_a_lot_tells_nothing_of_growth():
@@ -563,19 +570,14 @@ def test_gpu_memory_that_falls_a_lot_tells_nothing_of_growth():
 
 
 def test_sglangs_own_parser_takes_the_flags_of_every_setup():
-    import argparse
-    import importlib
-
     from sglang.srt.server_args import ServerArgs
-
-    from integration.serving.ab_servers import SHARED_GPU_ARGS
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     setups = [
         setup
-        for path in INTEGRATION.glob("test_*.py")
-        for setup in importlib.import_module(path.stem).SETUPS
+        for path in SERVING.glob("test_*.py")
+        for setup in importlib.import_module(f"integration.serving.{path.stem}").SETUPS
     ]
     assert len({setup.name for setup in setups}) == len(setups) > 10
     for setup in setups:
@@ -615,8 +617,6 @@ def metrics_and_record(rank, folder):
 
 
 def test_metrics_are_told_apart_by_rank_and_agree_with_the_record(tmp_path):
-    from integration.serving import metrics_page
-
     _, idle = metrics_and_record(0, tmp_path)
     text, record = metrics_and_record(1, tmp_path)
     shown = metrics_page.shown(text)
@@ -635,18 +635,12 @@ def test_metrics_are_told_apart_by_rank_and_agree_with_the_record(tmp_path):
     [("replays", 5), ("checks", 5), ("fallbacks", {}), ("version", "0"), ("backend", "triton")],
 )
 def test_a_metric_that_differs_from_the_record_is_seen(name, value, tmp_path):
-    from integration.serving import metrics_page
-
     text, record = metrics_and_record(1, tmp_path)
     (shown,) = metrics_page.shown(text).values()
     assert shown != metrics_page.expected({**record, name: value})
 
 
 def test_a_server_without_metrics_is_an_error(tmp_path):
-    import requests
-
-    from integration.serving import metrics_page
-
     with stand_in(tmp_path) as server:
         server.wait_ready(limit_s=30)
         with pytest.raises(requests.HTTPError):
