@@ -1,6 +1,6 @@
 """One wrong metadata tensor at a time: the comparison sees each that anything reads.
 
-The probe makes the tensor wrong behind the plugin's fill, in the captured graph, see integration/serving/probe/.
+The probe (``probe/``) corrupts the tensor after the plugin's fill, in the captured graph.
 Greedy tokens do not depend on drafts, so the accepted drafts tell. So does a server that ends or hangs.
 """
 

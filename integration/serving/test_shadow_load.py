@@ -3,8 +3,7 @@
     python -m pytest integration/serving/test_shadow_load.py -v -s [--load-s 390] [--budget-s 520]
 
 All servers share one GPU and compare every replay. The load ends when --load-s are over, or 20 s before
---budget-s are, counted from pytest's start. Each run writes a result file of its own,
-shadow-load-VERSION-TIME.json: runs add up.
+--budget-s are, counted from pytest's start. Each GPU has a result file, shadow-load-GPU-VERSION.json.
 """
 
 from __future__ import annotations
@@ -78,8 +77,7 @@ def _write(runs: dict[str, dict[str, Any]]) -> None:
     records = [run["record"] for run in runs.values() if "record" in run]
     total = {key: sum(record[key] for record in records) for key in SUMMED}
     total["fallbacks"] = sum(sum(record["fallbacks"].values()) for record in records)
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    file = f"shadow-load-{version('sglang')}-{stamp}.json"
+    file = f"shadow-load-{result_files.gpu_name()}-{version('sglang')}.json"
     print(f"\n{file}: {total}")
     result_files.merge(file, COMMAND, {"total": total, "servers": runs})
 
