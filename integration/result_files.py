@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -72,11 +73,11 @@ def as_text(value: Any, indent: int = 0) -> str:
 def committed(name: str) -> dict[str, Any] | None:
     """A result file as committed, or as in the tree where there is no git; None if there is none."""
     path = f"integration/results/{name}"
-    git = subprocess.run(
-        ["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if git.returncode == 0:
-        return dict(json.loads(git.stdout))
+    if shutil.which("git"):
+        command = ["git", "show", f"HEAD:{path}"]
+        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if git.returncode == 0:
+            return dict(json.loads(git.stdout))
     return dict(json.loads((ROOT / path).read_text())) if (ROOT / path).is_file() else None
 
 

@@ -24,8 +24,8 @@ The draft layer's attention is the target's first one, so that it foresees part 
 does and loses drafts when it reads the wrong tokens. It starts from the embedding of the newest
 token plus ``draft_hidden`` times the rotated hidden state before it, which makes it less certain.
 
-The defaults were chosen with ``acceptance_model.py``, a float32 forward of both models and the EAGLE loop
-on the CPU; prompts of 5, 80 and 500 random tokens, 128 new ones each:
+The defaults were chosen with ``acceptance_model.py``, a float32 forward of both models and the EAGLE
+loop on the CPU; prompts of 5, 80 and 500 random tokens, 128 new ones each:
 
     changed                                mean tokens a step   turned by the context
     -                                      2.1  2.9  3.1        15 %  5 %  2 %

@@ -8,7 +8,6 @@ import pytest
 import torch
 from memcpy_trace import MemcpyTrace
 
-from integration.figures import gpu_figures
 from integration.gpu import sanitizers
 
 # Says of each tool what FINDING says, and of pytest what it says itself.
@@ -109,16 +108,6 @@ def test_all_findings_count_but_copies_that_sglang_asked_for(
 def test_a_copy_is_of_who_asked_for_it(told, by):
     output = "".join(f"copy of {copy}\n" for copy in told) + READ
     assert list(sanitizers.reads_by_copies(output)) == [(by, READ.rstrip())]
-
-
-def test_the_readme_names_who_asked_for_copies(stand_in):
-    stand_in(OF_SGLANGS_COPY)
-    tool = sanitizers.sanitize_tests()["initcheck"]
-    assert gpu_figures.copies_of_sglang("initcheck", tool) == (
-        "6 copies that SGLang asked for, by initcheck: 6 sglang.srt.backend.copy_"
-    )
-    with_ours = {**tool, "copies": {"sglang_nsa_plugin.kernels.torch._write": 1, **tool["copies"]}}
-    assert gpu_figures.copies_of_sglang("", with_ours) == gpu_figures.copies_of_sglang("", tool)
 
 
 def test_copies_are_told_as_they_are_looked_for(capsys):

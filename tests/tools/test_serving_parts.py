@@ -21,8 +21,6 @@ import pytest
 import requests
 import torch
 
-from integration import result_files
-from integration.figures import serve_figures
 from integration.serving import (
     ab_servers,
     ab_stats,
@@ -441,57 +439,6 @@ def test_slices_run_alone_and_merge_into_one_file(tmp_path):
     assert parts["memory.recapture"]["outcomes"] == {"plugin": "ended", "sglang": "ended"}
 
 
-def test_parts_that_stand_alone_stay_and_say_which_run_they_are_of(tmp_path, monkeypatch):
-    monkeypatch.setenv("NSA_RESULTS_DIR", str(tmp_path))
-    for commit, part, figure in (("a" * 40, "load", 1), ("b" * 40, "load", 2), ("c" * 40, "core", 3)):
-        monkeypatch.setenv("NSA_COMMIT", commit)
-        path = result_files.merge(
-            "serve-0.json", "make serve-test", {part: {"figure": figure}}, alone=True
-        )
-    found = json.loads(path.read_text())
-    assert found["commit"] == "c" * 40
-    stamps = {name: (part["figure"], part["of"]["commit"]) for name, part in found["parts"].items()}
-    assert stamps == {"load": (2, "b" * 40), "core": (3, "c" * 40)}
-    result_files.merge("serve-0.json", "make bench", {"bench": {}})
-    assert list(json.loads(path.read_text())["parts"]) == ["load", "core", "bench"]
-    monkeypatch.setenv("NSA_COMMIT", "d" * 40)
-    result_files.merge("serve-0.json", "make bench", {"bench": {}})
-    assert list(json.loads(path.read_text())["parts"]) == ["bench"]
-
-
-def test_gpus_are_those_that_are_left_visible(tmp_path, monkeypatch):
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\necho "$@"\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert result_files.of_gpus("name") == ["--query-gpu=name --format=csv,noheader,nounits"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert result_files.of_gpus("name") == ["--query-gpu=name --format=csv,noheader,nounits --id 1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert result_files.of_gpus("name") == []
-
-
-def test_the_readme_counts_what_differs():
-    ours, theirs = (Answer([1, 2], 0.1, {"spec_accept_histogram": [1, 1]}) for _ in range(2))
-    other = Answer([1, 3], 0.1, {"spec_accept_histogram": [1, 1]})
-    rows = [compare.comparison(ours, theirs, 10), compare.comparison(other, theirs, 10)]
-    many = compare.repeated([[ours, other]], [[theirs, theirs]])
-    record = {"replays": 12, "fallbacks": {"a reason": 3}}
-    parts = {
-        "fp8.one_at_a_time": compare.summary(rows),
-        "fp8.many_at_once": {"each": [many]},
-        "fp8.record": {"record": record},
-        "corruption.cu_seqlens_k": {"caught_by": []},
-        "corruption.real_page_table": {"caught_by": ["tokens", "accepted drafts"]},
-    }
-    table, wrong = serve_figures.figures(parts)
-    assert table.splitlines()[-1].endswith(" | 4 | 8 | 2 | 1.50 → 1.50 | 12 | 3 |")
-    assert "`real_page_table` (tokens and accepted drafts)" in wrong
-    assert "`cu_seqlens_k` changed nothing" in wrong
-    assert serve_figures.figures({}) == []
-
-
 @pytest.mark.parametrize(
     ("fault", "mismatches", "failed"),
     [("", 0, []), ("mismatch", 4, ["test_every_replay_was_checked_and_equal"] * 4)],
@@ -562,11 +509,6 @@ def test_a_process_that_comes_and_goes_is_no_growth(moment, greatest):
     samples[moment]["plugin"] += 5_900
     assert test_load.growth(samples, "plugin", max) == greatest
     assert test_load.growth(samples, "plugin", statistics.median_low) == 0
-
-
-def test_gpu_memory_that_falls_a_lot_tells_nothing_of_growth():
-    assert serve_figures.gpu_memory(12) == "GPU memory grew by 12 MiB in the last third"
-    assert serve_figures.gpu_memory(-8_617).endswith("its growth is not known")
 
 
 def test_sglangs_own_parser_takes_the_flags_of_every_setup():
