@@ -86,7 +86,7 @@ def paged_kernel(bench: Bench) -> list[str]:
 def _paged_limit(bench: Bench, row: Row) -> float:
     same_cell = ("requests", "length", "width")
     gathers = [t["us"] for t in bench["gather_us"] if all(t[name] == row[name] for name in same_cell)]
-    return max([PAGED_US, *(OVER_GATHER * us for us in gathers)])
+    return float(max([PAGED_US, *(OVER_GATHER * us for us in gathers)]))
 
 
 def widths(bench: Bench) -> list[str]:

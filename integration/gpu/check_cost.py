@@ -43,10 +43,10 @@ def cost_of_check() -> dict[str, dict[str, dict[str, float]]]:
     )
     pair.inputs.seq_lens.fill_(LENGTH)
     fill = pair._taken_over()
-    arms = {"unchecked": None, "checked": fill.checked}
-    samples: dict[str, dict[str, list[float]]] = {name: {"host": [], "stream": []} for name in arms}
+    servers = {"unchecked": None, "checked": fill.checked}
+    samples: dict[str, dict[str, list[float]]] = {name: {"host": [], "stream": []} for name in servers}
     for done in range(ROUNDS + 1):
-        for name, checked in arms.items():
+        for name, checked in servers.items():
             fill.checked = checked
             for clock, us in _replay_us(pair).items():
                 if done:  # the first of each warms up

@@ -105,7 +105,7 @@ def _run_side_by_side(
     calls: Sequence[tuple[str, list[str]]], environment: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(len(calls)) as pool:
-        return list(pool.map(lambda call: _run(*call, environment), calls))
+        return list(pool.map(lambda call: _run(call[0], call[1], environment), calls))
 
 
 def _sum(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -174,7 +174,7 @@ class _Weights:
     def __init__(self, seed: int, strengths: Strengths):
         self.random = torch.Generator().manual_seed(seed + 1)
         self.strengths = strengths
-        self.basis = torch.linalg.qr(self.normal(HIDDEN, strengths.embed_rank))[0]
+        self.basis: torch.Tensor = torch.linalg.qr(self.normal(HIDDEN, strengths.embed_rank))[0]
         self.tensors: dict[str, torch.Tensor] = {}
 
     def normal(self, *shape: int, std: float = 1.0) -> torch.Tensor:

@@ -58,8 +58,8 @@ def found(
 
 def _run(fleet: Fleet, setup: Setup, load_s: float, end: float) -> dict[str, Any]:
     try:
-        arms = fleet.ready(setup)
-        target = arms["checked"].server
+        servers = fleet.ready(setup)
+        target = servers["checked"]
         seconds = min(load_s, end - time.monotonic())
         requests = mixed_load(target, seconds, seed=target.port, at_once=AT_ONCE, new_tokens=NEW_TOKENS)
         record = read_record(target)

@@ -155,7 +155,7 @@ def test_servers_of_a_fleet_end_side_by_side(tmp_path):
     for server in servers:
         server.wait_ready(20)
     begin = time.monotonic()
-    stop_all(SimpleNamespace(server=server) for server in servers)
+    stop_all(servers)
     assert time.monotonic() - begin < 5
     assert all(server.process is None for server in servers)
 
@@ -500,7 +500,7 @@ def test_variables_are_set_and_removed(monkeypatch):
 @pytest.mark.parametrize("value", [max, statistics.median_low])
 def test_memory_that_grows_is_seen(value):
     samples = [{"plugin": 4_800 + 10 * i, "sglang": 4_700} for i in range(30)]
-    assert [test_load.growth(samples, arm, value) for arm in ("plugin", "sglang")] == [100, 0]
+    assert [test_load.growth(samples, server, value) for server in ("plugin", "sglang")] == [100, 0]
 
 
 @pytest.mark.parametrize(("moment", "greatest"), [(15, -5_900), (25, 5_900)])

@@ -1,7 +1,7 @@
 """A second SGLang plugin that only measures: host time around each draft-extend replay.
 
 With this folder on PYTHONPATH, SGLang finds the entry point ``probe``. The probe works the same
-with and without sglang-nsa-plugin, so both arms of a comparison are timed by the same code. Each
+with and without sglang-nsa-plugin, so both servers of a comparison are timed by the same code. Each
 process that loads plugins writes ``$NSA_PROBE_DIR/<pid>.json``; without that variable the probe
 does nothing.
 
@@ -109,7 +109,7 @@ class Corruption:
             self.spoil(fill, metadata)
             refresh_derived(fill, metadata)
 
-        BackendFills.refresh_derived = wrong
+        BackendFills.refresh_derived = wrong  # type: ignore[assignment, method-assign]
 
     def spoil(self, fill: Any, metadata: Any) -> None:
         """Enqueues the wrong numbers. SGLang first calls it in a warm-up, before any capture."""
