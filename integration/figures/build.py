@@ -2,8 +2,8 @@
 
     python -m integration.figures.build [--check]
 
---check writes nothing: it says which page, or the picture that plot.py draws, shows other figures, and exits
-with 1.
+--check writes nothing. It names each page that is out of date, and the picture that plot.py draws, and exits
+with 1 if there is one.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ COPIED = (
     (128, 131_072, 4),
 )
 CELLS = ((512, 131_072, "paged"), (64, 131_072, "both"), (128, 131_072, "both"))
-METRICS = {  # ours: ncu's
+METRICS = {  # name here: ncu's name
     "dram_read": "dram__bytes_read.sum",
     "dram_written": "dram__bytes_write.sum",
     "sectors_read": "lts__t_sectors_op_read.sum",
@@ -174,7 +174,7 @@ def widths() -> list[dict[str, Any]]:
 
 
 def direct_fills(requests: int, setup: Setup) -> DirectFills:
-    """Fills of at most so many requests, over random slots."""
+    """Fills of up to `requests` requests, over random slots."""
     import torch
 
     from sglang_nsa_plugin.cli.bench import cases
@@ -261,7 +261,7 @@ def counted(requests: int, length: int, tables: str) -> dict[str, Any]:
 
 
 def fill_once(requests: int, length: int, tables: str) -> None:
-    """One fill by the CUDA kernel and nothing else of ours."""
+    """One fill by the CUDA kernel and no other kernel of the plugin."""
     import torch
 
     from sglang_nsa_plugin.cli.bench import cases

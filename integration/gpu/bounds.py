@@ -138,7 +138,7 @@ def host(bench: Bench) -> list[str]:
 def host_of_the_run(bench: Bench) -> list[str]:
     """The same, the lower quartile of all cells: a bound call does the same whatever it fills.
 
-    Other work can hold up the host for seconds; it only adds time, to SGLang's calls as to ours.
+    Other work can hold up the host for seconds; it adds time to SGLang's calls and to the plugin's.
     """
     rows = sorted(bench["cases"], key=lambda row: float(row["host_us"]["cuda"]))
     quartile = rows[(len(rows) - 1) // 4]
@@ -194,7 +194,7 @@ class Change:
         what: such as ``gpu cuda``.
         cell: in words.
         old, new: first quartile, median and third quartile.
-        sglang: SGLang's median for the same work, old and new: it tells a slower host from slower code.
+        sglang: SGLang's median for the same work, old and new: it shows whether the host was slower.
     """
 
     what: str
@@ -207,7 +207,8 @@ class Change:
     def is_regression(self) -> bool:
         """The quartiles do not overlap, and the growth is more than unchanged code shows between runs.
 
-        A host on which SGLang's own call takes longer by some factor is a slower host: so may ours.
+        A host on which SGLang's own call takes longer by some factor is a slower host, and the plugin's
+        calls may take longer by that factor.
         """
         is_host = self.what.startswith("host")
         slower_host = max(1.0, self.sglang[1] / self.sglang[0]) if is_host else 1.0

@@ -168,7 +168,7 @@ def run(*command: str) -> None:
 
 
 def as_text(rows: dict[str, dict[str, Any]]) -> str:
-    """The table as it goes to README."""
+    """One line for each release."""
     lines = [
         f"{version:14} {row['generation']} {row['adapter'] or '-':9} {len(row['hook_targets'])} hooks "
         f"{row['values_compared']:>12,} values {row['values_different']:>4} different  {row['verdict']}"

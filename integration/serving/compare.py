@@ -131,11 +131,11 @@ def repeated(plugin: Sequence[Sequence[Answer]], sglang: Sequence[Sequence[Answe
 
 
 def assert_alike(rows: Sequence[Row]) -> None:
-    """No prompt of `at_once` got other tokens, and most of them can tell."""
+    """No prompt of `at_once` got other tokens, and SGLang repeats its answer to most of them."""
     assert [row for row in rows if row["different"]] == []
-    told, asked = sum(row["repeatable"] for row in rows), sum(row["prompts"] for row in rows)
-    assert 2 * told > asked, (
-        f"SGLang repeats itself for {told} of {asked} prompts: too few tell anything"
+    repeatable, asked = (sum(row[name] for row in rows) for name in ("repeatable", "prompts"))
+    assert 2 * repeatable > asked, (
+        f"SGLang repeats its answer to {repeatable} of {asked} prompts: too few to compare"
     )
 
 

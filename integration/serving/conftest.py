@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Without this a SIGTERM would end pytest at once and leave servers behind on the GPU.
+    # Without this a SIGTERM would end pytest at once and leave servers running on the GPU.
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("ended by SIGTERM", returncode=143))
 
 

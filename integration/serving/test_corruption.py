@@ -62,7 +62,7 @@ def test_a_wrong_tensor_is_caught(servers: AbServers, report: Report, field: str
 
 
 def test_both_arms_are_alike_again(servers: AbServers, report: Report) -> None:
-    """What was seen came from the wrong tensors and from nothing that stayed behind."""
+    """The differences came from the corrupted tensors; nothing of them is left."""
     rows = ask(servers)
     report("corruption.none_again", summary(rows))
     assert mismatches(rows) == []

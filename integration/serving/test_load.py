@@ -3,7 +3,7 @@
     python -m pytest integration/serving/test_load.py -v -s [--load-s 120]
 
 Both servers are loaded alike at the same time. A wrong length makes a kernel wait forever instead of
-failing, so each request has a limit, behind which its server counts as broken.
+failing, so each request has a limit, after which its server counts as broken.
 """
 
 from __future__ import annotations

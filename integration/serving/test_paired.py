@@ -57,10 +57,9 @@ def test_pairs(servers: AbServers, fleet: Fleet, report: Report) -> None:
 def against_goal(name: str, figures: dict[str, Any]) -> str:
     """The median ratio, its goal, and whether it reaches that."""
     goal, median = GOALS[name], figures["plugin_over_sglang"]["median"]
-    is_reached = median <= goal if goal < 1 else median >= goal
-    return (
-        f"{name}: {median:.2f} times SGLang's, goal {goal:.2f} {'reached' if is_reached else 'missed'}"
-    )
+    reached = median <= goal if goal < 1 else median >= goal
+    verdict = "reached" if reached else "missed"
+    return f"{name}: {median:.2f} times SGLang's, goal {goal:.2f} {verdict}"
 
 
 def host_times(probe: dict[str, Any], step: dict[str, float]) -> dict[str, float]:

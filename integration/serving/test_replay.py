@@ -3,8 +3,8 @@
     python -m integration.serving.serve_test replay
 
 A third server has the plugin, and at each replay a function in its place that only points the backend
-at its captured metadata, behind the wrapper that SGLang puts around a hook. What that takes is the
-wrapper, the clock and what the CPU's caches lack; the plugin's time beyond it is the look at the batch.
+at its captured metadata, inside the wrapper that SGLang puts around a hook. Its time is that of the
+wrapper, the clock and cold caches; what the plugin takes beyond it is the look at the batch.
 """
 
 from __future__ import annotations

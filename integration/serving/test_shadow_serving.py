@@ -2,8 +2,8 @@
 
     python -m pytest integration/serving/test_shadow_serving.py -v -s [--shadow-s 60]
 
-Two servers share one GPU. In one the plugin is as it is; in the other the probe writes wrong numbers
-behind each of its fills.
+Two servers share one GPU. In one the plugin is as it is; in the other the probe writes wrong values
+after each of its fills.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def mixed_load(
     at_once: Sequence[int] = AT_ONCE,
     new_tokens: Sequence[int] = (32, NEW_TOKENS),
 ) -> int:
-    """Requests of random lengths, so many at once, for so long; returns how many were answered."""
+    """Requests of random lengths, `at_once` at a time; returns how many were answered."""
     source = random.Random(seed)
     begin, requests = time.monotonic(), 0
     while time.monotonic() - begin < seconds:

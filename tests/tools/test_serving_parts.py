@@ -270,9 +270,9 @@ def test_a_batch_differs_where_no_answer_is_one_of_sglangs():
     assert (row["prompts"], row["repeatable"], row["different"]) == (3, 2, 1)
     with pytest.raises(AssertionError):
         compare.assert_alike([row])
-    untold = compare.repeated([[a, a], [a, b]], [[a, a], [b, b]])
+    unrepeatable = compare.repeated([[a, a], [a, b]], [[a, a], [b, b]])
     with pytest.raises(AssertionError, match="0 of 2 prompts"):
-        compare.assert_alike([untold])
+        compare.assert_alike([unrepeatable])
     compare.assert_alike([compare.repeated([[a, b]], [[a, b]])])
 
 
@@ -386,7 +386,7 @@ def test_the_probe_can_do_the_least_that_a_hook_can(monkeypatch):
         metadata = pair.ours.backend.decode_cuda_graph_metadata[bs]
         assert pair.ours.backend.forward_metadata is metadata
     assert result.first is None, result.first
-    assert STATE.replays == replays  # nobody of ours was asked
+    assert STATE.replays == replays  # the plugin was not called
 
 
 field_of = {
@@ -558,7 +558,7 @@ def metrics_and_record(rank, folder):
     return json.loads(done.stdout)
 
 
-def test_metrics_are_told_apart_by_rank_and_agree_with_the_record(tmp_path):
+def test_metrics_are_separate_by_rank_and_agree_with_the_record(tmp_path):
     _, idle = metrics_and_record(0, tmp_path)
     text, record = metrics_and_record(1, tmp_path)
     shown = metrics_page.shown(text)
