@@ -102,9 +102,10 @@ def compared(committed: dict[str, Any] | None, new: dict[str, Any]) -> int:
 def bench() -> dict[str, Any]:
     """``sglang-nsa-plugin bench``."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "sglang_nsa_plugin", "bench", "--json", "result.json"]
-        subprocess.run(command, cwd=folder, timeout=TIME_LIMIT_S, check=True)
-        found: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
+        path = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "sglang_nsa_plugin", "bench", "--json", str(path)]
+        subprocess.run(command, timeout=TIME_LIMIT_S, check=True)
+        found: dict[str, Any] = json.loads(path.read_text())
     found["cases"] = [
         {name: value for name, value in row.items() if name not in COMPUTED} for row in found["cases"]
     ]

@@ -47,7 +47,10 @@ SHARDS = (
     ("tests/test_values.py",),
     (FUZZ, "-k", "any_batch"),
     (FUZZ, "-k", "not any_batch"),
-    ("tests", *(f"--ignore={path}" for path in ("tests/gpu", "tests/test_values.py", FUZZ))),
+    (
+        "tests",
+        *(f"--ignore={path}" for path in ("tests/gpu", "tests/tools", "tests/test_values.py", FUZZ)),
+    ),
 )
 VAST_SHARDS = (("tests/test_values.py", FUZZ),)  # of tests that hold 17 GB each: one process a tool
 VAST_TOOLS = tuple(tool for tool in TOOLS if tool != "initcheck")  # which they skip

@@ -12,8 +12,8 @@ captures are not timed. Two spans are taken, in nanoseconds of ``time.perf_count
   ``execute``; SGLang fills the metadata there, sglang-nsa-plugin only points at it.
 - before_replay: from entering ``execute`` to entering ``_replay_graph``.
 
-It also counts the distinct events that ``execute`` publishes for the scheduler to wait on: SGLang makes a
-new one for each replay, a graph records the same one again.
+It also counts the distinct events that ``execute`` publishes for the scheduler to wait on: SGLang makes
+a new one for each replay, a graph records the same one again.
 
 SGLang 0.5.14 and before runs draft-extend without a graph: there only fill is taken, one call of
 ``init_forward_metadata`` for a draft-extend batch.
