@@ -39,7 +39,7 @@ def test_the_floor_writes_the_pages_of_its_rows_and_nothing_else():
         assert (table[:, 13:] == -1).all(), name
 
 
-def run_of(us, commit="0" * 40):
+def run_of(us, commit="0" * 40, adapter="in-graph"):
     row = {
         "decode_impl": "flashmla_sparse", "requests": 8, "length": 64, "width": 64, "draft_tokens": 4,
         "tables": "paged", "bytes": {"read": 64, "written": 64},
@@ -47,7 +47,7 @@ def run_of(us, commit="0" * 40):
         "host_us": {"cuda": 2.0, "sglang_kernel": 9.0}, "host_quartiles": {"cuda": [2.0, 2.0]},
         "compiles": {"sglang": 0, "ours": 0},
     }  # fmt: skip
-    part = {"gpu": "a GPU", "copy_gb_s": {"median": 1.0}, "cases": [row]}
+    part = {"gpu": "a GPU", "adapter": adapter, "copy_gb_s": {"median": 1.0}, "cases": [row]}
     return {"commit": commit, "parts": {"bench": part, "gather": [], "widths": []}}
 
 
@@ -56,6 +56,11 @@ def test_bench_fails_where_the_committed_run_was_faster(capsys):
     text = capsys.readouterr().out
     assert text.startswith("Compared with commit abcdefg:\nRegressions beyond noise: 1 of 2 times\n")
     assert bench.compared(run_of(2.0), run_of(1.0)) == 0
+
+
+def test_a_release_without_graphs_has_no_goals(capsys):
+    assert bench.compared(run_of(1.0, adapter="eager"), run_of(2.0, adapter="eager")) == 0
+    assert capsys.readouterr().out.startswith("No goals")
 
 
 def test_the_first_bench_of_a_gpu_shows_the_goals_alone(capsys):
