@@ -12,8 +12,8 @@ import torch
 from cases import CPU, expect
 from triton.errors import TritonError
 
-from sglang_nsa_plugin import FillArgs, dispatch
-from sglang_nsa_plugin.kernels import cpu, library
+from sglang_nsa_plugin import FillArgs, dispatch, self_test
+from sglang_nsa_plugin.kernels import compiled, cpu, library
 from sglang_nsa_plugin.kernels import torch as reference
 
 BY_NAME = (
@@ -25,7 +25,7 @@ BY_NAME = (
 @pytest.fixture(autouse=True)
 def _decide_anew() -> Iterator[None]:
     """Choices are kept for the life of a process; here each test makes its own."""
-    cached = (dispatch._choose, dispatch.refusal, library.load)
+    cached = (dispatch._choose, dispatch.why_unavailable, library.load, compiled.binder)
     for function in cached:
         function.cache_clear()
     yield
@@ -54,7 +54,7 @@ def test_auto_takes_the_first_candidate() -> None:
 def test_by_name(name: str) -> None:
     choice = dispatch.choose(name, CPU)
     assert (choice.name, choice.reason, choice.refused) == (name, "asked for by name", {})
-    args = dispatch.small_case(CPU, ragged=True)
+    args = self_test.small_case(CPU, ragged=True)
     assert_filled_as_expected(args, choice.bind(args))
 
 
@@ -101,7 +101,7 @@ def test_the_cpu_twin_does_not_run_on_a_gpu() -> None:
 
 
 def test_a_candidate_that_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "unavailable", lambda: "the moon is in the wrong phase")
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "the moon is in the wrong phase")
     choice = dispatch.choose("auto", CPU)
     assert choice.name == "torch"
     assert choice.refused == {"cpu": "the moon is in the wrong phase"}
@@ -181,7 +181,7 @@ def off_by_one(name: str) -> Callable[[FillArgs], Callable[[], None]]:
 
 
 def test_the_self_test_fills_every_output() -> None:
-    names = dispatch.small_case(CPU, ragged=True).outputs()
+    names = self_test.small_case(CPU, ragged=True).outputs()
     assert list(names) == [
         "cache_seqlens",
         "cu_seqlens_k",
@@ -195,7 +195,7 @@ def test_the_self_test_fills_every_output() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", list(dispatch.small_case(CPU, ragged=True).outputs()))
+@pytest.mark.parametrize("name", list(self_test.small_case(CPU, ragged=True).outputs()))
 def test_a_candidate_with_one_wrong_value(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Also where that value lies in a cell that no fill writes."""
     monkeypatch.setattr(cpu, "bind", off_by_one(name))
@@ -207,7 +207,7 @@ def test_a_candidate_with_one_wrong_value(monkeypatch: pytest.MonkeyPatch, name:
 
 def test_nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dispatch.CANDIDATES, "cpu", ("cpu",))
-    monkeypatch.setattr(cpu, "unavailable", lambda: "gone")
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "gone")
     with pytest.raises(
         dispatch.BackendUnavailableError,
         match=r"^no implementation can run on cpu: cpu \(gone\)$",
@@ -283,7 +283,7 @@ def test_tvm_ffi_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_the_small_case_has_the_edges_that_matter(ragged: bool) -> None:
-    args = dispatch.small_case(CPU, ragged)
+    args = self_test.small_case(CPU, ragged)
     lengths, pool = args.seq_lens.tolist(), args.req_to_token.shape[0]
     widths = args.extend_lens.tolist() if ragged else [args.extend_lens] * args.bs
     live = [(length, q) for length, q in zip(lengths, widths, strict=True) if q]
@@ -298,7 +298,7 @@ def test_the_small_case_has_the_edges_that_matter(ragged: bool) -> None:
 @pytest.mark.parametrize("ragged", [False, True])
 def test_the_reference_fills_the_small_case_as_expected(ragged: bool) -> None:
     """Every candidate is held to the reference; here the reference is held to the contract."""
-    args = dispatch.small_case(CPU, ragged)
+    args = self_test.small_case(CPU, ragged)
     assert_filled_as_expected(args, reference.bind(args))
 
 

@@ -38,8 +38,8 @@ MEGABYTES = 5
 USE = """
 import sglang_nsa_plugin, torch
 from pathlib import Path
-from sglang_nsa_plugin import dispatch
-args = dispatch.small_case(torch.device("cpu"), ragged=False)
+from sglang_nsa_plugin import self_test
+args = self_test.small_case(torch.device("cpu"), ragged=False)
 bound = sglang_nsa_plugin.fill(args)
 print(Path(sglang_nsa_plugin.__file__).parent, bound.backend, args.cache_seqlens.tolist())
 """
