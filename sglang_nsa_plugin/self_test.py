@@ -1,4 +1,4 @@
-"""The self-test of an implementation: small fills with every edge in them, held to the torch reference."""
+"""The self-test of an implementation: small fills with every edge in them, against the reference."""
 
 from __future__ import annotations
 

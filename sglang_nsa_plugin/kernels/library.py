@@ -18,8 +18,8 @@ CSRC_SUFFIXES = (".h", ".cuh", ".cc", ".cu")
 def _installed() -> Path:
     """The library that `pip install` put beside the distribution's metadata.
 
-    It is not looked up beside this file: Python that runs from a clone, or is installed with `-e`, lies in
-    the source tree, which has no library.
+    It is not looked up beside this file: Python that runs from a clone, or is installed with `-e`, lies
+    in the source tree, which has no library.
     """
     distribution = importlib.metadata.distribution("sglang-nsa-plugin")
     return Path(str(distribution.locate_file("sglang_nsa_plugin/lib/nsa_metadata.so")))
@@ -37,7 +37,8 @@ def load() -> Any:
     """The library as a TVM FFI module. No other path is tried.
 
     Raises:
-        LibraryUnavailableError: TVM FFI or the library is missing, it does not load, or it was built from
+        LibraryUnavailableError: TVM FFI or the library is missing, it does not load, or it was built
+        from
             other sources than the Python that loads it.
     """
     if not LIBRARY.is_file():
@@ -94,7 +95,8 @@ def _missing_bytes(elf: bytes) -> int:
 def _why_of_other_sources(module: Any) -> str | None:
     """Why the library does not belong to this Python, or None.
 
-    The file that packs its arguments is always compared; csrc/ is compared in a source tree, which has it.
+    The file that packs its arguments is always compared; csrc/ is compared in a source tree, which has
+    it.
     """
     sources = [("packer_id", PACKER, _sha256(PACKER))]
     csrc = ROOT / "csrc"
