@@ -36,6 +36,7 @@ test: $(READY)
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(VENV)/bin/mypy
 
 # .releases/ keeps the environments; without KEEP=1 they are made anew.
