@@ -64,7 +64,9 @@ def test_files_of_the_main_path_exist() -> None:
     names = re.findall(r"`([\w/]+\.\w+)`", text)
     assert len(names) == 9
     assert [
-        name for name in names if not any((ROOT / top / name).is_file() for top in ("", "sglang_nsa_plugin"))
+        name
+        for name in names
+        if not any((ROOT / top / name).is_file() for top in ("", "sglang_nsa_plugin"))
     ] == []
 
 
