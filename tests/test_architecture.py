@@ -20,7 +20,7 @@ def listed() -> list[str]:
     """The files and folders that the tables of the map have a line for."""
     found = []
     for section in MAP.split("\n### `")[1:]:
-        folder, _, text = section.partition("`")
+        folder, _, text = section.partition("\n## ")[0].partition("`")
         found += [folder + name for name in re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)]
     return found
 
