@@ -20,10 +20,11 @@ import torch
 from cases import INT32_MAX, INT32_MIN, Backend, Case, Guarded, Layout
 
 import sglang_nsa_plugin
-from sglang_nsa_plugin.kernels.library import LIBRARY
+from sglang_nsa_plugin.kernels import library
 
 PACKAGE = Path(sglang_nsa_plugin.__file__).parent
 INSTALLED = Path(str(distribution("sglang-nsa-plugin").locate_file("")))
+LIBRARY = library.LIBRARY.resolve()  # as /proc/self/maps names it
 SECURITY = (Path(__file__).resolve().parent.parent / "SECURITY.md").read_text()
 
 FILL = """
