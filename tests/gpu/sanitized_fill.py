@@ -17,10 +17,10 @@ from dataclasses import replace
 
 import torch
 
-from sglang_nsa_plugin.self_test import small_case
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.kernels import compiled, cuda
 from sglang_nsa_plugin.kernels import torch as reference
+from sglang_nsa_plugin.self_test import small_case
 from sglang_nsa_plugin.shadow import Comparison, Field, Pair, Report
 
 WIDTHS = (64, 193, 1_030, 2_049)
