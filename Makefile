@@ -44,6 +44,7 @@ test-tools: $(READY)
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cuh csrc/*.cc csrc/*.cu tests/*.cc)
 	$(VENV)/bin/cmake --log-level=WARNING -S csrc -B build/lint -DNSA_WERROR=ON \

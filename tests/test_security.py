@@ -1,4 +1,4 @@
-"""What ``SECURITY.md`` says, one test a claim."""
+"""The claims of ``SECURITY.md``, one test each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,10 +20,12 @@ import torch
 from cases import INT32_MAX, INT32_MIN, Backend, Case, Guarded, Layout
 
 import sglang_nsa_plugin
+from sglang_nsa_plugin.kernels import library
 
 PACKAGE = Path(sglang_nsa_plugin.__file__).parent
-LIBRARY = PACKAGE / "lib" / "nsa_metadata.so"
-SECURITY = " ".join((Path(__file__).resolve().parent.parent / "SECURITY.md").read_text().split())
+INSTALLED = Path(str(distribution("sglang-nsa-plugin").locate_file("")))
+LIBRARY = library.LIBRARY.resolve()  # as /proc/self/maps names it
+SECURITY = (Path(__file__).resolve().parent.parent / "SECURITY.md").read_text()
 
 FILL = """
 import torch, sglang_nsa_plugin
@@ -85,12 +88,11 @@ def watched(program: str, before: str, folder: Path) -> tuple[list[str], list[st
 
 
 def own(path: str) -> bool:
-    """A file of the installed package, or of the metadata that pip keeps beside it."""
-    folder = PACKAGE.parent
-    return Path(path).is_relative_to(PACKAGE) or (
-        Path(path).is_relative_to(folder)
-        and Path(path).relative_to(folder).parts[0].startswith("sglang_nsa_plugin-")
-    )
+    """A Python file of the package, or a file of its installed distribution."""
+    if Path(path).is_relative_to(PACKAGE):
+        return True
+    folder = Path(path).relative_to(INSTALLED).parts[0] if Path(path).is_relative_to(INSTALLED) else ""
+    return re.fullmatch(r"sglang_nsa_plugin(-.+\.dist-info)?", folder) is not None
 
 
 def test_a_fill_opens_its_own_files_and_loads_its_own_library(tmp_path: Path) -> None:
@@ -172,7 +174,9 @@ def sources(*, commands: bool) -> dict[str, ast.Module]:
         str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")
     }
     assert len(found) > 10
-    return {name: tree for name, tree in found.items() if name.startswith("cli/") == commands}
+    return {
+        name: tree for name, tree in found.items() if name.startswith(("cli/", "harness/")) == commands
+    }
 
 
 def variables_of(name: str, tree: ast.Module) -> set[str]:
@@ -198,19 +202,18 @@ def value_of(name: str, expression: ast.expr) -> str:
     return str(ast.literal_eval(expression))
 
 
-@pytest.mark.parametrize("commands", [False, True], ids=["server", "commands"])
-def test_only_the_documented_variables_are_read(commands: bool) -> None:
-    documented = SECURITY.partition("**Environment variables.**")[2].partition("- **")[0]
-    by_a_server, by_commands = documented.split("The commands")
-    text = by_commands if commands else by_a_server.partition("One setting")[0]
-    used = [variables_of(name, tree) for name, tree in sources(commands=commands).items()]
-    assert set().union(*used) == set(re.findall(r"`([A-Z]+_[A-Z_]+)`", text))
+@pytest.mark.parametrize("reader", ["server", "commands"])
+def test_only_the_documented_variables_are_read(reader: str) -> None:
+    documented = re.findall(rf"^\| `([A-Z_]+)` \| {reader} \|", SECURITY, re.MULTILINE)
+    used = [variables_of(name, tree) for name, tree in sources(commands=reader == "commands").items()]
+    assert set().union(*used) == set(documented)
 
 
 def test_only_the_documented_settings_of_sglang_are_asked_for() -> None:
     code = "".join(ast.unparse(tree) for tree in sources(commands=False).values())
-    documented = SECURITY.partition("One setting")[2].partition("The commands")[0]
-    assert set(re.findall(r"\benvs\.(\w+)", code)) == set(re.findall(r"`(\w+)`", documented))
+    asked = set(re.findall(r"\benvs\.(\w+)", code))
+    assert asked == {"SGLANG_ENABLE_OVERLAP_PLAN_STREAM"}
+    assert [name for name in asked if f"`{name}`" not in SECURITY] == []
 
 
 HARMLESS = {"subprocess.CalledProcessError"}  # an exception that Triton may raise
@@ -231,10 +234,12 @@ def test_no_source_evaluates_text_or_reaches_outside() -> None:
 
 # What commands do beyond that, as SECURITY.md has it.
 OF_COMMANDS = {
-    "cli/outline.py": {"compile(", "exec("},
-    "cli/found.py": {"shutil.which", "subprocess.run", "subprocess.SubprocessError"},
-    "cli/timing.py": {f"ctypes.{name}" for name in ("CDLL", "byref", "c_int", "c_size_t", "c_void_p")},
-    **{f"cli/{name}.py": {"write_text("} for name in ("bench", "demo", "verify")},
+    "cli/source_stubs.py": {"compile(", "exec("},
+    "cli/environment.py": {"shutil.which", "subprocess.run", "subprocess.SubprocessError"},
+    "cli/bench/timing.py": {
+        f"ctypes.{name}" for name in ("CDLL", "byref", "c_int", "c_size_t", "c_void_p")
+    },
+    **{f"cli/{name}.py": {"write_text("} for name in ("bench/run", "demo", "verify")},
 }
 
 
