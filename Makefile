@@ -18,7 +18,7 @@ endif
 help:
 	@echo "make demo        fill SGLang's own draft-extend backend and compare every value (no GPU needed)"
 	@echo "make test        tests that need no GPU"
-	@echo "make lint        formatter, linter, types"
+	@echo "make lint        formatters, linter, types, compilers' warnings"
 	@echo "make test-release VERSION=0.5.14   against one SGLang release in an environment of its own"
 	@echo "make test-releases                 against all tested ones; writes integration/results/"
 	@echo "make gpu-test    tests, sanitizers and the demo on an NVIDIA GPU; writes integration/results/"
@@ -37,6 +37,10 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cuh csrc/*.cc csrc/*.cu tests/*.cc)
+	$(VENV)/bin/cmake --log-level=WARNING -S csrc -B build/lint -DNSA_WERROR=ON \
+		-DCMAKE_CUDA_ARCHITECTURES=90 -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
+	$(VENV)/bin/cmake --build build/lint --parallel
 
 # .releases/ keeps the environments; without KEEP=1 they are made anew.
 test-release:

@@ -1,16 +1,25 @@
-// TVM FFI binding: tensors in, a bound fill or comparison out. Arguments were checked, in words that
-// name them, by sglang_nsa_plugin/fill_args.py and shadow.py; here they are only packed. What is bound
-// holds pointers, no tensors: whoever binds keeps the tensors alive.
+// The TVM FFI binding: tensors in, a bound fill or comparison out. sglang_nsa_plugin/fill_args.py
+// and shadow.py have validated the arguments; here they are packed. What is bound holds addresses,
+// no tensors: the caller keeps the tensors alive.
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
+#include <tvm/ffi/string.h>
 
-#include "launch.h"
+#include <memory>
+#include <string_view>
+#include <utility>
+
+#include "build_id.h"
+#include "fill.h"
+#include "host.h"
 
 #ifdef NSA_WITH_CUDA
 #include <tvm/ffi/extra/cuda/device_guard.h>
+
+#include "graph_launch.h"
 #endif
 
 namespace nsa {
@@ -27,6 +36,10 @@ T* data_of(const TensorView& tensor) {
 
 bool is_int64(const TensorView& tensor) { return tensor.dtype().bits == 64; }
 
+void require(bool holds, const char* rule, int64_t value) {
+  if (!holds) TVM_FFI_THROW(ValueError) << rule << ", got " << value;
+}
+
 IndexVector index_vector(const MaybeTensor& tensor) {
   if (!tensor.has_value()) return IndexVector{};
   const int64_t words = is_int64(*tensor) ? 2 : 1;
@@ -36,6 +49,7 @@ IndexVector index_vector(const MaybeTensor& tensor) {
 IndexTable index_table(const MaybeTensor& tensor) {
   if (!tensor.has_value()) return IndexTable{};
   const TensorView& t = *tensor;
+  require(t.size(0) <= INT32_MAX, "req_to_token: rows must be fewer than 2**31", t.size(0));
   const int64_t words = is_int64(t) ? 2 : 1;
   return IndexTable{data_of<const int32_t>(t), t.stride(0) * words, t.stride(1) * words, t.size(0),
                     t.size(1)};
@@ -54,49 +68,51 @@ PageTable page_table(const MaybeTensor& tensor, int64_t page_size, const IndexTa
   table.data = data_of<int32_t>(t);
   table.row_stride = t.stride(0);
   table.column_stride = t.stride(1);
-  table.columns =
-      static_cast<uint32_t>(minimum(t.size(1), ceil_div(tokens.columns, page_size)));
-  table.moves = moves_of(table, tokens);
+  table.columns = static_cast<uint32_t>(minimum(t.size(1), ceil_div(tokens.columns, page_size)));
+  table.copy_width = copy_width_of(table, tokens);
   return table;
 }
 
 Schedule schedule_of(const MaybeTensor& tensor, int64_t rows, bool last_take_more) {
   if (!tensor.has_value()) return Schedule{};
   const TensorView& t = *tensor;
-  return Schedule{data_of<int32_t>(t),      t.stride(0),       t.stride(1),
+  return Schedule{data_of<int32_t>(t),       t.stride(0),       t.stride(1),
                   divisor_of(t.size(0) - 1), longest_row(rows), last_take_more};
 }
 
 #ifdef NSA_WITH_CUDA
 constexpr bool kHasCuda = true;
 
-void check(int error, const char* what) {
+void require_success(int error, const char* what) {
   if (error == 0) return;
-  TVM_FFI_THROW(RuntimeError) << what << ": the kernel launch failed: " << cuda_error_text(error);
+  TVM_FFI_THROW(RuntimeError) << what << ": " << cuda_error_text(error);
 }
 
 template <typename Bound>
 ffi::Function launcher(int (*launch)(const Bound&, void*), const Bound& bound, int device) {
-  const auto call =
-      std::make_shared<RepeatedCall>([launch, bound](void* stream) { return launch(bound, stream); });
-  return ffi::Function::FromTyped([call, device](int64_t stream) {
+  const auto graphed = std::make_shared<GraphedLaunch>(
+      [launch, bound](void* stream) { return launch(bound, stream); });
+  return ffi::Function::FromTyped([graphed, device](int64_t stream) {
     const ffi::CUDADeviceGuard guard(device);
-    check((*call)(reinterpret_cast<void*>(stream)), "draft-extend metadata fill");
+    require_success((*graphed)(reinterpret_cast<void*>(stream)),
+                    "draft-extend metadata fill: the kernel launch failed");
   });
 }
 
 ffi::Function bind_on_cuda(const Fill& fill, int device, int64_t max_blocks) {
-  const int multiprocessors = multiprocessors_of(device);
-  if (fill.is_ragged) {
-    return launcher(fill_ragged_on_cuda, ragged_fill(fill, multiprocessors, max_blocks), device);
-  }
-  return launcher(fill_static_on_cuda, static_fill(fill, multiprocessors), device);
+  int sms = 0;
+  require_success(query_sms(device, &sms),
+                  "draft-extend metadata fill: the GPU's number of SMs cannot be read");
+  if (fill.is_ragged)
+    return launcher(fill_ragged_on_cuda, ragged_fill(fill, sms, max_blocks), device);
+  return launcher(fill_static_on_cuda, static_fill(fill, sms), device);
 }
 
 ffi::Function bind_comparison_on_cuda(const Comparison& all, int device) {
   return ffi::Function::FromTyped([all, device](int64_t stream) {
     const ffi::CUDADeviceGuard guard(device);
-    check(compare_on_cuda(all, reinterpret_cast<void*>(stream)), "shadow check");
+    require_success(compare_on_cuda(all, reinterpret_cast<void*>(stream)),
+                    "shadow check: the kernel launch failed");
   });
 }
 #else
@@ -121,50 +137,112 @@ ffi::Function bind_comparison_on_cpu(const Comparison& all) {
   return ffi::Function::FromTyped([all](int64_t) { compare_on_cpu(all); });
 }
 
-// Returns a function of one argument, the address of the stream to launch on (CPU: not used).
-// `max_blocks` limits the grid of a ragged fill; 0 leaves it to the shapes and the GPU.
-ffi::Function bind(int64_t max_blocks, TensorView seq_lens, MaybeTensor req_pool_indices,
-                   MaybeTensor req_to_token, MaybeTensor extend_lens, int64_t static_extend_len,
-                   int64_t index_topk, int64_t page_size, TensorView cache_seqlens,
-                   TensorView cu_seqlens_k, TensorView seqlens_expanded,
-                   TensorView nsa_cache_seqlens, TensorView nsa_cu_seqlens_k, MaybeTensor ctx_lens,
-                   MaybeTensor page_table_1, MaybeTensor real_page_table, MaybeTensor row_count,
-                   MaybeTensor mqa_schedule, bool schedule_last_take_more, MaybeTensor enabled) {
+// What `bind` takes after max_blocks, in this order: the fields of FillArgs that have these names.
+// kernels/compiled.py asks for the names, so that neither side counts positions.
+constexpr std::string_view kParameters[] = {
+    "seq_lens",           "req_pool_indices",  "req_to_token",     "extend_lens",
+    "index_topk",         "page_size",         "cache_seqlens",    "cu_seqlens_k",
+    "seqlens_expanded",   "nsa_cache_seqlens", "nsa_cu_seqlens_k", "ctx_lens",
+    "page_table_1",       "real_page_table",   "row_count",        "mqa_schedule",
+    "mqa_remainder_last", "enabled",
+};
+constexpr int kParameterCount = sizeof(kParameters) / sizeof(kParameters[0]);
+
+constexpr int position_of(std::string_view name) {
+  int position = 0;
+  while (position < kParameterCount && kParameters[position] != name) ++position;
+  return position;
+}
+
+ffi::Array<ffi::String> parameters() {
+  ffi::Array<ffi::String> names;
+  for (const std::string_view name : kParameters) {
+    names.push_back(ffi::String(name.data(), name.size()));
+  }
+  return names;
+}
+
+// The values of kParameters by their names.
+class Arguments {
+ public:
+  explicit Arguments(const ffi::AnyView* values) : values_(values) {}
+
+  const ffi::AnyView& operator[](std::string_view name) const {
+    const int position = position_of(name);
+    if (position == kParameterCount) TVM_FFI_THROW(KeyError) << "no parameter is named " << name;
+    return values_[position];
+  }
+  TensorView tensor(std::string_view name) const { return (*this)[name].cast<TensorView>(); }
+  MaybeTensor maybe(std::string_view name) const { return (*this)[name].cast<MaybeTensor>(); }
+  int64_t number(std::string_view name) const { return (*this)[name].cast<int64_t>(); }
+
+ private:
+  const ffi::AnyView* values_;
+};
+
+Fill pack(const Arguments& arguments) {
   Fill fill{};
+  const TensorView seq_lens = arguments.tensor("seq_lens");
+  const TensorView seqlens_expanded = arguments.tensor("seqlens_expanded");
   fill.seq_lens = index_vector(seq_lens);
-  fill.req_pool_indices = index_vector(req_pool_indices);
-  fill.req_to_token = index_table(req_to_token);
-  fill.extend_lens = index_vector(extend_lens);
-  fill.static_extend_len = static_extend_len;
-  fill.is_ragged = extend_lens.has_value();
+  fill.req_pool_indices = index_vector(arguments.maybe("req_pool_indices"));
+  fill.req_to_token = index_table(arguments.maybe("req_to_token"));
+  if (const auto rows_per_request = arguments["extend_lens"].as<int64_t>()) {
+    fill.rows_per_request = *rows_per_request;
+  } else {
+    fill.is_ragged = true;
+    fill.extend_lens = index_vector(arguments.tensor("extend_lens"));
+  }
   fill.requests = seq_lens.size(0);
   fill.rows = seqlens_expanded.size(0);
-  fill.index_topk = index_topk;
-  fill.cache_seqlens = output_vector(cache_seqlens);
-  fill.cu_seqlens_k = output_vector(cu_seqlens_k);
+  fill.index_topk = arguments.number("index_topk");
+  fill.cache_seqlens = output_vector(arguments.tensor("cache_seqlens"));
+  fill.cu_seqlens_k = output_vector(arguments.tensor("cu_seqlens_k"));
   fill.seqlens_expanded = output_vector(seqlens_expanded);
-  fill.nsa_cache_seqlens = output_vector(nsa_cache_seqlens);
-  fill.nsa_cu_seqlens_k = output_vector(nsa_cu_seqlens_k);
-  fill.ctx_lens = output_vector(ctx_lens);
-  fill.row_count = output_vector(row_count);
-  fill.token_table = page_table(page_table_1, 1, fill.req_to_token);
-  fill.page_table = page_table(real_page_table, page_size, fill.req_to_token);
-  fill.schedule = schedule_of(mqa_schedule, fill.rows, schedule_last_take_more);
+  fill.nsa_cache_seqlens = output_vector(arguments.tensor("nsa_cache_seqlens"));
+  fill.nsa_cu_seqlens_k = output_vector(arguments.tensor("nsa_cu_seqlens_k"));
+  fill.ctx_lens = output_vector(arguments.maybe("ctx_lens"));
+  fill.row_count = output_vector(arguments.maybe("row_count"));
+  fill.page_table_1 = page_table(arguments.maybe("page_table_1"), 1, fill.req_to_token);
+  fill.real_page_table = page_table(arguments.maybe("real_page_table"),
+                                    arguments.number("page_size"), fill.req_to_token);
+  fill.schedule = schedule_of(arguments.maybe("mqa_schedule"), fill.rows,
+                              arguments["mqa_remainder_last"].cast<bool>());
+  const MaybeTensor enabled = arguments.maybe("enabled");
   fill.enabled = enabled.has_value() ? data_of<int32_t>(*enabled) : nullptr;
+  return fill;
+}
 
-  const DLDevice device = seq_lens.device();
-  return device.device_type == kDLCPU ? bind_on_cpu(fill)
-                                      : bind_on_cuda(fill, device.device_id, max_blocks);
+// Takes max_blocks and the values of kParameters. Returns a function of one argument, the address
+// of the stream to launch on, which the CPU does not use. `max_blocks` limits the grid of a ragged
+// fill; 0 leaves it to the shapes and the GPU.
+ffi::Function bind(const ffi::AnyView* values, int count) {
+  require(count == 1 + kParameterCount, "bind: takes max_blocks and the parameters", count);
+  const Arguments arguments(values + 1);
+  const Fill fill = pack(arguments);
+  const DLDevice device = arguments.tensor("seq_lens").device();
+  if (device.device_type == kDLCPU) return bind_on_cpu(fill);
+  return bind_on_cuda(fill, device.device_id, values[0].cast<int64_t>());
 }
 
 Pair pair(const ffi::Tensor& ours, const ffi::Tensor& theirs, int64_t page_size) {
-  const auto data = [](const ffi::Tensor& t) { return data_of<const int32_t>(TensorView(t)); };
-  return Pair{data(ours),       data(theirs),    ours.size(0),     ours.size(1),    ours.stride(0),
-              ours.stride(1), theirs.stride(0), theirs.stride(1), page_size};
+  require(ours.size(0) < kMostCells, "comparison: rows must be fewer than 2**28", ours.size(0));
+  require(ours.size(1) < kMostCells, "comparison: columns must be fewer than 2**28", ours.size(1));
+  Pair pair{};
+  pair.ours = data_of<const int32_t>(TensorView(ours));
+  pair.theirs = data_of<const int32_t>(TensorView(theirs));
+  pair.rows = ours.size(0);
+  pair.columns = ours.size(1);
+  pair.our_row_stride = ours.stride(0);
+  pair.our_column_stride = ours.stride(1);
+  pair.their_row_stride = theirs.stride(0);
+  pair.their_column_stride = theirs.stride(1);
+  pair.page_size = page_size;
+  return pair;
 }
 
-// Compares each of `ours` with the same of `theirs`, matrices of one shape. Returns a function of the
-// stream, like bind.
+// Compares each of `ours` with the same of `theirs`, matrices of one shape. Returns a function of
+// the stream, like bind.
 ffi::Function bind_comparison(TensorView report, TensorView lengths, ffi::Array<ffi::Tensor> ours,
                               ffi::Array<ffi::Tensor> theirs, ffi::Array<int64_t> page_sizes) {
   Comparison all{};
@@ -184,9 +262,24 @@ ffi::Function bind_comparison(TensorView report, TensorView lengths, ffi::Array<
 
 bool has_cuda() { return kHasCuda; }
 
+// Of the sources that this library was built from, see CMakeLists.txt.
+ffi::String csrc_id() { return NSA_CSRC_ID; }
+ffi::String packer_id() { return NSA_PACKER_ID; }
+
 }  // namespace
 }  // namespace nsa
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind, nsa::bind);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(parameters, nsa::parameters);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind_comparison, nsa::bind_comparison);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_cuda, nsa::has_cuda);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(csrc_id, nsa::csrc_id);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(packer_id, nsa::packer_id);
+
+// By hand, because the macro exports functions of few arguments that are known by their position.
+extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_bind(void*, const TVMFFIAny* args, int32_t count,
+                                                 TVMFFIAny* result) {
+  TVM_FFI_SAFE_CALL_BEGIN();
+  *reinterpret_cast<tvm::ffi::Any*>(result) =
+      nsa::bind(reinterpret_cast<const tvm::ffi::AnyView*>(args), count);
+  TVM_FFI_SAFE_CALL_END();
+}

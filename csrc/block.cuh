@@ -17,20 +17,26 @@ __device__ inline bool is_enabled(const Fill& fill) {
   return fill.enabled == nullptr || *fill.enabled != 0;
 }
 
-__device__ inline uint32_t scan_warp(uint32_t sum) {
-#pragma unroll
+// Combines `sum` with those of the lanes before this one. `from_lane_before(sum, delta)` reads the
+// sum of the lane `delta` before this one.
+template <bool kUnroll, typename Sum, typename FromLaneBefore, typename Combine>
+__device__ inline Sum scan_warp(Sum sum, FromLaneBefore from_lane_before, Combine combine) {
+  constexpr int kTimes = kUnroll ? kWarp : 1;
+#pragma unroll kTimes
   for (int delta = 1; delta < kWarp; delta *= 2) {
-    const uint32_t other = __shfl_up_sync(kAll, sum, delta);
-    if (lane() >= delta) sum += other;
+    const Sum other = from_lane_before(sum, delta);
+    if (lane() >= delta) sum = combine(other, sum);
   }
   return sum;
 }
 
-// `own` of this thread and of those before it in the block, and `before` of all threads. Passes one barrier;
-// another one has to come before the next scan.
+// The sum of `own` over this thread and those before it in the block, plus the sum of `before` over
+// all threads. Passes one barrier; the caller needs another one before the next scan.
 __device__ inline uint32_t scan_block(uint32_t own, uint32_t before) {
   __shared__ uint32_t of_warp[kWarps], before_of_warp[kWarps];
-  const uint32_t sum = scan_warp(own);
+  const uint32_t sum = scan_warp<true>(
+      own, [](uint32_t other, int delta) { return __shfl_up_sync(kAll, other, delta); },
+      [](uint32_t a, uint32_t b) { return a + b; });
   before = __reduce_add_sync(kAll, before);
   if (lane() == kWarp - 1) {
     of_warp[warp()] = sum;
@@ -42,21 +48,24 @@ __device__ inline uint32_t scan_block(uint32_t own, uint32_t before) {
   return sum + __reduce_add_sync(kAll, rest);
 }
 
-// The first thread whose end lies behind `position`, which lies before the last end; the same position in
-// all lanes. Each lane looks at one end of an even spread.
-__device__ inline uint32_t find(const uint32_t (&ends)[kThreads], uint32_t position) {
+// The first thread whose end is greater than `position`, for a position that is the same in all
+// lanes and lower than the last end. Each lane looks at one end of an even spread.
+__device__ inline uint32_t find_by_warp(const uint32_t (&ends)[kThreads], uint32_t position) {
   const unsigned spread = __ballot_sync(kAll, ends[(lane() + 1) * kWarps - 1] > position);
   const uint32_t first = (__ffs(spread) - 1) * kWarps;
   const unsigned near = __ballot_sync(kAll, ends[first + lane() % kWarps] > position);
   return first + __ffs(near) - 1;
 }
 
-// The same for a position of this thread alone.
-__device__ inline uint32_t find_alone(const uint32_t (&ends)[kThreads], uint32_t position) {
+// The same for a position of this thread alone; `end_of(i)` reads the end of thread i. A search
+// that is unrolled is faster, one that is not has less code.
+template <bool kUnroll, typename EndOf>
+__device__ inline uint32_t find_by_thread(uint32_t position, EndOf end_of) {
+  constexpr int kTimes = kUnroll ? kThreads : 1;
   uint32_t found = 0;
-#pragma unroll
+#pragma unroll kTimes
   for (uint32_t step = kThreads / 2; step > 0; step /= 2) {
-    if (ends[found + step - 1] <= position) found += step;
+    if (end_of(found + step - 1) <= position) found += step;
   }
   return found;
 }

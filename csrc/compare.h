@@ -1,10 +1,8 @@
 // What a comparison of two fills reads, and which cells of a tensor count. No framework, no launch:
-// the CUDA kernel and its CPU twin both include this header.
+// the CUDA kernel and the CPU twin both include this header.
 #pragma once
 
-#include <cstdint>
-
-#include "fill.h"
+#include "integers.h"
 
 namespace nsa {
 
@@ -18,10 +16,15 @@ struct Pair {
   int64_t our_column_stride;
   int64_t their_row_stride;
   int64_t their_column_stride;
-  int64_t page_size;  // 0: every column counts; else those whose first token lies below the row's length
+  int64_t page_size;  // 0: every column counts; else those whose first token lies before the length
 };
 
 constexpr int kMostPairs = 12;
+
+// A place is one number that orders cells by pair, row and column: 7, 28 and 28 bits of an int64_t.
+constexpr int kPlaceBits = 28;
+constexpr int64_t kMostCells = int64_t{1} << kPlaceBits;  // rows or columns of a pair are fewer
+static_assert(kMostPairs < 1 << (63 - 2 * kPlaceBits));
 
 struct Comparison {
   Pair pairs[kMostPairs];
@@ -31,20 +34,21 @@ struct Comparison {
   int64_t* report;  // [kReportSize]
 };
 
-// The report, on the device. It grows until a comparison found a difference, and then stays as it is.
+// The report, on the device. It grows until a comparison finds a difference; then it stays as it
+// is. sglang_nsa_plugin/shadow.py has the same fields.
 enum ReportField : int {
   kChecks = 0,  // comparisons that ran
   kValues,      // cells compared
   kDifferent,   // cells that differ, in the comparison that found some
-  kPair,        // the first of them: which pair,
-  kRow,         // its row,
-  kColumn,      // its column,
-  kOurs,        // both values,
+  kPair,        // of the first cell that differed: its pair
+  kRow,
+  kColumn,
+  kOurs,  // both values
   kTheirs,
-  kRequests,    // the batch size
-  kLength,      // and the length of the request of that row, where rows belong to requests
-  kFound,       // the last two belong to the comparison that is running: cells that differ
-  kFirst,       // and the place of the first one
+  kRequests,  // the batch size
+  kLength,    // the length of its request; -1 where rows do not belong to requests
+  kFound,     // of the comparison that is running: cells that differ
+  kFirst,     // and the place of the first one
   kReportSize,
 };
 constexpr int64_t kNowhere = INT64_MAX;
@@ -67,23 +71,22 @@ NSA_INLINE int32_t their_cell(const Pair& pair, int64_t row, int64_t column) {
   return pair.theirs[row * pair.their_row_stride + column * pair.their_column_stride];
 }
 
-// Orders cells by pair, row and column: rows and columns lie below 2^28 each.
 NSA_INLINE int64_t place_of(int64_t pair, int64_t row, int64_t column) {
-  return (pair << 56) | (row << 28) | column;
+  return (pair << 2 * kPlaceBits) | (row << kPlaceBits) | column;
 }
 
 NSA_INLINE bool has_difference(const Comparison& all) { return all.report[kDifferent] != 0; }
 
-// Ends a comparison: counts it, and writes down the first difference if it found any.
+// Ends a comparison: counts it, and reports the first difference if there is one.
 NSA_INLINE void conclude(const Comparison& all) {
   int64_t* report = all.report;
   report[kChecks] += 1;
   report[kDifferent] = report[kFound];
   if (report[kFound] == 0) return;
-  constexpr int64_t kMask = (int64_t{1} << 28) - 1;
-  const Pair& pair = all.pairs[report[kFirst] >> 56];
-  report[kPair] = report[kFirst] >> 56;
-  report[kRow] = (report[kFirst] >> 28) & kMask;
+  constexpr int64_t kMask = kMostCells - 1;
+  const Pair& pair = all.pairs[report[kFirst] >> 2 * kPlaceBits];
+  report[kPair] = report[kFirst] >> 2 * kPlaceBits;
+  report[kRow] = (report[kFirst] >> kPlaceBits) & kMask;
   report[kColumn] = report[kFirst] & kMask;
   report[kOurs] = our_cell(pair, report[kRow], report[kColumn]);
   report[kTheirs] = their_cell(pair, report[kRow], report[kColumn]);

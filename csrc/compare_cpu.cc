@@ -1,5 +1,7 @@
 // The CPU twin of the comparison: the arithmetic of compare.h, one cell after the other.
-#include "launch.h"
+#include "compare.h"
+
+#include "host.h"
 
 namespace nsa {
 

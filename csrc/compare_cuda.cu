@@ -1,10 +1,11 @@
-// The comparison on a GPU: one launch over all cells, and one of a single thread that concludes it.
-#include "launch.h"
+// The comparison on a GPU: one launch over all cells, then one of a single thread that concludes
+// it.
+#include "block.cuh"
+#include "host.h"
 
 namespace nsa {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int64_t kRowBlocks = 64;
 
 using Counter = unsigned long long;
@@ -19,13 +20,13 @@ __device__ int64_t compare_row(const Comparison& all, int p, int64_t row, int64_
   for (int64_t column = threadIdx.x; column < columns; column += kThreads) {
     if (our_cell(pair, row, column) == their_cell(pair, row, column)) continue;
     ++different;
-    // a place is never negative, so it compares alike without its sign
+    // A place is never negative, so it compares the same as an unsigned number.
     atomicMin(counter(all, kFirst), static_cast<Counter>(place_of(p, row, column)));
   }
   return different;
 }
 
-// Block y takes pair y, block x of it every gridDim.x-th row.
+// Block (x, y) compares every gridDim.x-th row of pair y, beginning with row x.
 __global__ void __launch_bounds__(kThreads) compare_kernel(const __grid_constant__ Comparison all) {
   if (has_difference(all)) return;
   const int p = blockIdx.y;

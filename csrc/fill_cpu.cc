@@ -1,10 +1,12 @@
 // The CPU twin: the arithmetic of fill.h, one request after the other.
-#include "launch.h"
+#include "fill.h"
+
+#include "host.h"
 
 namespace nsa {
 namespace {
 
-void copy_pages(const Fill& fill, const PageTable& table, int64_t r, int64_t first_row,
+void copy_table(const Fill& fill, const PageTable& table, int64_t r, int64_t first_row,
                 int64_t end_row) {
   const int64_t columns = live_columns(table, length_of(fill, r));
   if (columns == 0) return;
@@ -19,9 +21,9 @@ void copy_pages(const Fill& fill, const PageTable& table, int64_t r, int64_t fir
 }
 
 uint32_t segments_of_row(const Fill& fill, int64_t row) {
-  const int64_t q = fill.static_extend_len;
-  const uint32_t behind = static_cast<uint32_t>(q - 1 - row % q);
-  return segments_of(fill.schedule, expanded_length(length_of(fill, row / q), behind));
+  const int64_t q = fill.rows_per_request;
+  const uint32_t rows_after = static_cast<uint32_t>(q - 1 - row % q);
+  return segments_of(fill.schedule, expanded_length(length_of(fill, row / q), rows_after));
 }
 
 void fill_schedule(const Fill& fill) {
@@ -52,8 +54,8 @@ void fill_on_cpu(const Fill& fill) {
     for (int64_t row = before.row; row < after.row; ++row) {
       store_live_row(fill, row, request, before);
     }
-    copy_pages(fill, fill.page_table, r, before.row, after.row);
-    copy_pages(fill, fill.token_table, r, before.row, after.row);
+    copy_table(fill, fill.real_page_table, r, before.row, after.row);
+    copy_table(fill, fill.page_table_1, r, before.row, after.row);
     before = after;
   }
   for (int64_t row = before.row; row < fill.rows; ++row) store_row(fill, row, 0, before.clamped);

@@ -1,15 +1,16 @@
-// The CUDA kernel for ragged widths, where only a scan tells which row belongs to which request: one launch
-// writes every metadata tensor of a fill.
+// The CUDA kernel for a ragged batch: one launch writes every metadata tensor.
 //
-// Requests are taken in tiles of one a thread. Every block scans the tile for itself, which saves a
-// grid-wide barrier, and then the blocks share out the tile's requests, rows and live chunks of tokens.
-// The grid is fixed when the fill is bound and nothing is read back by the host.
+// Only a scan over the requests says which row belongs to which request. Requests are taken in
+// tiles, one for each thread of a block. Every block scans the whole tile, which saves a barrier
+// over the grid. Then the blocks share out the tile's requests, rows and live chunks. The grid is
+// fixed when the fill is bound, and the host reads nothing back.
+#include "host.h"
 #include "tables.cuh"
 
 namespace nsa {
 namespace {
 
-constexpr int kBlocksOfMultiprocessor = 2;
+constexpr int kResidentBlocksPerSm = 2;
 
 struct Ends {
   Sums sums;
@@ -20,25 +21,24 @@ __device__ Ends combine(const Ends& a, const Ends& b, int64_t rows) {
   return Ends{combine(a.sums, b.sums, rows), a.chunks + b.chunks};
 }
 
+__device__ Ends from_lane_before(const Ends& sum, int delta) {
+  const auto read = [&](uint32_t value) { return __shfl_up_sync(kAll, value, delta); };
+  return Ends{{read(sum.sums.row), read(sum.sums.lengths), read(sum.sums.clamped)},
+              read(sum.chunks)};
+}
+
 struct Tile {
   Request requests[kThreads];
   int32_t pool_rows[kThreads];
-  Ends ends[kThreads];  // behind each request
+  Ends ends[kThreads];  // the sums up to the end of each request
   Ends of_warp[kWarps];
 };
 
-// Leaves what lies up to the end of each request, `carry` included, in the tile. Ends with a barrier.
+// Writes tile.ends; `carry` are the sums before the tile. Ends with a barrier.
 __device__ void scan_tile(const Fill& fill, const Ends& carry, const Ends& own, Tile& tile) {
-  Ends sum = own;
-#pragma unroll 1
-  for (int delta = 1; delta < kWarp; delta *= 2) {
-    Ends other;
-    other.sums.row = __shfl_up_sync(kAll, sum.sums.row, delta);
-    other.sums.lengths = __shfl_up_sync(kAll, sum.sums.lengths, delta);
-    other.sums.clamped = __shfl_up_sync(kAll, sum.sums.clamped, delta);
-    other.chunks = __shfl_up_sync(kAll, sum.chunks, delta);
-    if (lane() >= delta) sum = combine(other, sum, fill.rows);
-  }
+  const Ends sum = scan_warp<false>(own, from_lane_before, [&](const Ends& a, const Ends& b) {
+    return combine(a, b, fill.rows);
+  });
   if (lane() == kWarp - 1) tile.of_warp[warp()] = sum;
   __syncthreads();
   Ends before = carry;
@@ -60,17 +60,6 @@ __device__ void load_tile(const Fill& fill, int64_t first, const Ends& carry, Ti
   scan_tile(fill, carry, own, tile);
 }
 
-// The first request of the tile whose end, read by `end_of`, lies behind `position`.
-template <typename EndOf>
-__device__ int request_at_position(uint32_t position, EndOf end_of) {
-  int found = 0;
-#pragma unroll 1
-  for (int step = kThreads / 2; step > 0; step /= 2) {
-    if (end_of(found + step - 1) <= position) found += step;
-  }
-  return found;
-}
-
 __device__ void fill_tile(const Fill& fill, int64_t first, const Ends& carry, const Tile& tile) {
   const auto before = [&](int t) { return t == 0 ? carry : tile.ends[t - 1]; };
   const int64_t r = first + threadIdx.x;
@@ -83,22 +72,24 @@ __device__ void fill_tile(const Fill& fill, int64_t first, const Ends& carry, co
   int64_t row = carry.sums.row + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
 #pragma unroll 1
   for (; row < total.sums.row; row += step) {
-    const int t = request_at_position(static_cast<uint32_t>(row),
-                                      [&](int i) { return tile.ends[i].sums.row; });
+    const int t = find_by_thread<false>(static_cast<uint32_t>(row),
+                                        [&](int i) { return tile.ends[i].sums.row; });
     store_live_row(fill, row, tile.requests[t], before(t).sums);
   }
 
   const uint32_t chunks = total.chunks - carry.chunks;
 #pragma unroll 1
   for (uint32_t i = blockIdx.x; i < chunks; i += gridDim.x) {
-    const int t = request_at_position(i, [&](int j) { return tile.ends[j].chunks - carry.chunks; });
+    const int t =
+        find_by_thread<false>(i, [&](int j) { return tile.ends[j].chunks - carry.chunks; });
     const Ends start = before(t);
-    copy_part<kSharedVectors>(fill, tile.requests[t].length, tile.pool_rows[t], start.sums.row,
-                              tile.ends[t].sums.row - start.sums.row, carry.chunks + i - start.chunks);
+    const uint32_t rows = tile.ends[t].sums.row - start.sums.row;
+    copy_piece<kSharedVectorsInFlight>(fill, tile.requests[t].length, tile.pool_rows[t],
+                                       start.sums.row, rows, carry.chunks + i - start.chunks);
   }
 }
 
-// Rows behind the last request: length 0, and the running sum stays where it ended.
+// Rows after those of the last request: length 0, and the running sum stays where it ended.
 __device__ void fill_rest(const Fill& fill, const Sums& total) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t row = total.row + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -110,7 +101,7 @@ __device__ void fill_rest(const Fill& fill, const Sums& total) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kResidentBlocksPerSm)
     fill_ragged_kernel(const __grid_constant__ Fill fill) {
   __shared__ Tile tile;
   const bool enabled = is_enabled(fill);
@@ -128,20 +119,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
 
 // As many blocks as the largest batch of these shapes can use.
 int64_t most_blocks(const Fill& fill) {
-  const int64_t chunks = fill.requests * ceil_div(fill.req_to_token.columns, kTokensOfChunk);
+  const int64_t chunks = fill.requests * ceil_div(fill.req_to_token.columns, kTokensPerChunk);
   return maximum(ceil_div(fill.rows, kThreads), chunks);
 }
 
 }  // namespace
 
-RaggedFill ragged_fill(const Fill& fill, int multiprocessors, int64_t max_blocks) {
-  const int64_t resident = int64_t{multiprocessors} * kBlocksOfMultiprocessor;
+RaggedFill ragged_fill(const Fill& fill, int sms, int64_t max_blocks) {
+  const int64_t resident = int64_t{sms} * kResidentBlocksPerSm;
   const int64_t blocks = clamp(most_blocks(fill), 1, resident);
   return RaggedFill{fill, static_cast<int>(max_blocks > 0 ? minimum(blocks, max_blocks) : blocks)};
 }
 
 int fill_ragged_on_cuda(const RaggedFill& launch, void* stream) {
-  fill_ragged_kernel<<<launch.blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch.fill);
+  fill_ragged_kernel<<<launch.blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      launch.fill);
   return cudaGetLastError();
 }
 

@@ -1,35 +1,48 @@
-// The CUDA kernel for a static width: one launch writes every metadata tensor of a fill.
+// The CUDA kernel for a uniform batch: one launch writes every metadata tensor.
 //
-// The kernel runs for two microseconds and every instruction once, so what counts is how many loads wait
-// for one another and how much code has to be fetched. Nothing is scanned that arithmetic can tell: row t
-// belongs to request t / q. Each block has one role, and none waits for another:
-//   - requests: cache_seqlens and cu_seqlens_k of as many requests as a block has threads,
-//   - rows: the lengths of as many rows; what lies before them a block sums up for itself,
-//   - DeepGEMM's schedule: one block,
-//   - pages: each request has `parts` blocks, whose warps take its live pages in turns,
-//   - tokens: a block for each chunk that a request can have; where those would be too many, blocks share
-//     out the chunks that are live, in their order, so that what is written at one time lies together.
-// The grid is fixed when the fill is bound, so the launch can be captured in a CUDA graph and replayed
-// while lengths change; nothing is read back by the host. NOTES.md says what was measured.
+// The kernel runs for 2 µs and executes each instruction once, so the latency of dependent loads
+// and the fetching of instructions dominate. The request of row t is computed (t / q), never
+// searched for. Each block has one role, decided by its index, and waits for no other block:
+//
+//   block   0         rows_begin  schedule_begin  pages_begin        tokens_begin          blocks
+//           | requests |   rows    |   schedule   |      pages        |      tokens        |
+//           | 256 per  | 256 per   | 0 or 1 block | requests x blocks_| see below          |
+//           | block    | block     |              | per_request       |                    |
+//
+//   requests  cache_seqlens and cu_seqlens_k, a request for each thread;
+//   rows      seqlens_expanded, nsa_cache_seqlens, nsa_cu_seqlens_k and ctx_lens, a row for each
+//             thread; a block sums up the requests before its own;
+//   schedule  mqa_schedule;
+//   pages     real_page_table: the warps of a request's blocks take its live pages in turns;
+//   tokens    page_table_1, by TokenCopyMode. Where all of them can be resident at once, there is a
+//             block for each chunk that a request can have. Else (kSharedChunks) a fixed number of
+//             blocks shares out the live chunks in order, so that what is written at one time lies
+//             together; those copy pages too, and there are no blocks for pages.
+//
+// The grid is fixed when the fill is bound. So the launch can be captured in a CUDA graph and
+// replayed while lengths change, and the host reads nothing back. docs/kernel.md has the reasons
+// and the measurements behind each constant.
+#include "host.h"
 #include "pages.cuh"
 #include "tables.cuh"
 
 namespace nsa {
 namespace {
 
-constexpr int kResidentBlocks = 6;  // of a multiprocessor
-// Fewer where blocks share out chunks: kSharedVectors need more registers.
-constexpr int kResidentSharingBlocks = 4;
-// Blocks that copy pages, and tokens, for each multiprocessor. Tokens have more than are resident: blocks
-// that begin as others end keep what is written at one time together.
-constexpr int64_t kPageBlocks = 2;
-constexpr int64_t kTokenBlocks = 16;
-// Chunks for each multiprocessor that are so few that they are halved: more of them then have a part.
-constexpr int64_t kFewChunks = 2;
+constexpr int kResidentBlocksPerSm = 6;
+// Fewer where blocks share out chunks: kSharedVectorsInFlight takes more registers.
+constexpr int kResidentSharingBlocksPerSm = 4;
+constexpr int64_t kPageBlocksPerSm = 2;
+// More blocks than are resident: those that begin as others end keep what is written at one time
+// together.
+constexpr int64_t kTokenBlocksPerSm = 16;
+// With up to this many chunks for each SM they are copied in halves, which more blocks can share.
+constexpr int64_t kFewChunksPerSm = 2;
 
 // ---- lengths
 
-// Calls add(r, L) for each request below `end` that is this thread's, loading four lengths at a time.
+// Calls add(r, L) for each request below `end` that is this thread's, loading four lengths at a
+// time.
 template <typename Add>
 __device__ void for_each_request_before(uint32_t end, const Fill& fill, Add add) {
   constexpr int kAtOnce = 4;
@@ -66,14 +79,14 @@ __device__ void fill_requests(const Fill& fill, uint32_t block) {
 
 __device__ void fill_rows(const StaticFill& launch, uint32_t block) {
   const Fill& fill = launch.fill;
-  const Divisor q = launch.extend_len;
+  const Divisor q = launch.rows_per_request;
   const uint32_t topk = static_cast<uint32_t>(fill.index_topk);
   const uint32_t begin = block * kThreads;
   const uint32_t row = begin + threadIdx.x;
   const uint32_t r = divide(row, q);
   const bool enabled = is_enabled(fill);
-  const uint32_t behind = q.value - 1 - (row - r * q.value);
-  const uint32_t expanded = row < fill.rows ? expanded_length(length_of(fill, r), behind) : 0;
+  const uint32_t rows_after = q.value - 1 - (row - r * q.value);
+  const uint32_t expanded = row < fill.rows ? expanded_length(length_of(fill, r), rows_after) : 0;
   uint32_t before = 0;
   for_each_request_before(divide_up(begin, q), fill, [&](uint32_t other, int32_t length) {
     const uint32_t rows = min(q.value, begin - other * q.value);
@@ -81,28 +94,30 @@ __device__ void fill_rows(const StaticFill& launch, uint32_t block) {
       before += rows * topk;
       return;
     }
-    for (uint32_t j = 0; j < rows; ++j) before += min(expanded_length(length, q.value - 1 - j), topk);
+    for (uint32_t j = 0; j < rows; ++j) {
+      before += min(expanded_length(length, q.value - 1 - j), topk);
+    }
   });
   const uint32_t sum = scan_block(min(expanded, topk), before);
   if (enabled && row < fill.rows) store_row(fill, row, expanded, sum);
 }
 
-// Each thread adds up the segments of `per` neighbouring requests; then each processor looks for the thread
-// whose requests hold its first segment, and walks through their rows.
+// Each thread adds up the segments of `per_thread` neighbouring requests. Then each processor finds
+// the thread whose requests hold its first segment, and walks through their rows.
 __device__ void fill_schedule(const StaticFill& launch) {
   __shared__ uint32_t ends[kThreads];
   const Fill& fill = launch.fill;
   const Schedule& schedule = fill.schedule;
-  const uint32_t q = static_cast<uint32_t>(fill.static_extend_len);
-  const uint32_t per = (static_cast<uint32_t>(fill.requests) + kThreads - 1) / kThreads;
+  const uint32_t q = static_cast<uint32_t>(fill.rows_per_request);
+  const uint32_t per_thread = (static_cast<uint32_t>(fill.requests) + kThreads - 1) / kThreads;
   const bool enabled = is_enabled(fill);
   uint32_t own = 0;
 #pragma unroll 4
-  for (uint32_t i = 0; i < per; ++i) {
-    const uint32_t r = threadIdx.x * per + i;
+  for (uint32_t i = 0; i < per_thread; ++i) {
+    const uint32_t r = threadIdx.x * per_thread + i;
     const int32_t length = r < fill.requests ? length_of(fill, r) : 0;
-    for (uint32_t behind = 0; behind < q; ++behind) {
-      own += segments_of(schedule, expanded_length(length, behind));
+    for (uint32_t rows_after = 0; rows_after < q; ++rows_after) {
+      own += segments_of(schedule, expanded_length(length, rows_after));
     }
   }
   ends[threadIdx.x] = scan_block(own, 0);
@@ -116,13 +131,13 @@ __device__ void fill_schedule(const StaticFill& launch) {
       store_schedule(schedule, p, fill.rows, 0);
       continue;
     }
-    const uint32_t holder = find_alone(ends, start);
+    const uint32_t holder = find_by_thread<true>(start, [&](uint32_t i) { return ends[i]; });
     uint32_t skipped = start - (holder == 0 ? 0 : ends[holder - 1]);
-    uint32_t row = holder * per * q;
+    uint32_t row = holder * per_thread * q;
     for (bool found = false; !found;) {
-      const int32_t length = length_of(fill, divide(row, launch.extend_len));
-      for (uint32_t behind = q; behind > 0 && !found;) {
-        const uint32_t segments = segments_of(schedule, expanded_length(length, --behind));
+      const int32_t length = length_of(fill, divide(row, launch.rows_per_request));
+      for (uint32_t rows_after = q; rows_after > 0 && !found;) {
+        const uint32_t segments = segments_of(schedule, expanded_length(length, --rows_after));
         found = skipped < segments;
         if (found) break;
         skipped -= segments;
@@ -135,31 +150,31 @@ __device__ void fill_schedule(const StaticFill& launch) {
 
 // ---- page tables
 
-__device__ Copy copy_of(const StaticFill& launch, const PageTable& table, uint32_t r) {
-  const Fill& fill = launch.fill;
-  const uint32_t q = static_cast<uint32_t>(fill.static_extend_len);
-  return copy_of(fill, table, length_of(fill, r), pool_row_of(fill, r), r * q, q);
-}
-
+// A block of kChunks or kSmallChunks: the first chunks of all requests come first.
 template <uint32_t kInFlight>
 __device__ void fill_tokens(const StaticFill& launch, uint32_t block) {
-  const PageTable& table = launch.fill.token_table;
+  const Fill& fill = launch.fill;
+  const PageTable& table = fill.page_table_1;
   const uint32_t chunk = divide(block, launch.requests);
-  const bool enabled = is_enabled(launch.fill);
-  const Copy copy = copy_of(launch, table, block - chunk * launch.requests.value);
-  const uint32_t begin = chunk * kTokensOfBlock<kInFlight> + warp() * kTokensOfWarp<kInFlight>;
+  const bool enabled = is_enabled(fill);
+  const uint32_t r = block - chunk * launch.requests.value;
+  const uint32_t q = static_cast<uint32_t>(fill.rows_per_request);
+  const RequestCopy copy =
+      request_copy(fill, table, length_of(fill, r), pool_row_of(fill, r), r * q, q);
+  const uint32_t begin = chunk * kTokensPerBlock<kInFlight> + warp() * kTokensPerWarp<kInFlight>;
   if (enabled) copy_tokens<kInFlight>(copy, table, begin, [] {});
 }
 
+// A block of kSharedChunks. Requests are taken kThreads at a time; every block counts their chunks.
 __device__ void fill_shared_tokens(const StaticFill& launch, uint32_t block) {
-  __shared__ uint32_t ends[kThreads];
+  __shared__ uint32_t ends[kThreads];  // chunks up to the end of each request
   __shared__ int32_t lengths[kThreads], pool_rows[kThreads];
   const Fill& fill = launch.fill;
   const uint32_t requests = launch.requests.value;  // not 0 where there are chunks
   const bool enabled = is_enabled(fill);
-  const uint32_t q = static_cast<uint32_t>(fill.static_extend_len);
+  const uint32_t q = static_cast<uint32_t>(fill.rows_per_request);
   const uint32_t blocks = gridDim.x - launch.tokens_begin;
-  uint32_t next = block;  // of this block's parts of chunks, counted from the first of the requests at hand
+  uint32_t next = block;  // this block's next piece, counted from the first of these requests
 #pragma unroll 1
   for (uint32_t first = 0; first < requests; first += kThreads) {
     const uint32_t r = first + threadIdx.x;
@@ -170,41 +185,46 @@ __device__ void fill_shared_tokens(const StaticFill& launch, uint32_t block) {
     __syncthreads();
     if (!enabled) return;
     const uint32_t chunks = ends[kThreads - 1];
-    const uint32_t parts = chunks > launch.few_chunks ? 1 : 2;  // of a chunk
+    const uint32_t pieces_per_chunk = chunks > launch.few_chunks ? 1 : 2;
 #pragma unroll 1
-    for (; next < parts * chunks; next += blocks) {
-      const uint32_t t = find(ends, next / parts);
-      const uint32_t part = next - parts * (t == 0 ? 0 : ends[t - 1]);
+    for (; next < pieces_per_chunk * chunks; next += blocks) {
+      const uint32_t t = find_by_warp(ends, next / pieces_per_chunk);
+      const uint32_t piece = next - pieces_per_chunk * (t == 0 ? 0 : ends[t - 1]);
       const uint32_t row = (first + t) * q;
-      if (parts == 1) {
-        copy_part<kSharedVectors>(fill, lengths[t], pool_rows[t], row, q, part);
+      if (pieces_per_chunk == 1) {
+        copy_piece<kSharedVectorsInFlight>(fill, lengths[t], pool_rows[t], row, q, piece);
       } else {
-        copy_part<kSharedVectors / 2>(fill, lengths[t], pool_rows[t], row, q, part);
+        copy_piece<kSharedVectorsInFlight / 2>(fill, lengths[t], pool_rows[t], row, q, piece);
       }
     }
-    next -= parts * chunks;
+    next -= pieces_per_chunk * chunks;
     __syncthreads();  // the next requests overwrite these
   }
 }
 
-template <Tokens kTokens>
+// ---- the kernel
+
+template <TokenCopyMode kMode>
 __device__ void fill_tables(const StaticFill& launch, int block) {
-  if constexpr (kTokens == Tokens::kSharedChunks) {
+  if constexpr (kMode == TokenCopyMode::kSharedChunks) {
     fill_shared_tokens(launch, block - launch.tokens_begin);
-  } else if (kTokens == Tokens::kNone || block < launch.tokens_begin) {
+  } else if (kMode == TokenCopyMode::kNone || block < launch.tokens_begin) {
     fill_pages(launch, block - launch.pages_begin);
   } else {
-    fill_tokens<kTokens == Tokens::kSmallChunks ? 1 : kVectors>(launch, block - launch.tokens_begin);
+    constexpr uint32_t kInFlight = kMode == TokenCopyMode::kSmallChunks ? 1 : kVectorsInFlight;
+    fill_tokens<kInFlight>(launch, block - launch.tokens_begin);
   }
 }
 
-template <Tokens kTokens>
-__global__ void __launch_bounds__(kThreads, kTokens == Tokens::kSharedChunks ? kResidentSharingBlocks
-                                                                           : kResidentBlocks)
+// Table blocks are the most, so they are asked for first, by one comparison.
+template <TokenCopyMode kMode>
+__global__ void __launch_bounds__(kThreads, kMode == TokenCopyMode::kSharedChunks
+                                                ? kResidentSharingBlocksPerSm
+                                                : kResidentBlocksPerSm)
     fill_static_kernel(const __grid_constant__ StaticFill launch) {
   const int block = blockIdx.x;
   if (block >= launch.pages_begin) {
-    fill_tables<kTokens>(launch, block);
+    fill_tables<kMode>(launch, block);
   } else if (block < launch.rows_begin) {
     fill_requests(launch.fill, block);
   } else if (block < launch.schedule_begin) {
@@ -214,80 +234,87 @@ __global__ void __launch_bounds__(kThreads, kTokens == Tokens::kSharedChunks ? k
   }
 }
 
-auto kernel_of(Tokens tokens) {
-  switch (tokens) {
-    case Tokens::kNone:
-      return fill_static_kernel<Tokens::kNone>;
-    case Tokens::kSmallChunks:
-      return fill_static_kernel<Tokens::kSmallChunks>;
-    case Tokens::kChunks:
-      return fill_static_kernel<Tokens::kChunks>;
+auto kernel_of(TokenCopyMode mode) {
+  switch (mode) {
+    case TokenCopyMode::kNone:
+      return fill_static_kernel<TokenCopyMode::kNone>;
+    case TokenCopyMode::kSmallChunks:
+      return fill_static_kernel<TokenCopyMode::kSmallChunks>;
+    case TokenCopyMode::kChunks:
+      return fill_static_kernel<TokenCopyMode::kChunks>;
     default:
-      return fill_static_kernel<Tokens::kSharedChunks>;
+      return fill_static_kernel<TokenCopyMode::kSharedChunks>;
   }
 }
 
-// Blocks that share one request's pages: no more than have pages of the table for one warp.
-int64_t parts_of(const Fill& fill, int64_t multiprocessors) {
-  if (fill.page_table.data == nullptr) return 0;
-  const int64_t useful = maximum(ceil_div(fill.page_table.columns, kPagesOfWarp), 1);
-  return clamp(multiprocessors * kPageBlocks / maximum(fill.requests, 1), 1, useful);
+// ---- the grid
+
+// No more blocks than leave each warp some pages of the table.
+int64_t page_blocks_per_request(const Fill& fill, int64_t sms) {
+  if (fill.real_page_table.data == nullptr) return 0;
+  const int64_t useful = maximum(ceil_div(fill.real_page_table.columns, kPagesPerWarp), 1);
+  return clamp(sms * kPageBlocksPerSm / maximum(fill.requests, 1), 1, useful);
 }
 
-// Chunks of so many tokens that the token table can have.
+// Chunks of `chunk_tokens` tokens that page_table_1 can have.
 int64_t most_chunks(const Fill& fill, uint32_t chunk_tokens) {
-  return fill.requests * ceil_div(fill.token_table.columns, chunk_tokens);
+  return fill.requests * ceil_div(fill.page_table_1.columns, chunk_tokens);
 }
 
-// Few tokens spread over more multiprocessors in small chunks, as long as all their blocks are resident.
-Tokens tokens_of(const Fill& fill, int64_t parts, int64_t resident) {
-  if (parts > 0 && !fits_pages(fill, parts * kPagesOfBlock)) return Tokens::kSharedChunks;
-  if (fill.token_table.data == nullptr) return Tokens::kNone;
-  if (most_chunks(fill, kTokensOfBlock<1>) <= resident) return Tokens::kSmallChunks;
-  if (most_chunks(fill, kTokensOfBlock<kVectors>) <= resident) return Tokens::kChunks;
-  return Tokens::kSharedChunks;
+// Small chunks spread few tokens over more SMs, as long as all their blocks are resident.
+TokenCopyMode token_copy_mode_of(const Fill& fill, int64_t blocks_per_request, int64_t resident) {
+  if (blocks_per_request > 0 && !fits_page_copy(fill, blocks_per_request * kPagesPerBlock)) {
+    return TokenCopyMode::kSharedChunks;
+  }
+  if (fill.page_table_1.data == nullptr) return TokenCopyMode::kNone;
+  if (most_chunks(fill, kTokensPerBlock<1>) <= resident) return TokenCopyMode::kSmallChunks;
+  if (most_chunks(fill, kTokensPerBlock<kVectorsInFlight>) <= resident) {
+    return TokenCopyMode::kChunks;
+  }
+  return TokenCopyMode::kSharedChunks;
 }
 
-int token_blocks(const Fill& fill, Tokens tokens, int64_t multiprocessors) {
-  switch (tokens) {
-    case Tokens::kNone:
+int token_blocks(const Fill& fill, TokenCopyMode mode, int64_t sms) {
+  switch (mode) {
+    case TokenCopyMode::kNone:
       return 0;
-    case Tokens::kSmallChunks:
-      return static_cast<int>(most_chunks(fill, kTokensOfBlock<1>));
-    case Tokens::kChunks:
-      return static_cast<int>(most_chunks(fill, kTokensOfBlock<kVectors>));
+    case TokenCopyMode::kSmallChunks:
+      return static_cast<int>(most_chunks(fill, kTokensPerBlock<1>));
+    case TokenCopyMode::kChunks:
+      return static_cast<int>(most_chunks(fill, kTokensPerBlock<kVectorsInFlight>));
     default:
-      return static_cast<int>(minimum(fill.requests * chunks_of(fill, INT32_MAX),
-                                      multiprocessors * kTokenBlocks));
+      return static_cast<int>(
+          minimum(fill.requests * chunks_of(fill, INT32_MAX), sms * kTokenBlocksPerSm));
   }
 }
 
 }  // namespace
 
-StaticFill static_fill(const Fill& fill, int multiprocessors) {
+StaticFill static_fill(const Fill& fill, int sms) {
   StaticFill launch{};
   launch.fill = fill;
-  launch.extend_len = divisor_of(maximum(fill.static_extend_len, 1));
+  launch.rows_per_request = divisor_of(maximum(fill.rows_per_request, 1));
   launch.requests = divisor_of(maximum(fill.requests, 1));
   launch.rows_begin = static_cast<int>(maximum(ceil_div(fill.requests, kThreads), 1));
   launch.schedule_begin = launch.rows_begin + static_cast<int>(ceil_div(fill.rows, kThreads));
   launch.pages_begin = launch.schedule_begin + (fill.schedule.data != nullptr);
 
-  const int64_t parts = parts_of(fill, multiprocessors);
-  launch.tokens = tokens_of(fill, parts, multiprocessors * kResidentBlocks);
-  launch.few_chunks = static_cast<uint32_t>(multiprocessors * kFewChunks);
+  const int64_t blocks_per_request = page_blocks_per_request(fill, sms);
+  launch.token_copy_mode = token_copy_mode_of(fill, blocks_per_request, sms * kResidentBlocksPerSm);
+  launch.few_chunks = static_cast<uint32_t>(sms * kFewChunksPerSm);
   launch.tokens_begin = launch.pages_begin;
-  if (parts > 0 && launch.tokens != Tokens::kSharedChunks) {
-    launch.parts = divisor_of(parts);
-    launch.pages = pages_of(fill);
-    launch.tokens_begin += static_cast<int>(fill.requests * parts);
+  if (blocks_per_request > 0 && launch.token_copy_mode != TokenCopyMode::kSharedChunks) {
+    launch.blocks_per_request = divisor_of(blocks_per_request);
+    launch.page_copy = page_copy_of(fill);
+    launch.tokens_begin += static_cast<int>(fill.requests * blocks_per_request);
   }
-  launch.blocks = launch.tokens_begin + token_blocks(fill, launch.tokens, multiprocessors);
+  launch.blocks = launch.tokens_begin + token_blocks(fill, launch.token_copy_mode, sms);
   return launch;
 }
 
 int fill_static_on_cuda(const StaticFill& launch, void* stream) {
-  kernel_of(launch.tokens)<<<launch.blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
+  const auto kernel = kernel_of(launch.token_copy_mode);
+  kernel<<<launch.blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
   return cudaGetLastError();
 }
 

@@ -12,12 +12,14 @@ from sglang_nsa_plugin.kernels import cpu, cuda
 
 
 class BoundFill:
-    """A fill bound to its tensors: calling it runs it on the current stream.
+    """A fill that is bound to its tensors. Calling it runs it on the current stream.
 
-    With ``cuda``, calls outside a capture go on as a CUDA graph of one kernel after the first few, which
-    takes less of the host's time than the launch.
+    With ``cuda``, calls outside a capture go on as a CUDA graph after the first few: its launch takes
+    less of the host's time than that of the kernel.
 
-    ``backend`` is the name of the implementation, ``args`` keeps the tensors alive.
+    Attributes:
+        args: the arguments; they keep the tensors alive.
+        backend: the name of the implementation.
     """
 
     def __init__(self, args: FillArgs, backend: str, run: Callable[[], None]) -> None:
@@ -56,25 +58,24 @@ def fill_draft_extend_metadata_cuda(
     out_nsa_cache_seqlens: torch.Tensor,
     use_adaptive: bool = True,
 ) -> torch.Tensor:
-    """Expands ragged lengths: ``max(L - q + 1 + j, 0)`` for row j of each request, and its clamp.
+    """Expands the lengths of a ragged batch to rows: ``max(L - q + 1 + j, 0)`` and its clamp.
 
     Args:
-        extend_seq_lens: q, int32 or int64 [bs].
+        extend_seq_lens: q, the rows per request, int32 or int64 [bs].
         seq_lens: L, int32 or int64 [bs].
         nsa_index_topk: the clamp.
-        out_seqlens_expanded: int32 [rows], with room for the sum of q; the rest becomes 0.
+        out_seqlens_expanded: int32 [rows], for row j of each request. Rows after the sum of q become 0.
         out_nsa_cache_seqlens: int32 [rows], ``min(out_seqlens_expanded, nsa_index_topk)``.
-        use_adaptive: take as many blocks as the rows need; otherwise always one block. One block is
-            enough for 256 rows, so up to 64 requests of 4 rows the two are the same. Beyond, more
-            blocks won at every size measured, 1.2 times at 128 requests and 1.7 at 1024 on an H200
-            (``bench.expand`` in ``integration/results/bench-h200-0.5.17.json``): there is no threshold
-            above which one block would be better again.
+        use_adaptive: take as many blocks as the rows need; otherwise one block. A block serves 256 rows,
+            so up to 64 requests of 4 rows both are the same. Beyond that more blocks were faster at each
+            size measured, 1.2 times at 128 requests and 1.7 at 1024 on an H200 (``bench.expand`` in
+            ``integration/results/bench-h200-0.5.17.json``).
 
     Returns:
         int32 scalar tensor on the device, the number of rows in use: ``min(sum of q, rows)``. Nothing
-        is synchronised.
+        synchronises.
 
-    On CPU tensors the CPU twin runs. Errors as :class:`FillArgs`.
+    CPU tensors go to the CPU twin. Errors as :class:`FillArgs`.
     """
     args = _ragged_lengths(
         extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens
@@ -107,7 +108,7 @@ def _ragged_lengths(
     seqlens_expanded: torch.Tensor,
     nsa_cache_seqlens: torch.Tensor,
 ) -> FillArgs:
-    """A fill of lengths alone; what the caller did not ask for goes to one scratch tensor."""
+    """A fill of lengths alone; outputs that the caller did not ask for share one scratch tensor."""
     for name, value in (
         ("extend_seq_lens", extend_seq_lens),
         ("seq_lens", seq_lens),

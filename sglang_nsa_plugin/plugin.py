@@ -51,9 +51,9 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     server_args = options.keep_flags(original, cls, args)
     backend = options.backend_of(server_args)
     if backend == "cuda":
-        _end_if(f"{options.FLAG} cuda", cuda.unavailable())
+        _end_if(f"{options.FLAG} cuda", cuda.why_unavailable())
     if backend != "off" and options.check_of(server_args):
-        _end_if(options.CHECK_FLAG, cuda.unavailable())
+        _end_if(options.CHECK_FLAG, cuda.why_unavailable())
     _export_to_sgl_kernel()
     logger.info(
         "sglang-nsa-plugin %s: metadata backend %s, set up in each scheduler process",

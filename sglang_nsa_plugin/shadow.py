@@ -17,7 +17,7 @@ from sglang_nsa_plugin.kernels import cpu, cuda, library
 
 def unavailable(device: torch.device) -> str | None:
     """Why tensors of this device cannot be compared here, or None."""
-    return cuda.unavailable() if device.type == "cuda" else cpu.unavailable()
+    return cuda.why_unavailable() if device.type == "cuda" else cpu.why_unavailable()
 
 
 class Field(IntEnum):

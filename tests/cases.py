@@ -14,9 +14,9 @@ from sglang_nsa_plugin import FillArgs
 
 CPU = torch.device("cpu")
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
-GUARD = -1_431_655_766  # bits 1010...: what no fill writes and no case holds
+GUARD = -1_431_655_766  # bits 1010...: no fill writes it and no case holds it
 POISON = -123_456_789
-EDGE = 256  # guard cells before and behind every tensor
+EDGE = 256  # guard cells before and after every tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Layout:
     """Where the cells of a tensor lie in its memory, counted in elements."""
 
     offset: int = 0  # 1 to 3: no cell begins a 16-byte vector of the allocation
-    step: int = 1  # from one cell of a row to the next; 0, of an input: all are one
-    gap: int = 8  # guard cells between two rows; negative, of an input: they share cells
+    step: int = 1  # from one cell of a row to the next; 0, only of an input: all are one cell
+    gap: int = 8  # guard cells between two rows; negative, only of an input: rows share cells
     transposed: bool = False  # two cells of a column are neighbours, not two of a row
 
 
@@ -43,8 +43,8 @@ class Case:
     tokens: int = 48
     index_topk: int = 20
     page_size: int = 1
-    width: int | None = None  # of page_table_1
-    pages: int | None = None  # width of real_page_table
+    width: int | None = None  # columns of page_table_1
+    pages: int | None = None  # columns of real_page_table
     rows: int | None = None  # of a ragged batch; None: as many as it needs
     ctx_dims: int = 0
     row_count: bool = False
@@ -266,8 +266,8 @@ def _requests(args: FillArgs) -> list[tuple[int, int]]:
     lengths = [to_int32(length) for length in args.seq_lens.tolist()]
     if isinstance(args.extend_lens, int):
         return [(length, args.extend_lens) for length in lengths]
-    widths = [min(max(q, 0), INT32_MAX) for q in args.extend_lens.tolist()]
-    return list(zip(lengths, widths, strict=True))
+    rows_per_request = [min(max(q, 0), INT32_MAX) for q in args.extend_lens.tolist()]
+    return list(zip(lengths, rows_per_request, strict=True))
 
 
 def _set_row(out: dict[str, np.ndarray], row: int, expanded: int, topk: int, sums: int) -> None:
@@ -297,7 +297,7 @@ def _copy_pages(table: np.ndarray | None, row: int, slots: np.ndarray, length: i
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation on a device, taken straight from its module: no dispatch in between."""
+    """An implementation on a device, taken from its module without dispatch."""
 
     device: torch.device
     name: str

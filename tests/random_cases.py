@@ -33,7 +33,7 @@ SHARED = (
 
 @dataclass(frozen=True)
 class Scale:
-    """What an implementation takes at a time; batches end just before, at and behind that.
+    """What an implementation takes at a time; batches end just before, at and after that.
 
     ``few_kinds`` gives all index inputs one dtype, and leaves out all optional vectors or none: compiled
     Triton takes a second for each kind of fill that it has not seen.
@@ -59,8 +59,8 @@ def random_case(rng: Random, scale: Scale) -> Case:
 
     edges = (0, 1, q, 64, index_topk, tokens, width or 0, (pages or 0) * page_size, scale.columns)
     lengths = [_length(rng, edges, dtypes["seq_lens"]) for _ in range(bs)]
-    static = happens(rng, 0.5)
-    extend_lens = q if static else [_width(rng, dtypes["extend_lens"]) for _ in range(bs)]
+    uniform = happens(rng, 0.5)
+    extend_lens = q if uniform else [_extend_len(rng, dtypes["extend_lens"]) for _ in range(bs)]
     shared = rng.choice(SHARED) if happens(rng, 0.1) else {}
     return Case(
         seq_lens=lengths,
@@ -72,11 +72,11 @@ def random_case(rng: Random, scale: Scale) -> Case:
         page_size=page_size,
         width=width,
         pages=pages,
-        rows=None if static else _rows(rng, extend_lens),
+        rows=None if uniform else _rows(rng, extend_lens),
         dtypes=dtypes,
         layouts=_layouts(rng),
         shared=shared,
-        processors=rng.choice([None, 1, 2, 78, 132, 300]) if static else None,
+        processors=rng.choice([None, 1, 2, 78, 132, 300]) if uniform else None,
         remainder_last=happens(rng, 0.5),
         **_optional_vectors(rng, scale),
     )
@@ -131,7 +131,7 @@ def _length(rng: Random, edges: Sequence[int], dtype: torch.dtype) -> int:
     return rng.randint(0, 200) if kind < 0.85 else ends(rng, dtype)
 
 
-def _width(rng: Random, dtype: torch.dtype) -> int:
+def _extend_len(rng: Random, dtype: torch.dtype) -> int:
     return rng.choice([0, 1, 2, 4, 6]) if happens(rng, 0.85) else ends(rng, dtype)
 
 
@@ -170,11 +170,11 @@ def sglang_case(rng: Random) -> Case:
     bs, pool, page_size = rng.randint(1, 6), rng.randint(1, 4), rng.choice([1, 16, 64])
     width = rng.choice([1, 63, 64, 65, 127, 128, 129, 200, 257])
     q = rng.randint(1, 6)
-    widths = [rng.randint(0, 6) for _ in range(bs - 1)]
+    others = [rng.randint(0, 6) for _ in range(bs - 1)]
     edges = (0, 1, q, 64, 128, width)
     return Case(
         seq_lens=[min(near(rng, *edges), width) for _ in range(bs)],
-        extend_lens=q if happens(rng, 0.5) else [q, *widths],
+        extend_lens=q if happens(rng, 0.5) else [q, *others],
         indices=[rng.randrange(pool) for _ in range(bs)],
         pool=pool,
         tokens=width + rng.randint(0, 3),

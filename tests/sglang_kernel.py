@@ -41,8 +41,8 @@ def fill(args: FillArgs) -> dict[str, torch.Tensor]:
         name: torch.full(tensor.shape, POISON, dtype=torch.int32, device=args.device)
         for name, tensor in args.outputs().items()
     }
-    static = isinstance(args.extend_lens, int)
-    widths = torch.full_like(args.seq_lens, args.extend_lens) if static else args.extend_lens
+    uniform = isinstance(args.extend_lens, int)
+    extend_lens = torch.full_like(args.seq_lens, args.extend_lens) if uniform else args.extend_lens
     launch = kernel()
     # Renamed in 0.5.22.
     names = inspect.signature(launch).parameters
@@ -50,7 +50,7 @@ def fill(args: FillArgs) -> dict[str, torch.Tensor]:
     with mock.patch.object(torch.Tensor, "is_cuda", True):  # it asserts CUDA tensors
         launch(
             seq_lens=args.seq_lens,
-            extend_seq_lens=widths,
+            extend_seq_lens=extend_lens,
             req_pool_indices=args.req_pool_indices,
             req_to_token=args.req_to_token,
             cache_seqlens=out["cache_seqlens"],
@@ -64,9 +64,9 @@ def fill(args: FillArgs) -> dict[str, torch.Tensor]:
             total_len=args.rows,
             max_seqlen_k=_columns(args),
             dsa_index_topk=args.index_topk,
-            max_extend_len=int(widths.max()),
+            max_extend_len=int(extend_lens.max()),
             max_total_len=args.rows,
-            static_extend_len=static,
+            static_extend_len=uniform,
             **{page: args.page_size},
         )
     return out

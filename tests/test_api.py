@@ -22,6 +22,7 @@ from sglang_nsa_plugin import (
     fill_draft_extend_metadata_cuda,
     fill_draft_extend_metadata_cuda_adaptive,
 )
+from sglang_nsa_plugin.kernels import library
 
 CASE = Case(
     seq_lens=[9, 30, 1],
@@ -82,6 +83,17 @@ def test_backends_that_are_refused(function: Callable) -> None:
         function(args, "cuda")
 
 
+def test_the_binding_refuses_a_pool_beyond_int32() -> None:
+    """Kernels keep its rows in 32 bits; eager serving binds arguments that are not validated."""
+    args = Guarded(CASE).args
+    pool = torch.zeros(1, 48, dtype=torch.int32).expand(2**31, 48)
+    vast = FillArgs.unvalidated(**{**vars(args), "req_to_token": pool})
+    with pytest.raises(
+        ValueError, match=r"req_to_token: rows must be fewer than 2\*\*31, got 2147483648"
+    ):
+        bind(vast, "cpu")
+
+
 # fill_draft_extend_metadata_cuda, on CPU tensors
 
 
@@ -103,7 +115,7 @@ FUNCTIONS = [
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
-    ("lengths", "widths", "rows"),
+    ("lengths", "extend_lens", "rows"),
     [
         ([9, 30, 1], [3, 2, 4], 9),
         ([9, 30, 1], [3, 2, 4], 30),
@@ -116,13 +128,13 @@ FUNCTIONS = [
     ],
 )
 def test_ragged_lengths(
-    function: Callable, dtype: torch.dtype, lengths: list[int], widths: list[int], rows: int
+    function: Callable, dtype: torch.dtype, lengths: list[int], extend_lens: list[int], rows: int
 ) -> None:
     layout = {"seqlens_expanded": Layout(step=2), "seq_lens": Layout(step=3)}
     dtypes = {"seq_lens": dtype, "extend_lens": dtype}
     case = Case(
         seq_lens=lengths,
-        extend_lens=widths,
+        extend_lens=extend_lens,
         rows=rows,
         row_count=True,
         dtypes=dtypes,
@@ -141,7 +153,7 @@ def test_ragged_lengths(
     for name in ("seq_lens", "extend_lens", "seqlens_expanded", "nsa_cache_seqlens"):
         assert torch.equal(guarded.memory[name], expected[name]), name
     assert (in_use.dtype, in_use.shape, in_use.device) == (torch.int32, (), CPU)
-    assert int(in_use) == min(sum(max(q, 0) for q in widths), rows)
+    assert int(in_use) == min(sum(max(q, 0) for q in extend_lens), rows)
 
 
 @pytest.fixture
@@ -212,10 +224,10 @@ def test_one_tensor_for_both_outputs(lengths: list) -> None:
 
 
 def test_an_output_over_an_input() -> None:
-    memory, widths = place(torch.tensor([3, 2, 4]).numpy(), torch.int32, CPU, Layout())
+    memory, extend_lens = place(torch.tensor([3, 2, 4]).numpy(), torch.int32, CPU, Layout())
     out = memory[EDGE : EDGE + 9]
     with pytest.raises(ValueError, match=r"^seqlens_expanded: must not overlap extend_lens"):
-        fill_draft_extend_metadata_cuda(widths, torch.tensor([9, 30, 1]), 20, out, out.clone())
+        fill_draft_extend_metadata_cuda(extend_lens, torch.tensor([9, 30, 1]), 20, out, out.clone())
 
 
 # The package
@@ -229,10 +241,11 @@ def run_python(code: str, folder: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_the_installed_package_is_the_one_tested() -> None:
+def test_the_tested_library_is_the_installed_one() -> None:
+    """The Python may be that of the source tree; a library is never taken from there."""
     source = Path(__file__).resolve().parent.parent / "sglang_nsa_plugin"
-    installed = Path(sglang_nsa_plugin.__file__).resolve().parent
-    assert installed != source, "install the package first: pip install ."
+    assert library.load() is not None
+    assert not library.LIBRARY.resolve().is_relative_to(source)
 
 
 def test_importing_the_package_imports_no_torch_and_no_sglang(tmp_path: Path) -> None:
@@ -260,8 +273,8 @@ def test_importing_the_functions_starts_no_cuda_and_no_sglang(tmp_path: Path) ->
 def test_a_fill_on_the_cpu_starts_no_cuda(tmp_path: Path) -> None:
     run_python(
         "import torch\n"
-        "from sglang_nsa_plugin import fill, dispatch\n"
-        "assert fill(dispatch.small_case(torch.device('cpu'), True)).backend == 'cpu'\n"
+        "from sglang_nsa_plugin import fill, self_test\n"
+        "assert fill(self_test.small_case(torch.device('cpu'), True)).backend == 'cpu'\n"
         "assert not torch.cuda.is_initialized()",
         tmp_path,
     )

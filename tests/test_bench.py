@@ -12,7 +12,7 @@ import torch
 from commands import command, program
 from conftest import ROOT
 
-from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin import self_test
 from sglang_nsa_plugin.cli.bench import baseline_059, cases, timing
 from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, Case, DirectFills
 from sglang_nsa_plugin.harness.inputs import make_inputs
@@ -106,7 +106,7 @@ def test_the_original_fill_writes_what_the_reference_writes(length):
     cases.write_lengths(inputs, Case(5, length))
     args, expected = (DirectFills(inputs, 5, 4).args(5, BOTH) for _ in range(2))
     for output in (*args.outputs().values(), *expected.outputs().values()):
-        output.fill_(dispatch.POISON)
+        output.fill_(self_test.POISON)
     reference.fill(expected)
     baseline_059.bind(args)()
     for name, output in args.outputs().items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,10 +14,11 @@ import torch
 from cases import CPU, expect
 from triton.errors import TritonError
 
-from sglang_nsa_plugin import FillArgs, dispatch
-from sglang_nsa_plugin.kernels import cpu, library
+from sglang_nsa_plugin import FillArgs, dispatch, self_test
+from sglang_nsa_plugin.kernels import compiled, cpu, library
 from sglang_nsa_plugin.kernels import torch as reference
 
+SOURCES = Path(__file__).resolve().parent.parent
 BY_NAME = (
     "the metadata backend {!r} was asked for by name and cannot run: {}. Use 'auto' to let another "
     "implementation step in, or 'off' for SGLang's own fill"
@@ -25,7 +28,7 @@ BY_NAME = (
 @pytest.fixture(autouse=True)
 def _decide_anew() -> Iterator[None]:
     """Choices are kept for the life of a process; here each test makes its own."""
-    cached = (dispatch._choose, dispatch.refusal, library.load)
+    cached = (dispatch._choose, dispatch.why_unavailable, library.load, compiled.binder)
     for function in cached:
         function.cache_clear()
     yield
@@ -54,7 +57,7 @@ def test_auto_takes_the_first_candidate() -> None:
 def test_by_name(name: str) -> None:
     choice = dispatch.choose(name, CPU)
     assert (choice.name, choice.reason, choice.refused) == (name, "asked for by name", {})
-    args = dispatch.small_case(CPU, ragged=True)
+    args = self_test.small_case(CPU, ragged=True)
     assert_filled_as_expected(args, choice.bind(args))
 
 
@@ -101,7 +104,7 @@ def test_the_cpu_twin_does_not_run_on_a_gpu() -> None:
 
 
 def test_a_candidate_that_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "unavailable", lambda: "the moon is in the wrong phase")
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "the moon is in the wrong phase")
     choice = dispatch.choose("auto", CPU)
     assert choice.name == "torch"
     assert choice.refused == {"cpu": "the moon is in the wrong phase"}
@@ -181,7 +184,7 @@ def off_by_one(name: str) -> Callable[[FillArgs], Callable[[], None]]:
 
 
 def test_the_self_test_fills_every_output() -> None:
-    names = dispatch.small_case(CPU, ragged=True).outputs()
+    names = self_test.small_case(CPU, ragged=True).outputs()
     assert list(names) == [
         "cache_seqlens",
         "cu_seqlens_k",
@@ -195,7 +198,7 @@ def test_the_self_test_fills_every_output() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", list(dispatch.small_case(CPU, ragged=True).outputs()))
+@pytest.mark.parametrize("name", list(self_test.small_case(CPU, ragged=True).outputs()))
 def test_a_candidate_with_one_wrong_value(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Also where that value lies in a cell that no fill writes."""
     monkeypatch.setattr(cpu, "bind", off_by_one(name))
@@ -207,7 +210,7 @@ def test_a_candidate_with_one_wrong_value(monkeypatch: pytest.MonkeyPatch, name:
 
 def test_nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dispatch.CANDIDATES, "cpu", ("cpu",))
-    monkeypatch.setattr(cpu, "unavailable", lambda: "gone")
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "gone")
     with pytest.raises(
         dispatch.BackendUnavailableError,
         match=r"^no implementation can run on cpu: cpu \(gone\)$",
@@ -271,6 +274,72 @@ def test_a_truncated_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ke
     )
 
 
+@pytest.fixture
+def clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A copy of the sources, in which the package believes itself to be."""
+    for name in ("csrc", "sglang_nsa_plugin"):
+        shutil.copytree(SOURCES / name, tmp_path / name)
+    monkeypatch.setattr(library, "ROOT", tmp_path)
+    monkeypatch.setattr(library, "PACKER", tmp_path / "sglang_nsa_plugin" / "kernels" / "compiled.py")
+    return tmp_path
+
+
+def refused_for(changed: Path) -> None:
+    wanted = (
+        rf"^the compiled library {re.escape(str(library.LIBRARY))} was built from other sources than "
+        rf"this Python: it has version \w+ of {changed.name}, {re.escape(str(changed))} is version \w+; "
+    )
+    why = dispatch.choose("auto", CPU).refused["cpu"]
+    assert re.match(wanted, why), why
+    in_clone = (library.ROOT / "csrc").is_dir()
+    advice = f"run `pip install .` in {library.ROOT}" if in_clone else "reinstall sglang-nsa-plugin"
+    assert why.endswith(f"; {advice}")
+
+
+def test_a_library_of_these_sources(clone: Path) -> None:
+    assert dispatch.choose("auto", CPU).name == "cpu"
+
+
+def test_a_library_of_another_packer(clone: Path) -> None:
+    append_line(library.PACKER)
+    refused_for(library.PACKER)
+
+
+def test_an_installed_library_of_another_packer(clone: Path) -> None:
+    """Where there is no csrc/ beside the package."""
+    shutil.rmtree(clone / "csrc")
+    assert dispatch.choose("auto", CPU).name == "cpu"
+    append_line(library.PACKER)
+    dispatch._choose.cache_clear()
+    dispatch.why_unavailable.cache_clear()
+    library.load.cache_clear()
+    refused_for(library.PACKER)
+
+
+@pytest.mark.parametrize("name", sorted(file.name for file in (SOURCES / "csrc").iterdir()))
+def test_a_library_of_another_csrc(clone: Path, name: str) -> None:
+    append_line(clone / "csrc" / name)
+    refused_for(clone / "csrc")
+
+
+def test_a_library_without_a_new_file_of_csrc(clone: Path) -> None:
+    (clone / "csrc" / "another.h").touch()
+    refused_for(clone / "csrc")
+
+
+def test_what_is_no_source_does_not_count(clone: Path) -> None:
+    (clone / "csrc" / "notes.txt").touch()
+    assert dispatch.choose("auto", CPU).name == "cpu"
+
+
+def test_a_library_that_does_not_know_its_sources() -> None:
+    assert library._built_from(library.load(), "id_of_tomorrow") == "unknown"
+
+
+def append_line(file: Path) -> None:
+    file.write_text(file.read_text() + "\n")
+
+
 def test_tvm_ffi_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tvm_ffi", None)
     why = dispatch.choose("auto", CPU).refused["cpu"]
@@ -283,22 +352,22 @@ def test_tvm_ffi_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_the_small_case_has_the_edges_that_matter(ragged: bool) -> None:
-    args = dispatch.small_case(CPU, ragged)
+    args = self_test.small_case(CPU, ragged)
     lengths, pool = args.seq_lens.tolist(), args.req_to_token.shape[0]
-    widths = args.extend_lens.tolist() if ragged else [args.extend_lens] * args.bs
-    live = [(length, q) for length, q in zip(lengths, widths, strict=True) if q]
+    rows = args.extend_lens.tolist() if ragged else [args.extend_lens] * args.bs
+    live = [(length, q) for length, q in zip(lengths, rows, strict=True) if q]
     assert any(0 < length < q for length, q in live)
     assert 0 in lengths
     assert any(length > args.index_topk for length, _ in live)
     assert any(length > args.page_table_1.shape[1] for length, _ in live)
     assert any(not 0 <= index < pool for index in args.req_pool_indices.tolist())
-    assert (sum(widths) < args.rows) == ragged
+    assert (sum(rows) < args.rows) == ragged
 
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_the_reference_fills_the_small_case_as_expected(ragged: bool) -> None:
     """Every candidate is held to the reference; here the reference is held to the contract."""
-    args = dispatch.small_case(CPU, ragged)
+    args = self_test.small_case(CPU, ragged)
     assert_filled_as_expected(args, reference.bind(args))
 
 

@@ -1,4 +1,4 @@
-"""Bad arguments: what is refused, and in which words. The same for every implementation."""
+"""Bad arguments: what is refused, and in which words. All implementations share this validation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TABLES = ("req_to_token", "page_table_1", "real_page_table")
 
 @pytest.fixture
 def valid() -> dict[str, object]:
-    """Keyword arguments that are right: two requests of three rows, every tensor there."""
+    """Valid keyword arguments: two requests of three rows, no tensor left out."""
     args = Guarded(CASE).args
     return {field.name: getattr(args, field.name) for field in dataclasses.fields(FillArgs)}
 
@@ -73,6 +73,15 @@ def test_optional_tensors_may_be_left_out(valid: dict) -> None:
     args = FillArgs(**valid | dict.fromkeys((*OPTIONAL, "req_pool_indices", "req_to_token")))
     assert list(args.inputs()) == ["seq_lens", "extend_lens"]
     assert list(args.outputs()) == list(OUTPUTS[:5])
+
+
+def test_unvalidated_arguments_are_the_same_object_without_a_look(valid: dict) -> None:
+    wrong = valid | {"cache_seqlens": int32(99)}
+    del wrong["mqa_schedule"]
+    args = FillArgs.unvalidated(**wrong)
+    assert args.cache_seqlens is wrong["cache_seqlens"]
+    assert (args.bs, args.rows, args.mqa_schedule) == (2, 6, None)
+    assert list(args.outputs()) == list(OUTPUTS)
 
 
 def test_the_object_is_frozen(valid: dict) -> None:
@@ -222,17 +231,14 @@ def test_shape_of_ctx_lens(valid: dict, shape: tuple) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 2), (0, 2), (3, 1), (3, 3)])
 def test_shape_of_mqa_schedule(valid: dict, shape: tuple) -> None:
-    static = valid | {"extend_lens": 3}
-    FillArgs(**static | {"mqa_schedule": int32(2, 2)})
-    message = (
-        "mqa_schedule: must have 2 columns and a row for each processor, one or more, and one behind "
-        f"them, got shape {shape}"
-    )
-    refused(ValueError, message, static | {"mqa_schedule": int32(*shape)})
+    uniform = valid | {"extend_lens": 3}
+    FillArgs(**uniform | {"mqa_schedule": int32(2, 2)})
+    message = f"mqa_schedule: must have shape (P + 1, 2) for P processors, 1 or more, got {shape}"
+    refused(ValueError, message, uniform | {"mqa_schedule": int32(*shape)})
 
 
-def test_a_schedule_is_made_for_static_widths(valid: dict) -> None:
-    message = "mqa_schedule: needs an int in extend_lens, got a tensor"
+def test_a_schedule_is_for_a_uniform_batch(valid: dict) -> None:
+    message = "mqa_schedule: must be None when extend_lens is a tensor"
     refused(TypeError, message, valid | {"mqa_schedule": int32(9, 2)})
 
 
@@ -245,7 +251,7 @@ def test_rows_of_tables(valid: dict, name: str) -> None:
 
 @pytest.mark.parametrize("rows", [5, 7, 0])
 def test_a_number_asks_for_exact_rows(valid: dict, rows: int) -> None:
-    message = f"seqlens_expanded: 2 requests of 3 rows each need shape (6,), got ({rows},)"  # too small
+    message = f"seqlens_expanded: shape must be (6,) for 2 requests of 3 rows each, got ({rows},)"
     refused(ValueError, message, valid | {"extend_lens": 3, "seqlens_expanded": int32(rows)})
 
 
@@ -276,12 +282,12 @@ def test_sizes_beyond_int32(valid: dict) -> None:
 @pytest.mark.parametrize("name", TABLES[1:])
 def test_tables_need_their_source(valid: dict, name: str, source: str) -> None:
     other = TABLES[1] if name == TABLES[2] else TABLES[2]
-    message = f"{source}: must be a torch.Tensor to fill {name}, got NoneType"
+    message = f"{source}: must be a torch.Tensor when {name} is given, got NoneType"
     refused(TypeError, message, valid | {source: None, other: None})
 
 
-def test_no_paged_table_with_page_size_one(valid: dict) -> None:
-    message = "real_page_table: must be None when page_size is 1, where it would be page_table_1"
+def test_no_real_page_table_with_page_size_one(valid: dict) -> None:
+    message = "real_page_table: must be None when page_size is 1: it would equal page_table_1"
     refused(ValueError, message, valid | {"page_size": 1})
     FillArgs(**valid | {"page_size": 1, "real_page_table": None})
 
@@ -306,7 +312,7 @@ def strided(shape: tuple, strides: tuple) -> torch.Tensor:
 )
 def test_vectors_of_stride_zero(valid: dict, name: str, shape: tuple) -> None:
     message = (
-        f"{name}: cells must not share memory and rows must follow one another, "
+        f"{name}: cells must not share memory, and each row must begin after the one before it, "
         f"got strides (0,) for shape {shape}"
     )
     refused(ValueError, message, valid | {name: strided(shape, (0,))})
@@ -325,12 +331,12 @@ def test_vectors_of_stride_zero(valid: dict, name: str, shape: tuple) -> None:
 )
 def test_tables_whose_rows_overlap(valid: dict, shape: tuple, strides: tuple) -> None:
     message = (
-        "page_table_1: cells must not share memory and rows must follow one another, "
+        "page_table_1: cells must not share memory, and each row must begin after the one before it, "
         f"got strides {strides} for shape {shape}"
     )
     arguments = valid | {"page_table_1": strided(shape, strides)}
     if strides == (79, 2):
-        FillArgs(**arguments)  # the last cell of a row is its 78th: the next row begins behind it
+        FillArgs(**arguments)  # the last cell of a row is its 78th: the next row begins after it
     else:
         refused(ValueError, message, arguments)
 
@@ -385,8 +391,8 @@ def test_outputs_that_overlap_an_input(valid: dict, name: str) -> None:
         f"cache_seqlens: must not overlap {name} in memory, got bytes {span(output)} and {span(source)}"
     )
     refused(ValueError, message, valid | {name: source, "cache_seqlens": output})
-    behind = memory[shape.numel() :][:2]
-    FillArgs(**valid | {name: source, "cache_seqlens": behind})
+    after = memory[shape.numel() :][:2]
+    FillArgs(**valid | {name: source, "cache_seqlens": after})
 
 
 def test_an_output_in_the_middle_of_an_input_is_found(valid: dict) -> None:

@@ -101,7 +101,7 @@ def test_any_batch(fill_backend: Backend, scale: Scale, asked_for: int | None) -
 def test_any_batch_with_a_tensor_that_spans_2_to_the_31(
     fill_backend: Backend, scale: Scale, asked_for: int | None
 ) -> None:
-    """The last row of one tensor lies that many elements behind its first."""
+    """The last row of one tensor lies that many elements after its first."""
     vast = vast_vector(fill_backend.device)
 
     def make(rng: Random) -> tuple[Case, str]:
@@ -155,13 +155,13 @@ def test_sglangs_own_kernel_writes_the_same(fill_backend: Backend, asked_for: in
 
 
 def check_against_sglang(case: Case, backend: Backend) -> None:
-    """Compares every live cell. SGLang copies whole blocks of a table, also behind the length."""
+    """Compares every live cell. SGLang copies whole blocks of a table, also past the length."""
     args = Guarded(case, backend.device).args
     args.req_to_token.bitwise_and_(INT32_MAX)  # its division rounds negative slots up
     theirs = sglang_kernel.fill(args)
     backend.fill(args)
-    width = torch.tensor(case.extend_lens).expand(args.bs).to(args.device)
-    length = args.seq_lens.repeat_interleave(width)[:, None]
+    rows = torch.tensor(case.extend_lens).expand(args.bs).to(args.device)
+    length = args.seq_lens.repeat_interleave(rows)[:, None]
     for name, tensor in args.outputs().items():
         page = args.page_size if name == "real_page_table" else 1
         first_token = torch.arange(tensor.shape[-1], device=args.device) * page
@@ -184,7 +184,7 @@ def unclamped(args: FillArgs) -> None:
         args.seqlens_expanded.copy_(rows.flatten())
 
 
-def cell_behind_the_length(args: FillArgs) -> None:
+def cell_past_the_length(args: FillArgs) -> None:
     if args.page_table_1 is not None and isinstance(args.extend_lens, int):
         for row in range(args.rows):
             length = int(args.seq_lens[row // args.extend_lens])
@@ -211,7 +211,7 @@ def input_written(args: FillArgs) -> None:
 PLANTED = [
     one_too_many,
     unclamped,
-    cell_behind_the_length,
+    cell_past_the_length,
     cell_before_the_tensor,
     rounded_to_zero,
     input_written,

@@ -26,10 +26,10 @@ SECURITY = " ".join((Path(__file__).resolve().parent.parent / "SECURITY.md").rea
 
 FILL = """
 import torch, sglang_nsa_plugin
-from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin import self_test
 for backend in ("cpu", "torch"):
     for ragged in (False, True):
-        sglang_nsa_plugin.fill(dispatch.small_case(torch.device("cpu"), ragged), backend)
+        sglang_nsa_plugin.fill(self_test.small_case(torch.device("cpu"), ragged), backend)
 """
 REGISTER = """
 from types import SimpleNamespace

@@ -157,6 +157,16 @@ def test_nothing_waits_for_the_device():
             ValueError,
             "table: every request must have the same number of rows, got 6 rows for 4 requests",
         ),
+        (
+            Pair("table", numbers(CPU, 1, 1).expand(1, 2**28), numbers(CPU, 1, 1).expand(1, 2**28)),
+            ValueError,
+            r"comparison: columns must be fewer than 2\*\*28, got 268435456",
+        ),
+        (
+            Pair("table", numbers(CPU, 1, 1).expand(2**28, 1), numbers(CPU, 1, 1).expand(2**28, 1)),
+            ValueError,
+            r"comparison: rows must be fewer than 2\*\*28, got 268435456",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(pair, error, said):

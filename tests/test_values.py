@@ -86,7 +86,7 @@ def test_lengths_are_clamped_to_the_top_k_and_summed(fill_backend: Backend) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("extend_lens", [3, [3, 0, 2, 3, 1, 4]], ids=["static", "ragged"])
+@pytest.mark.parametrize("extend_lens", [3, [3, 0, 2, 3, 1, 4]], ids=["uniform", "ragged"])
 def test_extreme_lengths(fill_backend: Backend, dtype: torch.dtype, extend_lens: object) -> None:
     case = Case(
         seq_lens=[INT32_MAX, -1, INT32_MIN, 0, INT32_MAX, INT32_MAX - 1],
@@ -111,7 +111,7 @@ def test_sums_wrap_like_int32(fill_backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_negative_widths_count_as_none(fill_backend: Backend, dtype: torch.dtype) -> None:
+def test_negative_rows_per_request_count_as_none(fill_backend: Backend, dtype: torch.dtype) -> None:
     case = Case(
         seq_lens=[9, 8, 7],
         extend_lens=[-1, 2, INT32_MIN],
@@ -124,7 +124,7 @@ def test_negative_widths_count_as_none(fill_backend: Backend, dtype: torch.dtype
     assert out["row_count"] == [2]
 
 
-def test_widths_beyond_the_length_and_beyond_everything(fill_backend: Backend) -> None:
+def test_more_rows_per_request_than_tokens_and_than_int32(fill_backend: Backend) -> None:
     case = Case(
         seq_lens=[3, INT32_MAX, 5, 4],
         extend_lens=[6, 2**33, 2**62, INT32_MAX],
@@ -141,7 +141,7 @@ def test_widths_beyond_the_length_and_beyond_everything(fill_backend: Backend) -
 
 
 @pytest.mark.parametrize("spare", [0, 1, 5, 300])
-def test_rows_behind_the_last_request(fill_backend: Backend, spare: int) -> None:
+def test_rows_after_those_of_the_last_request(fill_backend: Backend, spare: int) -> None:
     case = Case(
         seq_lens=[12, 30, 2],
         extend_lens=[2, 1, 3],
@@ -166,7 +166,7 @@ def test_requests_that_do_not_fit_are_cut_off(fill_backend: Backend, rows: int) 
     assert values_of(fill_backend.check(case))["row_count"] == [rows]
 
 
-@pytest.mark.parametrize("extend_lens", [4, 0, []], ids=["static", "no rows", "ragged"])
+@pytest.mark.parametrize("extend_lens", [4, 0, []], ids=["uniform", "no rows", "ragged"])
 def test_no_requests(fill_backend: Backend, extend_lens: object) -> None:
     case = Case(
         seq_lens=[],
@@ -183,15 +183,15 @@ def test_no_requests(fill_backend: Backend, extend_lens: object) -> None:
 
 
 def test_requests_without_rows(fill_backend: Backend) -> None:
-    static = Case(seq_lens=[5, 6], extend_lens=0, row_count=True, ctx_dims=2, **BOTH_TABLES)
-    ragged = replace(static, extend_lens=[0, 0], rows=2)
-    assert values_of(fill_backend.check(static))["cu_seqlens_k"] == [0, 5, 11]
+    uniform = Case(seq_lens=[5, 6], extend_lens=0, row_count=True, ctx_dims=2, **BOTH_TABLES)
+    ragged = replace(uniform, extend_lens=[0, 0], rows=2)
+    assert values_of(fill_backend.check(uniform))["cu_seqlens_k"] == [0, 5, 11]
     assert values_of(fill_backend.check(ragged))["seqlens_expanded"] == [0, 0]
 
 
-def test_static_and_ragged_agree(fill_backend: Backend) -> None:
-    static = Case(seq_lens=[1, 40, 0, 47, 22], extend_lens=4, row_count=True, ctx_dims=1, **BOTH_TABLES)
-    one, other = (fill_backend.check(case) for case in (static, replace(static, extend_lens=[4] * 5)))
+def test_uniform_and_ragged_agree(fill_backend: Backend) -> None:
+    uniform = Case(seq_lens=[1, 40, 0, 47, 22], extend_lens=4, row_count=True, ctx_dims=1, **BOTH_TABLES)
+    one, other = (fill_backend.check(case) for case in (uniform, replace(uniform, extend_lens=[4] * 5)))
     for name, tensor in one.args.outputs().items():
         assert torch.equal(tensor, other.args.outputs()[name]), name
 
@@ -201,10 +201,12 @@ def test_static_and_ragged_agree(fill_backend: Backend) -> None:
 def test_batches_around_the_tile_sizes(fill_backend: Backend, tile: int, tiles: int, more: int) -> None:
     requests = range(tiles * tile + more)
     lengths = [(37 * r) % 61 for r in requests]
-    widths = [(r * r) % 4 for r in requests]
-    static = Case(seq_lens=lengths, extend_lens=2, pool=7, **BOTH_TABLES)
-    fill_backend.check(static)
-    fill_backend.check(replace(static, extend_lens=widths, rows=sum(widths) + 3, row_count=True))
+    extend_lens = [(r * r) % 4 for r in requests]
+    uniform = Case(seq_lens=lengths, extend_lens=2, pool=7, **BOTH_TABLES)
+    fill_backend.check(uniform)
+    fill_backend.check(
+        replace(uniform, extend_lens=extend_lens, rows=sum(extend_lens) + 3, row_count=True)
+    )
 
 
 # Page tables
@@ -408,7 +410,7 @@ def test_inputs_of_stride_zero(fill_backend: Backend) -> None:
 @pytest.mark.vast
 @pytest.mark.unsanitized("it notes of each byte of 17 GB whether it was written", tools=("initcheck",))
 def test_offsets_above_int32(fill_backend: Backend, name: str) -> None:
-    """Element 2 of the tensor, or its row 2, lies more than 2**31 elements behind element 0."""
+    """Element 2 of the tensor, or its row 2, lies more than 2**31 elements after element 0."""
     bs = 2 if "cu_seqlens" in name else 3  # running sums have one element more
     case = Case(
         seq_lens=[33, 9, 38][:bs],
@@ -485,9 +487,9 @@ def test_a_bound_fill_follows_its_inputs(fill_backend: Backend) -> None:
         ([0, 0, 100_001], [0, 0, 0], [4, 9, 1]),
         ([64, 1, 40], [2, 2, 2], [0, 1, 2]),
     ]
-    for lengths, widths, indices in rounds:
+    for lengths, extend_lens, indices in rounds:
         guarded.args.seq_lens.copy_(torch.tensor(lengths))
-        guarded.args.extend_lens.copy_(torch.tensor(widths))
+        guarded.args.extend_lens.copy_(torch.tensor(extend_lens))
         guarded.args.req_pool_indices.copy_(torch.tensor(indices))
         guarded.poison()
         guarded.check(lambda _: bound())

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,8 @@ MEGABYTES = 5
 USE = """
 import sglang_nsa_plugin, torch
 from pathlib import Path
-from sglang_nsa_plugin import dispatch
-args = dispatch.small_case(torch.device("cpu"), ragged=False)
+from sglang_nsa_plugin import self_test
+args = self_test.small_case(torch.device("cpu"), ragged=False)
 bound = sglang_nsa_plugin.fill(args)
 print(Path(sglang_nsa_plugin.__file__).parent, bound.backend, args.cache_seqlens.tolist())
 """
@@ -172,24 +173,30 @@ def test_versions_agree(wheel: Path, venv: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel, what the wheel requires, and the torch of this one.
-
-    torch is lent by links, since it is the host's and a copy of it is large. Nothing else of this
-    environment is seen there.
-    """
-    folder = tmp_path_factory.mktemp("venv")
-    run(sys.executable, "-m", "venv", "--without-pip", folder)
-    pip("--python", folder / "bin/python", "install", "--quiet", wheel)
-    lent = folder / "lent"
-    lent.mkdir()
+def lent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with links to the torch of this environment: torch is the host's and large."""
+    folder = tmp_path_factory.mktemp("lent")
     for package in with_requirements("torch", {"numpy"}):
         for file in {file.parts[0] for file in importlib.metadata.files(package) or ()} - {".."}:
             target = importlib.metadata.distribution(package).locate_file(file)
-            if not (lent / file).exists():
-                (lent / file).symlink_to(target)
+            if not (folder / file).exists():
+                (folder / file).symlink_to(target)
+    return folder
+
+
+def make_venv(folder: Path, lent: Path) -> Path:
+    """A virtual environment that sees what is lent, and nothing else of this one."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
     (site_packages,) = folder.glob("lib/python*/site-packages")
     (site_packages / "lent.pth").write_text(f"{lent}\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def venv(wheel: Path, lent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel and what the wheel requires."""
+    folder = make_venv(tmp_path_factory.mktemp("venv"), lent)
+    pip("--python", folder / "bin/python", "install", "--quiet", wheel)
     return folder
 
 
@@ -237,6 +244,76 @@ def test_sglang_is_not_lent(venv: Path, tmp_path: Path) -> None:
     """Else the tests above would not show that the package works without it."""
     program = "from importlib.util import find_spec as f; print(f('sglang'), f('torch') is not None)"
     assert run(venv / "bin/python", "-c", program, cwd=tmp_path).split() == ["None", "True"]
+
+
+# Three ways to install, and a process that runs inside the clone
+
+
+def test_python_of_the_clone_uses_the_installed_library(venv: Path, source: Path) -> None:
+    """As a server that is started there: the wheel was built from the same sources."""
+    package, library, backend = used(venv, source)
+    assert package == source / NAME
+    assert library == only(venv.glob(f"lib/python*/site-packages/{NAME}/lib/nsa_metadata.so"))
+    assert backend == "cpu"
+
+
+def test_a_clone_that_has_changed_refuses_the_installed_library(
+    venv: Path, source: Path, tmp_path: Path
+) -> None:
+    clone = shutil.copytree(source, tmp_path / "clone", ignore=shutil.ignore_patterns("dist"))
+    with (clone / "csrc" / "fill.h").open("a") as file:
+        file.write("// changed\n")
+    refused = run(venv / "bin/python", "-c", REFUSED, cwd=clone)
+    assert f"{clone / 'csrc'} is version " in refused
+    assert refused.strip().endswith(f"run `pip install .` in {clone}")
+
+
+def test_an_editable_install_uses_the_library_that_it_built(
+    lent: Path, source: Path, tmp_path: Path
+) -> None:
+    clone = shutil.copytree(source, tmp_path / "clone", ignore=shutil.ignore_patterns("dist"))
+    venv = make_venv(tmp_path / "venv", lent)
+    pip("--python", venv / "bin/python", "install", "--quiet", "--editable", clone, NSA_CUDA="OFF")
+    installed = only(venv.glob(f"lib/python*/site-packages/{NAME}/lib/nsa_metadata.so"))
+    for folder in (clone, tmp_path):
+        assert used(venv, folder) == (clone / NAME, installed, "cpu")
+
+
+def test_an_install_into_a_folder_uses_its_library(
+    lent: Path, wheel: Path, source: Path, tmp_path: Path
+) -> None:
+    venv = make_venv(tmp_path / "venv", lent)
+    target = tmp_path / "target"
+    pip("--python", venv / "bin/python", "install", "--quiet", "--target", target, wheel)
+    installed = target / NAME / "lib" / "nsa_metadata.so"
+    assert used(venv, tmp_path, PYTHONPATH=str(target)) == (target / NAME, installed, "cpu")
+    assert used(venv, source, PYTHONPATH=str(target)) == (source / NAME, installed, "cpu")
+
+
+USED = """
+import sglang_nsa_plugin, torch
+from pathlib import Path
+from sglang_nsa_plugin import self_test
+from sglang_nsa_plugin.kernels import library
+bound = sglang_nsa_plugin.fill(self_test.small_case(torch.device("cpu"), ragged=False))
+print(Path(sglang_nsa_plugin.__file__).parent, library.LIBRARY, bound.backend)
+"""
+REFUSED = """
+import torch
+from sglang_nsa_plugin import dispatch
+print(dispatch.choose("auto", torch.device("cpu")).refused["cpu"])
+"""
+
+
+def used(venv: Path, folder: Path, **variables: str) -> tuple[Path, Path, str]:
+    """The package, the library and the implementation of a process that is started in a folder."""
+    package, library, backend = run(venv / "bin/python", "-c", USED, cwd=folder, **variables).split()
+    return Path(package), Path(library), backend
+
+
+def only(paths: Iterable[Path]) -> Path:
+    (path,) = paths
+    return path
 
 
 # The source distribution, and the wheel without it

@@ -23,7 +23,7 @@ import tvm_ffi
 from sglang_nsa_plugin.cli.bench import cases, paths, timing
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.harness.inputs import make_inputs
-from sglang_nsa_plugin.kernels import cuda, library
+from sglang_nsa_plugin.kernels import compiled, cuda
 from sglang_nsa_plugin.kernels import torch as reference
 
 BOTH, PAGED = cases.BOTH, cases.PAGED
@@ -106,7 +106,7 @@ def with_others_between(calls: Mapping[str, timing.Call]) -> dict[str, timing.Ca
 
 def bound(build: Any, args: FillArgs) -> timing.Call:
     """The fill by this build instead of the package's own."""
-    with mock.patch.object(library, "load", return_value=build):
+    with mock.patch.object(compiled, "binder", return_value=compiled.Binder(build)):
         return cuda.bind(args)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin import dispatch, self_test
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.harness.inputs import make_inputs, random_step
 from sglang_nsa_plugin.kernels import cuda
@@ -28,11 +28,13 @@ def run(name: str, no_gpu: str | None) -> dict[str, Any]:
     """
     on_gpu = name in ("cuda", "triton") or (name == "torch" and no_gpu is None)
     outcome: dict[str, Any] = {"name": name, "on": "GPU" if on_gpu else "CPU", "us": None}
-    outcome["reason"] = (cuda.unavailable() if name == "cuda" else None) or (no_gpu if on_gpu else None)
+    outcome["reason"] = (cuda.why_unavailable() if name == "cuda" else None) or (
+        no_gpu if on_gpu else None
+    )
     if outcome["reason"] is not None:
         return outcome
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    outcome["reason"] = dispatch.refusal(name, device)
+    outcome["reason"] = dispatch.why_unavailable(name, device)
     if outcome["reason"] is None:
         outcome.update(_compared_and_timed(name, device))
     return outcome
@@ -80,5 +82,5 @@ def _case(device: torch.device) -> FillArgs:
         extend_lens=DRAFT_TOKENS,
         index_topk=TOPK,
         page_size=PAGE,
-        **dispatch.poisoned_outputs(REQUESTS, rows, CONTEXT, PAGE, device),
+        **self_test.poisoned_outputs(REQUESTS, rows, CONTEXT, PAGE, device),
     )

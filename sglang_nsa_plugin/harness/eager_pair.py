@@ -14,10 +14,10 @@ import torch
 
 from sglang_nsa_plugin.adapters import eager
 from sglang_nsa_plugin.adapters.eager_names import CTX_LENS, Names
-from sglang_nsa_plugin.dispatch import POISON
 from sglang_nsa_plugin.harness.eager_backend import EagerBackend
 from sglang_nsa_plugin.harness.graph_pair import Comparison
 from sglang_nsa_plugin.harness.pair import BackendPair
+from sglang_nsa_plugin.self_test import POISON
 from sglang_nsa_plugin.state import STATE
 
 # Under which a comparison counts what is no value of a tensor.

@@ -17,10 +17,10 @@ import torch
 
 from sglang_nsa_plugin.adapters import in_graph
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills, GraphFill
-from sglang_nsa_plugin.dispatch import POISON
 from sglang_nsa_plugin.harness.graph_backend import GraphBackend
 from sglang_nsa_plugin.harness.pair import BackendPair
 from sglang_nsa_plugin.harness.sglang_kernel import sglang_fused_fill
+from sglang_nsa_plugin.self_test import POISON
 from sglang_nsa_plugin.state import STATE
 
 LENGTHS = {  # our name: SGLang's field

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 
 from sglang_nsa_plugin.fill_args import FillArgs
-from sglang_nsa_plugin.kernels import library
+from sglang_nsa_plugin.kernels import compiled, library
 
 
-def unavailable() -> str | None:
+def why_unavailable() -> str | None:
     """Why this implementation cannot run here, or None. Creates no CUDA context."""
     try:
         if not library.has_cuda():
@@ -25,12 +25,15 @@ def unavailable() -> str | None:
 
 
 def bind(args: FillArgs, max_blocks: int = 0) -> Callable[[], None]:
-    """Returns a function that launches the fill on the stream that is current when it is called."""
-    launch = library.bind(args, max_blocks)
-    # what torch.cuda.current_stream returns is an object that takes longer to make than the launch
+    """Returns a function that launches the fill on the stream that is current when it is called.
+
+    ``max_blocks`` limits the grid of a ragged fill; 0 leaves it to the shapes and the GPU.
+    """
+    launch = compiled.binder()(args, max_blocks)
+    # torch.cuda.current_stream() makes an object, which takes longer than the launch.
     stream_of, device = torch._C._cuda_getCurrentRawStream, args.device.index
 
-    def run(args: FillArgs = args) -> None:  # holds the tensors, of which the launch has only addresses
+    def run(args: FillArgs = args) -> None:  # keeps the tensors alive: launch holds addresses only
         launch(stream_of(device))
 
     return run

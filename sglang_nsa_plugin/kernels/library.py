@@ -1,27 +1,28 @@
-"""Finds and loads the compiled library of this package, and binds fills with it."""
+"""Finds and loads the compiled library of the installed distribution."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sglang_nsa_plugin.fill_args import FillArgs
-
 ELF_HEADER_BYTES = 64
-DISTRIBUTION = "sglang-nsa-plugin"
-NAME = "nsa_metadata.so"
+ROOT = Path(__file__).resolve().parents[2]  # site-packages, or the repository
+PACKER = Path(__file__).with_name("compiled.py")
+CSRC_SUFFIXES = (".h", ".cuh", ".cc", ".cu")
 
 
 def _installed() -> Path:
-    """Where the installed distribution keeps the library: also for Python of a source tree, which has none."""
-    files = importlib.metadata.files(DISTRIBUTION) or []
-    return next((Path(str(file.locate())) for file in files if file.name == NAME), Path(NAME))
+    """The library that `pip install` put beside the distribution's metadata.
+
+    It is not looked up beside this file: Python that runs from a clone, or is installed with `-e`, lies
+    in the source tree, which has no library.
+    """
+    distribution = importlib.metadata.distribution("sglang-nsa-plugin")
+    return Path(str(distribution.locate_file("sglang_nsa_plugin/lib/nsa_metadata.so")))
 
 
 LIBRARY = _installed()
@@ -33,10 +34,12 @@ class LibraryUnavailableError(RuntimeError):
 
 @functools.cache
 def load() -> Any:
-    """The library as a TVM FFI module, loaded from this package and from nowhere else.
+    """The library as a TVM FFI module. No other path is tried.
 
     Raises:
-        LibraryUnavailableError: TVM FFI or the library is missing, or it does not load.
+        LibraryUnavailableError: TVM FFI or the library is missing, it does not load, or it was built
+        from
+            other sources than the Python that loads it.
     """
     if not LIBRARY.is_file():
         raise LibraryUnavailableError(
@@ -56,28 +59,20 @@ def load() -> Any:
             f"apache-tvm-ffi cannot be imported ({error}); install apache-tvm-ffi>=0.1.5,<0.2"
         ) from error
     try:
-        return tvm_ffi.load_module(str(LIBRARY))
+        module = tvm_ffi.load_module(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         raise LibraryUnavailableError(
             f"the compiled library {LIBRARY} does not load with apache-tvm-ffi "
             f"{tvm_ffi.__version__}: {error}; reinstall sglang-nsa-plugin"
         ) from error
-
-
-def _missing_bytes(elf: bytes) -> int:
-    """How much of an ELF file is not there; loading such a one ends the process with a bus error.
-
-    The table of sections is the last thing in the file.
-    """
-    if len(elf) < ELF_HEADER_BYTES or not elf.startswith(b"\x7fELF"):
-        return 0  # no library at all, which the loader refuses in words
-    (table,) = struct.unpack_from("<Q", elf, 0x28)
-    entry_size, entries = struct.unpack_from("<HH", elf, 0x3A)
-    return int(table + entry_size * entries - len(elf))
+    why_not = _why_of_other_sources(module)
+    if why_not is not None:
+        raise LibraryUnavailableError(why_not)
+    return module
 
 
 def has_cuda() -> bool:
-    """Whether the library was built with its CUDA kernel.
+    """Whether the library was built with its CUDA kernels.
 
     Raises:
         LibraryUnavailableError: as :func:`load`.
@@ -85,34 +80,55 @@ def has_cuda() -> bool:
     return bool(load()["has_cuda"]())
 
 
-def bind(args: FillArgs, max_blocks: int = 0) -> Callable[[int], None]:
-    """Packs ``args`` once and returns a function of the stream to launch on, as an address.
+def _missing_bytes(elf: bytes) -> int:
+    """How many bytes of an ELF file are missing. Loading a truncated one ends the process (bus error).
 
-    ``max_blocks`` limits the CUDA grid of a ragged fill; 0 leaves it to the shapes and the GPU. The
-    caller keeps the tensors of ``args`` alive.
+    The table of sections is the last thing in the file.
     """
-    static = args.extend_lens if isinstance(args.extend_lens, int) else 0
-    ragged = args.extend_lens if isinstance(args.extend_lens, torch.Tensor) else None
-    bound: Callable[[int], None] = load()["bind"](
-        max_blocks,
-        args.seq_lens,
-        args.req_pool_indices,
-        args.req_to_token,
-        ragged,
-        static,
-        args.index_topk,
-        args.page_size,
-        args.cache_seqlens,
-        args.cu_seqlens_k,
-        args.seqlens_expanded,
-        args.nsa_cache_seqlens,
-        args.nsa_cu_seqlens_k,
-        args.ctx_lens,
-        args.page_table_1,
-        args.real_page_table,
-        args.row_count,
-        args.mqa_schedule,
-        args.mqa_remainder_last,
-        args.enabled,
-    )
-    return bound
+    if len(elf) < ELF_HEADER_BYTES or not elf.startswith(b"\x7fELF"):
+        return 0  # not a library at all: the loader refuses it in words
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", elf, 0x3A)
+    return int(table + entry_size * entries - len(elf))
+
+
+def _why_of_other_sources(module: Any) -> str | None:
+    """Why the library does not belong to this Python, or None.
+
+    The file that packs its arguments is always compared; csrc/ is compared in a source tree, which has
+    it.
+    """
+    sources = [("packer_id", PACKER, _sha256(PACKER))]
+    csrc = ROOT / "csrc"
+    in_source_tree = (csrc / "binding.cc").is_file()
+    if in_source_tree:
+        sources.append(("csrc_id", csrc, _csrc_id(csrc)))
+    for function, path, here in sources:
+        built = _built_from(module, function)
+        if built != here:
+            advice = (
+                f"run `pip install .` in {ROOT}" if in_source_tree else "reinstall sglang-nsa-plugin"
+            )
+            return (
+                f"the compiled library {LIBRARY} was built from other sources than this Python: it has "
+                f"version {built[:12]} of {path.name}, {path} is version {here[:12]}; {advice}"
+            )
+    return None
+
+
+def _built_from(module: Any, function: str) -> str:
+    try:
+        return str(module[function]())
+    except AttributeError:
+        return "unknown"  # of a library that was built before it had this function
+
+
+def _csrc_id(csrc: Path) -> str:
+    """A number for all sources of the library, as csrc/CMakeLists.txt computes it."""
+    files = [f for f in csrc.iterdir() if f.suffix in CSRC_SUFFIXES or f.name == "CMakeLists.txt"]
+    listing = "".join(f"{file.name} {_sha256(file)}\n" for file in sorted(files))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

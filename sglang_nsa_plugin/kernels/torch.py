@@ -1,7 +1,7 @@
 """The definition of a fill in plain torch. Every other implementation is compared with it.
 
-It reads like the table in ``fill_args.py``, runs on any device, launches some thirty operations, and
-never asks the device for a number, so that it can be captured too.
+It reads like the table in ``fill_args.py``, runs on any device and launches some thirty operations. It
+never asks the device for a number, so it can be captured too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def bind(args: FillArgs) -> Callable[[], None]:
 def fill(args: FillArgs) -> None:
     """Fills the outputs of ``args``."""
     length = args.seq_lens.to(torch.int32).to(torch.int64)
-    q = _extend_lens(args)
+    q = _rows_per_request(args)
     ends = torch.cumsum(q, dim=0)
     row = torch.arange(args.rows, device=args.device)
     request = torch.searchsorted(ends, row, right=True)
@@ -57,7 +57,7 @@ def fill(args: FillArgs) -> None:
         _write_table(args, write, args.real_page_table, args.page_size, request, in_use, length)
 
 
-def _extend_lens(args: FillArgs) -> torch.Tensor:
+def _rows_per_request(args: FillArgs) -> torch.Tensor:
     if isinstance(args.extend_lens, int):
         return torch.full((args.bs,), args.extend_lens, device=args.device)
     return args.extend_lens.to(torch.int64).clamp(0, INT32_MAX)
@@ -68,7 +68,7 @@ def _running_sums(values: torch.Tensor) -> torch.Tensor:
 
 
 def _schedule(lengths: torch.Tensor, processors: int, remainder_last: bool) -> torch.Tensor:
-    """Row and segment where each processor begins, and the end."""
+    """The row and segment where each processor begins, and the end of all segments."""
     rows = lengths.shape[0]
     segments = (lengths.clamp(max=longest_row(rows)) + SEGMENT - 1) // SEGMENT
     ends = _running_sums(segments)

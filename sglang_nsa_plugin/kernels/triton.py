@@ -2,8 +2,8 @@
 
 One launch over a fixed grid. Program 0 writes lengths and sums; the others share the live columns of
 the page tables. Nothing that changes from batch to batch is a compile-time constant, so one compile
-serves every batch size, width and stride; only which tensors are there, the index dtypes and static or
-ragged widths compile anew.
+serves every batch size, table and stride. A batch compiles anew only if other tensors are None, an index
+dtype is another, or it is ragged instead of uniform.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.errors import TritonError
 
 from sglang_nsa_plugin.fill_args import OUTPUTS, FillArgs, longest_row
 
-# What Triton raises beside RuntimeError where it cannot compile; the second is the C compiler's.
+# Raised besides RuntimeError where Triton cannot compile; the second comes from the C compiler.
 ERRORS = (TritonError, subprocess.CalledProcessError)
 
 TILE = 128  # requests scanned at a time
@@ -27,13 +27,14 @@ COLUMNS = 512  # table columns copied at a time
 TABLE_PROGRAMS = 512
 
 _NOT_SPECIALIZED = [
-    "bs", "rows", "static_extend_len", "index_topk", "page_size",
-    "pool", "tokens", "width", "pages",
+    "bs", "rows", "rows_per_request", "index_topk", "page_size",
+    "pool", "tokens", "page_table_1_columns", "real_page_table_columns",
     "seq_lens_stride", "extend_lens_stride", "index_stride",
     "tokens_stride_0", "tokens_stride_1",
     "cache_seqlens_stride", "cu_seqlens_k_stride", "expanded_stride", "clamped_stride",
     "clamped_sums_stride", "ctx_lens_stride",
-    "wide_stride_0", "wide_stride_1", "paged_stride_0", "paged_stride_1",
+    "page_table_1_stride_0", "page_table_1_stride_1",
+    "real_page_table_stride_0", "real_page_table_stride_1",
     "schedule_stride_0", "schedule_stride_1", "processors", "longest",
 ]  # fmt: skip
 _UNALIGNED = [
@@ -44,12 +45,12 @@ _UNALIGNED = [
 
 
 @triton.jit
-def _extend_len(extend_lens, stride, r, mask, static_extend_len, RAGGED: tl.constexpr):
+def _rows_of(extend_lens, stride, r, mask, rows_per_request, RAGGED: tl.constexpr):
     if RAGGED:
         q = tl.load(extend_lens + r.to(tl.int64) * stride, mask=mask, other=0).to(tl.int64)
         q = tl.minimum(tl.maximum(q, 0), 2147483647)
     else:
-        q = tl.where(mask, static_extend_len.to(tl.int64), 0)
+        q = tl.where(mask, rows_per_request.to(tl.int64), 0)
     return q
 
 
@@ -72,7 +73,7 @@ def _clamped_sum(first, n, topk):
 
 @triton.jit
 def _fill_lengths(
-    seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, static_extend_len, bs, rows,
+    seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, rows_per_request, bs, rows,
     index_topk,
     cache_seqlens, cache_seqlens_stride, cu_seqlens_k, cu_seqlens_k_stride,
     seqlens_expanded, expanded_stride, nsa_cache_seqlens, clamped_stride,
@@ -90,7 +91,7 @@ def _fill_lengths(
         r = start + tl.arange(0, TILE)
         mask = r < bs
         length = _length(seq_lens, seq_lens_stride, r, mask)
-        q = _extend_len(extend_lens, extend_lens_stride, r, mask, static_extend_len, RAGGED)
+        q = _rows_of(extend_lens, extend_lens_stride, r, mask, rows_per_request, RAGGED)
         r64 = r.to(tl.int64)
         tl.store(cache_seqlens + r64 * cache_seqlens_stride, length.to(tl.int32), mask=mask)
         length_ends = lengths + tl.cumsum(length, 0)
@@ -132,23 +133,23 @@ def _fill_lengths(
 
 @triton.jit
 def _segments(seq_lens, seq_lens_stride, q, t, rows, longest):
-    # of the rows t; 0 behind the last one
+    # of the rows t; 0 after the last row
     mask = t < rows
     r = t // q
     length = _length(seq_lens, seq_lens_stride, r, mask)
-    behind = q - 1 - (t - r * q)
-    expanded = tl.maximum(tl.maximum(length, 0) - behind, 0)
+    rows_after = q - 1 - (t - r * q)
+    expanded = tl.maximum(tl.maximum(length, 0) - rows_after, 0)
     return tl.where(mask, (tl.minimum(expanded, longest.to(tl.int64)) + 255) // 256, 0)
 
 
 @triton.jit
 def _fill_schedule(
-    seq_lens, seq_lens_stride, static_extend_len, rows,
+    seq_lens, seq_lens_stride, rows_per_request, rows,
     mqa_schedule, stride_0, stride_1, processors, longest,
     REMAINDER_LAST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     local = tl.arange(0, TILE)
-    q = static_extend_len.to(tl.int64)
+    q = rows_per_request.to(tl.int64)
     total = tl.zeros((), tl.int64)
     for start in tl.range(0, rows, TILE):
         total += tl.sum(_segments(seq_lens, seq_lens_stride, q, start + local, rows, longest), 0)
@@ -181,9 +182,9 @@ def _fill_schedule(
 @triton.jit
 def _fill_table(
     program, programs,
-    seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, static_extend_len, bs, rows,
+    seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, rows_per_request, bs, rows,
     req_pool_indices, index_stride, req_to_token, tokens_stride_0, tokens_stride_1, pool, tokens,
-    table, stride_0, stride_1, width, page_size,
+    table, stride_0, stride_1, table_columns, page_size,
     RAGGED: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.zeros((), tl.int64)
@@ -194,9 +195,9 @@ def _fill_table(
         r = start + local
         mask = r < bs
         length = _length(seq_lens, seq_lens_stride, r, mask)
-        q = _extend_len(extend_lens, extend_lens_stride, r, mask, static_extend_len, RAGGED)
+        q = _rows_of(extend_lens, extend_lens_stride, r, mask, rows_per_request, RAGGED)
         live = tl.minimum(tl.maximum(length, 0), tokens)
-        columns = tl.minimum((live + page - 1) // page, width)
+        columns = tl.minimum((live + page - 1) // page, table_columns)
         units = (columns + COLUMNS - 1) // COLUMNS
         unit_ends = tl.cumsum(units, 0)
         for unit in tl.range(program, tl.sum(units, 0).to(tl.int32), programs):
@@ -227,15 +228,16 @@ def _fill_kernel(
     seq_lens, extend_lens, req_pool_indices, req_to_token,
     cache_seqlens, cu_seqlens_k, seqlens_expanded, nsa_cache_seqlens, nsa_cu_seqlens_k,
     ctx_lens, page_table_1, real_page_table, row_count, mqa_schedule, enabled,
-    bs, rows, static_extend_len, index_topk, page_size, pool, tokens, width, pages,
+    bs, rows, rows_per_request, index_topk, page_size, pool, tokens,
+    page_table_1_columns, real_page_table_columns,
     seq_lens_stride, extend_lens_stride, index_stride, tokens_stride_0, tokens_stride_1,
     cache_seqlens_stride, cu_seqlens_k_stride, expanded_stride, clamped_stride,
     clamped_sums_stride, ctx_lens_stride,
-    wide_stride_0, wide_stride_1, paged_stride_0, paged_stride_1,
+    page_table_1_stride_0, page_table_1_stride_1, real_page_table_stride_0, real_page_table_stride_1,
     schedule_stride_0, schedule_stride_1, processors, longest,
     RAGGED: tl.constexpr, HAS_CTX_LENS: tl.constexpr, HAS_ROW_COUNT: tl.constexpr,
     HAS_SCHEDULE: tl.constexpr, REMAINDER_LAST: tl.constexpr,
-    HAS_WIDE: tl.constexpr, HAS_PAGED: tl.constexpr, HAS_SWITCH: tl.constexpr,
+    HAS_PAGE_TABLE_1: tl.constexpr, HAS_REAL_PAGE_TABLE: tl.constexpr, HAS_SWITCH: tl.constexpr,
     TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     if HAS_SWITCH:
@@ -244,7 +246,7 @@ def _fill_kernel(
     program = tl.program_id(0)
     if program == 0:
         _fill_lengths(
-            seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, static_extend_len, bs, rows,
+            seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, rows_per_request, bs, rows,
             index_topk,
             cache_seqlens, cache_seqlens_stride, cu_seqlens_k, cu_seqlens_k_stride,
             seqlens_expanded, expanded_stride, nsa_cache_seqlens, clamped_stride,
@@ -255,28 +257,28 @@ def _fill_kernel(
     if HAS_SCHEDULE:
         if program == 1:
             _fill_schedule(
-                seq_lens, seq_lens_stride, static_extend_len, rows,
+                seq_lens, seq_lens_stride, rows_per_request, rows,
                 mqa_schedule, schedule_stride_0, schedule_stride_1, processors, longest,
                 REMAINDER_LAST, TILE,
             )  # fmt: skip
             return
     before: tl.constexpr = 2 if HAS_SCHEDULE else 1
     programs = tl.num_programs(0) - before
-    if HAS_WIDE:
+    if HAS_PAGE_TABLE_1:
         _fill_table(
             program - before, programs,
-            seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, static_extend_len, bs, rows,
+            seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, rows_per_request, bs, rows,
             req_pool_indices, index_stride, req_to_token, tokens_stride_0, tokens_stride_1, pool,
-            tokens, page_table_1, wide_stride_0, wide_stride_1, width, tl.full((), 1, tl.int32),
-            RAGGED, TILE, COLUMNS,
+            tokens, page_table_1, page_table_1_stride_0, page_table_1_stride_1, page_table_1_columns,
+            tl.full((), 1, tl.int32), RAGGED, TILE, COLUMNS,
         )  # fmt: skip
-    if HAS_PAGED:
+    if HAS_REAL_PAGE_TABLE:
         _fill_table(
             program - before, programs,
-            seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, static_extend_len, bs, rows,
+            seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, rows_per_request, bs, rows,
             req_pool_indices, index_stride, req_to_token, tokens_stride_0, tokens_stride_1, pool,
-            tokens, real_page_table, paged_stride_0, paged_stride_1, pages, page_size,
-            RAGGED, TILE, COLUMNS,
+            tokens, real_page_table, real_page_table_stride_0, real_page_table_stride_1,
+            real_page_table_columns, page_size, RAGGED, TILE, COLUMNS,
         )  # fmt: skip
 
 
@@ -292,8 +294,8 @@ def bind(args: FillArgs) -> Callable[[], None]:
         "HAS_ROW_COUNT": args.row_count is not None,
         "HAS_SCHEDULE": has_schedule,
         "REMAINDER_LAST": args.mqa_remainder_last,
-        "HAS_WIDE": args.page_table_1 is not None,
-        "HAS_PAGED": args.real_page_table is not None,
+        "HAS_PAGE_TABLE_1": args.page_table_1 is not None,
+        "HAS_REAL_PAGE_TABLE": args.real_page_table is not None,
         "HAS_SWITCH": args.enabled is not None,
     }
 
@@ -310,7 +312,7 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def _tensors(args: FillArgs) -> list[torch.Tensor]:
-    """The kernel's tensors in its order; what was left out is never read and stands in by another."""
+    """The kernel's tensors in its order. In the place of None stands another tensor, never read."""
     names = ("extend_lens", "req_pool_indices", "req_to_token", *OUTPUTS, "enabled")
     present = args.inputs() | args.outputs()
     return [args.seq_lens, *(present.get(name, args.cache_seqlens) for name in names)]
@@ -318,12 +320,11 @@ def _tensors(args: FillArgs) -> list[torch.Tensor]:
 
 def _sizes(args: FillArgs) -> list[int]:
     pool, tokens = (0, 0) if args.req_to_token is None else args.req_to_token.shape
-    static = args.extend_lens if isinstance(args.extend_lens, int) else 0
-    width, pages = (
-        0 if table is None else table.shape[1] for table in (args.page_table_1, args.real_page_table)
-    )
+    rows_per_request = args.extend_lens if isinstance(args.extend_lens, int) else 0
+    tables = (args.page_table_1, args.real_page_table)
+    columns = [0 if table is None else table.shape[1] for table in tables]
     return [
-        args.bs, args.rows, static, args.index_topk, args.page_size, pool, tokens, width, pages,
+        args.bs, args.rows, rows_per_request, args.index_topk, args.page_size, pool, tokens, *columns,
     ]  # fmt: skip
 
 

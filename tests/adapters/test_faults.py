@@ -85,9 +85,9 @@ def test_home_and_cache_may_be_read_only(tmp_path):
     home.chmod(stat.S_IRUSR | stat.S_IXUSR)
     program = """
 import torch
-from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin import dispatch, self_test
 choice = dispatch.choose("cpu", torch.device("cpu"))
-args = dispatch.small_case(torch.device("cpu"), False)
+args = self_test.small_case(torch.device("cpu"), False)
 choice.bind(args)()
 print(choice.name, args.cache_seqlens.tolist())
 """

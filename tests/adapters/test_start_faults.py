@@ -145,7 +145,7 @@ def test_a_shadow_check_without_its_library_leaves_the_backend_to_sglang(state, 
     """A server's command line refuses it; an engine made from Python comes here."""
     from sglang_nsa_plugin.kernels import cpu
 
-    monkeypatch.setattr(cpu, "unavailable", lambda: "the library was built without CUDA")
+    monkeypatch.setattr(cpu, "why_unavailable", lambda: "the library was built without CUDA")
     with pytest.raises(RuntimeError, match=r": the shadow check cannot run: the library was built"):
         make_pair("torch", check_every=1)
     with pytest.raises(

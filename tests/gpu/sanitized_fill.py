@@ -17,9 +17,9 @@ from dataclasses import replace
 
 import torch
 
-from sglang_nsa_plugin.dispatch import small_case
+from sglang_nsa_plugin.self_test import small_case
 from sglang_nsa_plugin.fill_args import FillArgs
-from sglang_nsa_plugin.kernels import cuda, library
+from sglang_nsa_plugin.kernels import compiled, cuda
 from sglang_nsa_plugin.kernels import torch as reference
 from sglang_nsa_plugin.shadow import Comparison, Field, Pair, Report
 
@@ -89,7 +89,7 @@ def plant(generator: torch.Generator) -> None:
     args = case(3, 193, 4, ragged=False, wide=True, generator=generator)
     cuda.bind(replace(args, seq_lens=torch.empty_like(args.seq_lens)))()
     torch.cuda.synchronize()
-    launch = library.bind(args)  # which holds addresses alone
+    launch = compiled.binder()(args)  # which holds addresses only
     del args
     launch(torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()

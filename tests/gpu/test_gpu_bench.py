@@ -85,6 +85,6 @@ def test_builds_of_the_kernel_are_timed_in_the_same_cells(monkeypatch):
 
 def test_a_build_that_writes_other_values_is_named(monkeypatch):
     monkeypatch.setattr(ab_kernels, "CELLS", {(4_096, 2): [(1, 2_048, "both")]})
-    broken = {"bind": lambda *_: lambda _: None}
+    broken = {"bind": lambda *_: lambda _: None, "parameters": lambda: ["seq_lens"]}
     with pytest.raises(paths.DifferentValuesError, match="new"):
         next(ab_kernels.measured({"old": library.load(), "new": broken}))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin import api, dispatch
+from sglang_nsa_plugin import api, dispatch, self_test
 from sglang_nsa_plugin.cli.bench import baseline_059
 from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, Case, DirectFills, live_cells
 from sglang_nsa_plugin.fill_args import FillArgs
@@ -35,7 +35,7 @@ class Paths:
 
 def implementations(device: torch.device) -> dict[str, str | None]:
     """Those for this device, best first, and why one cannot run here."""
-    return {name: dispatch.refusal(name, device) for name in dispatch.CANDIDATES[device.type]}
+    return {name: dispatch.why_unavailable(name, device) for name in dispatch.CANDIDATES[device.type]}
 
 
 def direct(fills: DirectFills, bs: int, tables: str) -> dict[str, Call]:
@@ -82,7 +82,7 @@ def compare(
     always = torch.ones((), dtype=torch.bool, device=args.device)
     for path, call in calls.items():
         for output in args.outputs().values():
-            output.fill_(dispatch.POISON)
+            output.fill_(self_test.POISON)
         call()
         for name, output in args.outputs().items():
             cells = live_cells(args, name, case.length)
