@@ -84,7 +84,7 @@ def sglang() -> dict[str, Any]:
     from sglang_nsa_plugin.adapters import releases
 
     found = distribution("sglang")
-    tested = found is not None and releases.untested(found) is None
+    tested = found is not None and releases.why_untested(found) is None
     return {"version": found, "tested": tested, "newest_tested": releases.TESTED[-1]}
 
 
@@ -132,7 +132,7 @@ def _without_us(names: list[str], installed: set[str]) -> str:
 def setting() -> dict[str, str | None]:
     """The backend that the environment asks for; ``problem`` when a variable cannot be read."""
     try:
-        options.check_environment()
+        options.validate_environment()
     except SystemExit as error:
         return {"backend": None, "problem": str(error).removeprefix("sglang-nsa-plugin: ")}
     return {"backend": options.backend_of(object()), "problem": None}

@@ -9,12 +9,9 @@ from sglang_nsa_plugin.cli.source_stubs import outline
 
 def ask() -> dict[str, Any]:
     """``name`` of the adapter of this generation, and its ``misfits``, none when it fits."""
-    from sglang_nsa_plugin import adapters
     from sglang_nsa_plugin.adapters import hooks
+    from sglang_nsa_plugin.adapters.install import adapter_for_installed
 
     with outline("sglang"):
-        adapter = adapters.of_generation()
-        return {
-            "name": adapter.NAME,
-            "misfits": hooks.misfits((*adapter.HOOKS, *adapter.NEEDS)),
-        }
+        adapter = adapter_for_installed()
+        return {"name": adapter.name, "misfits": hooks.misfits(adapter.requirements)}
