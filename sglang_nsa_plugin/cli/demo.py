@@ -52,31 +52,32 @@ def _load_and_compare(steps: int, seed: int, progress: Progress) -> dict[str, An
     _load_plugin()
 
     from sglang_nsa_plugin.adapters import hooks
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.adapters.install import adapter_for_installed
+    from sglang_nsa_plugin.harness.diff import Diff
     from sglang_nsa_plugin.harness.installed import pair_for_installed
     from sglang_nsa_plugin.state import record
 
     pair = pair_for_installed(device, BATCH_SIZES, draft_tokens=DRAFT_TOKENS)
-    comparison = Comparison()
+    diff = Diff()
     progress.update(task, description="draft-extend steps")
     for bs in progress.track(_random_batches(pair, steps, seed), total=steps, task_id=task):
-        pair.step(bs, comparison)
+        pair.step(bs, diff)
     state = record()
     by_plugin = state["replays"] + state["launches"]
-    passed = comparison.first is None and by_plugin == steps and not state["fallbacks"]
+    passed = diff.first is None and by_plugin == steps and not state["fallbacks"]
     return {
         "sglang": version("sglang"),
         "torch": version("torch"),
         "transformers": version("transformers"),
         "device": _device_name(device),
         "cuda_graphs": device.type == "cuda" and bool(state["captures"]),
-        "hook_targets": hooks.installed(),
+        "hook_targets": hooks.applied(adapter_for_installed().hooks),
         "state": state,
         "steps": steps,
         "seed": seed,
-        "compared": dict(comparison.compared),
-        "different": dict(comparison.different),
-        "first_difference": comparison.first,
+        "compared": dict(diff.compared),
+        "different": dict(diff.different),
+        "first_difference": diff.first,
         "verdict": "equal" if passed else "different",
     }
 

@@ -88,7 +88,7 @@ def sglang() -> dict[str, Any]:
     from sglang_nsa_plugin.adapters import releases
 
     installed = distribution("sglang")
-    tested = installed is not None and releases.untested(installed) is None
+    tested = installed is not None and releases.why_untested(installed) is None
     return {"version": installed, "tested": tested, "newest_tested": releases.TESTED[-1]}
 
 
@@ -97,13 +97,12 @@ def adapter_fit() -> dict[str, Any]:
 
     Read from SGLang's source; SGLang is not imported.
     """
-    from sglang_nsa_plugin import adapters
     from sglang_nsa_plugin.adapters import hooks
+    from sglang_nsa_plugin.adapters.install import adapter_for_installed
 
     with stubbed("sglang"):
-        adapter = adapters.of_generation()
-        misfits = hooks.misfits((*adapter.HOOKS, *adapter.NEEDS))
-        return {"name": adapter.NAME, "misfits": misfits}
+        adapter = adapter_for_installed()
+        return {"name": adapter.name, "misfits": hooks.misfits(adapter.requirements)}
 
 
 def discovery() -> dict[str, Any]:
@@ -150,7 +149,7 @@ def _why_not_selected(names: list[str], installed: set[str]) -> str:
 def setting() -> dict[str, str | None]:
     """The backend that the environment asks for; ``problem`` when a variable has no valid value."""
     try:
-        options.check_environment()
+        options.validate_environment()
     except SystemExit as error:
         return {"backend": None, "problem": str(error).removeprefix("sglang-nsa-plugin: ")}
     return {"backend": options.backend_of(object()), "problem": None}

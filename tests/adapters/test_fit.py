@@ -8,7 +8,7 @@ import sys
 import pytest
 from isolated import run, run_fresh
 
-from sglang_nsa_plugin.adapters import in_graph
+from sglang_nsa_plugin.adapters import hooks, in_graph
 from sglang_nsa_plugin.cli import environment, source_stubs
 
 of_graphs = pytest.mark.skipif(
@@ -16,10 +16,10 @@ of_graphs = pytest.mark.skipif(
 )
 IMPORTED = """
 import json
-from sglang_nsa_plugin.adapters import eager, hooks, in_graph
-adapter = in_graph if in_graph.is_generation() else eager.of_generation()
-misfits = hooks.misfits((*adapter.HOOKS, *adapter.NEEDS))
-print(json.dumps({"name": adapter.NAME, "misfits": misfits}))
+from sglang_nsa_plugin.adapters import hooks
+from sglang_nsa_plugin.adapters.install import adapter_for_installed
+adapter = adapter_for_installed()
+print(json.dumps({"name": adapter.name, "misfits": hooks.misfits(adapter.requirements)}))
 """
 FROM_STUBS = """
 import json, sys
@@ -89,6 +89,7 @@ def test_what_changed_is_named(there, instead, misfit, monkeypatch):
 
 def test_the_hooks_of_the_plugin_itself_are_left_alone():
     """Asking installs nothing."""
-    armed = in_graph._asked_for
+    request, registered = in_graph.ADAPTER.takeover.request, dict(hooks._before)
     environment.adapter_fit()
-    assert in_graph._asked_for is armed
+    assert in_graph.ADAPTER.takeover.request is request
+    assert hooks._before == registered
