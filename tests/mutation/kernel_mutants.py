@@ -78,7 +78,7 @@ MUTANTS = (
     Mutant("a started page is not live", r"divide_up\((length < 0 \? 0 : length, table\.page_size)\)", r"divide(\1)"),
     Mutant("live columns are not bounded", r"below < table\.columns \? below : table\.columns", "below"),
     Mutant("the last column is never live", r"below < table\.columns \? below : table\.columns", "below < table.columns ? below : table.columns - 1"),
-    Mutant("a request below the pool is read", r"index >= 0 && index < fill\.req_to_token\.rows", "index < fill.req_to_token.rows"),
+    Mutant("outside the pool is row 0", r"(index < fill\.req_to_token\.rows \? index :) -1", r"\1 0"),
     Mutant("the request after the pool is read", r"index < fill\.req_to_token\.rows", "index <= fill.req_to_token.rows"),
     Mutant("a negative slot is rounded to 0", r"token < 0 \? -1 : 0;", "0;"),
     Mutant("a page begins one token late", r"return column \* table\.page_size\.value;", "return column * table.page_size.value + (table.page_size.value > 1);"),
@@ -89,10 +89,10 @@ MUTANTS = (
     Mutant("the first processors take too little", r"p < longer \? p : longer", "p < longer ? p : longer - 1"),
     Mutant("the last processors begin too early", r"p > shorter \? p - shorter : 0", "p >= shorter ? p - shorter + 1 : 0"),
     # The comparison of the shadow check
-    Mutant("a row belongs to the request after", r"all\.lengths\[row \* all\.requests / pair\.rows\]", "all.lengths[(row * all.requests + 1) / pair.rows]"),
+    Mutant("a row belongs to the request after", r"all\.lengths\[row \* all\.requests / pair\.rows\]", "all.lengths[minimum((row + 1) * all.requests / pair.rows, all.requests - 1)]"),
     Mutant("all columns are compared", r"if \(pair\.page_size == 0\) return pair\.columns;", "return pair.columns;"),
     Mutant("a started page is not compared", r"ceil_div\(length_of_row\(all, pair, row\), pair\.page_size\)", "length_of_row(all, pair, row) / pair.page_size"),
-    Mutant("a difference is found in the last pair", r"\(pair << [^)]*\) \|", "(-pair << 56) |"),
+    Mutant("the pair of a difference is forgotten", r"\(pair << [^)]*\) \|", "(pair & 0) |"),
     Mutant("a comparison goes on after a difference", r"return all\.report\[kDifferent\] != 0;", "return all.report[kDifferent] < 0;"),
 )  # fmt: skip
 
