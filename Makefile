@@ -3,6 +3,9 @@
 SGLANG ?= 0.5.17
 VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
+# Tests run in this many processes, each of one thread.
+JOBS   ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(JOBS)
 PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml $(wildcard csrc/*) $(shell find sglang_nsa_plugin -name '*.py')
 
@@ -13,7 +16,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test lint test-release test-releases gpu-test serve-test bench wheel clean
+.PHONY: help demo test test-tools lint test-release test-releases gpu-test serve-test bench wheel clean
 
 help:
 	@echo "make demo        fill SGLang's own draft-extend backend and compare every value (no GPU needed)"
@@ -21,17 +24,22 @@ help:
 	@echo "make lint        formatters, linter, types, compilers' warnings"
 	@echo "make test-release VERSION=0.5.14   against one SGLang release in an environment of its own"
 	@echo "make test-releases                 against all tested ones; writes integration/results/"
+	@echo "make test-tools  tests of what is around the package: integration/, the pages made from results"
 	@echo "make gpu-test    tests, sanitizers and the demo on an NVIDIA GPU; writes integration/results/"
 	@echo "make serve-test  real SGLang servers with and without the plugin; writes integration/results/"
 	@echo "make serve-test PART=cases         one slice of it, 8 minutes or less"
-	@echo "make bench       times of one fill, SGLang's own and ours, in one run; writes integration/results/"
+	@echo "make bench       times of one fill, SGLang's own and the plugin's, compared with the committed run"
 	@echo "make wheel       the wheel and the source distribution, into dist/"
 
 demo: $(READY)
 	$(PYTHON) -m sglang_nsa_plugin demo
 
+# A file is run by one process: its fixtures are made once.
 test: $(READY)
-	$(VENV)/bin/pytest
+	$(PYTEST) --dist loadfile --ignore=tests/tools
+
+test-tools: $(READY)
+	$(PYTEST) tests/tools
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .

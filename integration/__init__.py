@@ -1,1 +1,1 @@
-"""What needs a GPU host, real servers or several SGLang releases, and what it measured (``results/``)."""
+"""What needs a GPU host, servers or several SGLang releases; ``results/`` holds what was measured."""

@@ -1,4 +1,8 @@
-"""Result files: every figure with the machine, the versions, the date and the commit it came from."""
+"""Result files: every figure with the machine, the versions, the date and the commit it came from.
+
+They hold what was measured; whoever shows ratios and shares computes them. A newer run on the same GPU
+replaces an older one. One row is one line, so that a diff shows the rows that changed.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+LINE = 140  # characters; what fits is one line
 STAMP = ("date", "commit", "gpus")  # the header of a file is that of its last run
 DISTRIBUTIONS = (
     "torch",
@@ -48,8 +54,31 @@ def merge(name: str, command: str, parts: dict[str, Any], *, alone: bool = False
         merged = {**_stamped(old.get("parts", {}), old), **_stamped(parts, header)}
     else:
         merged = {**(old.get("parts", {}) if old.get("commit") == header["commit"] else {}), **parts}
-    path.write_text(json.dumps({**header, "parts": merged}, indent=2) + "\n")
+    path.write_text(as_text({**header, "parts": merged}) + "\n")
     return path
+
+
+def as_text(value: Any, indent: int = 0) -> str:
+    """JSON: a line for each entry of a mapping and each element of a list, or one for all if it fits."""
+    line = json.dumps(value)
+    inner = " " * (indent + 1)
+    if indent + len(line) <= LINE or not isinstance(value, (dict, list)):
+        return line
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(inner + json.dumps(row) for row in value) + f"\n{' ' * indent}]"
+    entries = (f"{inner}{json.dumps(key)}: {as_text(each, indent + 1)}" for key, each in value.items())
+    return "{\n" + ",\n".join(entries) + f"\n{' ' * indent}}}"
+
+
+def committed(name: str) -> dict[str, Any] | None:
+    """A result file as committed, or as in the tree where there is no git; None if there is none."""
+    path = f"integration/results/{name}"
+    if shutil.which("git"):
+        command = ["git", "show", f"HEAD:{path}"]
+        git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if git.returncode == 0:
+            return dict(json.loads(git.stdout))
+    return dict(json.loads((ROOT / path).read_text())) if (ROOT / path).is_file() else None
 
 
 def _stamped(parts: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +141,18 @@ def of_gpus(query: str) -> list[str]:
     except FileNotFoundError:
         return []
     return output.strip().splitlines()
+
+
+def gpu_name() -> str:
+    """The first GPU as file names have it: 'NVIDIA H200' → 'h200'.
+
+    Raises:
+        RuntimeError: nvidia-smi lists no GPU.
+    """
+    names = of_gpus("name")
+    if not names:
+        raise RuntimeError("result files are named after the GPU, and nvidia-smi lists none")
+    return names[0].lower().removeprefix("nvidia ").replace(" ", "-")
 
 
 def _version(name: str) -> str | None:

@@ -14,7 +14,7 @@ COPIES = {aten.copy_: 1, aten._to_copy: 0, aten.clone: 0, aten._local_scalar_den
 
 
 class MemcpyTrace(TorchDispatchMode):
-    """Prints of each copy from a device, before it is made, what integration/gpu/sanitizers.py looks for.
+    """Prints, before each copy from a device, the line that integration/gpu/sanitizers.py looks for.
 
     As in ``copy of 0x7eff13a00200, 1064 bytes, for MODULE.FUNCTION``. What stays on the GPU is not told
     but copied by a kernel, unless SGLang asks for it: a kernel's reads the tool sees as they are made.

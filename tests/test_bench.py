@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from commands import command, program
-from conftest import ROOT
 
 from sglang_nsa_plugin import self_test
 from sglang_nsa_plugin.cli.bench import baseline_059, cases, timing
@@ -43,14 +39,6 @@ def test_without_a_gpu_it_times_the_twin_and_says_so(tmp_path):
         assert not any(name.startswith("gpu") for name in row)
         for path, (low, high) in row["host_quartiles"].items():
             assert low <= row["host_us"][path] <= high
-
-
-@without_gpu
-def test_builds_of_the_kernel_are_not_compared_without_a_gpu():
-    command = [sys.executable, "-m", "integration.gpu.ab_kernels", "any.so"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "kernel_versions: needs an NVIDIA GPU, torch finds none\n"
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path):
@@ -178,105 +166,3 @@ def test_compiles_are_counted_by_package_and_only_inside():
         compiled("sglang.kernels.ops.attention.dsa_metadata")
     assert counts == {"sglang_nsa_plugin": 1, "sglang": 2}
     assert knobs.runtime.jit_post_compile_hook is None
-
-
-# README's table
-
-
-def cell(tables, **changes):
-    """A cell of the grid with figures that can be told apart."""
-    kernels = {"sglang_kernel": 8.0, "cuda": 2.0 if tables == PAGED else 4.0}
-    row = {
-        "decode_impl": "flashmla_sparse", "requests": 8, "length": 2_048, "width": 163_904,
-        "draft_tokens": 4, "tables": tables, "values_compared": 1_000,
-        "host_us": {"sglang_kernel": 30.0, "cuda": 2.5}, "gpu_us": kernels,
-        "copy_share": {"cuda": 0.125}, "compiles": {"sglang": 1, "ours": 0},
-    }  # fmt: skip
-    if tables == PAGED:
-        row["host_us"] |= {"sglang": 210.0, "ours": 3.25}
-        row["gpu_us"] = {**kernels, "sglang": 16.0, "ours": 6.0}
-        row |= {
-            "nodes": {"kernel": 2, "event_record": 1},
-            "launches": {"sglang": 6, "ours": 0},
-            "memory_bytes": {"sglang": 42_000_000, "ours": 700_000},
-        }
-    return {**row, **changes}
-
-
-def committed(folder, date="2026-11-24T00:00:00+00:00", sglang="0.5.17", cases=None):
-    figure = {"median": 4_096.0, "q1": 1.0, "q3": 1.0}
-    bench = {
-        "floor_us": {**figure, "median": 1.25},
-        "launch_us": figure,
-        "copy_gb_s": figure,
-        "copy_by": "kernel",
-    }
-    run = {
-        "date": date, "commit": "0123456789", "gpus": ["NVIDIA H200, 580.1"],
-        "versions": {"sglang": sglang, "torch": "2.11.0"},
-        "parts": {"bench": {**bench, "cases": cases or [cell(BOTH), cell(PAGED)]}},
-    }  # fmt: skip
-    path = folder / f"bench-h200-{sglang}.json"
-    path.write_text(json.dumps(run))
-    return path
-
-
-def test_readme_shows_the_cells_of_a_bench(tmp_path, bench_figures):
-    path = committed(tmp_path)
-    shown = bench_figures.figures(path)
-    assert "| 8 | 2,048 | 210 | 3.2 | 2.5 | 16.0 | 6.0 | 8.0 | 4.0 | 12% | 8.0 | 2.0 |" in shown
-    assert "at most 2 graph nodes with flashmla_sparse, beside the event" in shown
-    assert "0.7 MB where SGLang's take 42.0" in shown
-    assert "compiled 2 times and ours 0; 2,000 values were compared" in shown
-    assert "4,096 GB/s" in shown
-    assert "1.25 µs" in shown
-    assert shown.endswith(
-        "NVIDIA H200, driver 580.1, SGLang 0.5.17, torch 2.11.0, 2026-11-24, commit 0123456."
-    )
-    assert "![" not in shown
-    path.with_suffix(".png").touch()
-    assert "](integration/results/bench-h200-0.5.17.png)" in bench_figures.figures(path)
-
-
-def test_every_figure_of_the_table_is_the_files(tmp_path, bench_figures):
-    """Another number in the file makes another README."""
-    before = bench_figures.figures(committed(tmp_path))
-    for kind, path in (("host_us", "sglang"), ("host_us", "ours"), ("host_us", "cuda"),
-                       ("gpu_us", "sglang"), ("gpu_us", "ours"), ("gpu_us", "cuda")):  # fmt: skip
-        changed = cell(PAGED)
-        changed[kind][path] += 7
-        assert bench_figures.figures(committed(tmp_path, cases=[cell(BOTH), changed])) != before
-
-
-def test_the_newest_bench_is_shown(tmp_path, bench_figures):
-    assert bench_figures.newest(tmp_path) is None
-    committed(tmp_path, "2026-11-20T00:00:00+00:00", "0.5.23")
-    newest = committed(tmp_path, "2026-11-24T00:00:00+00:00", "0.5.17")
-    only_dram = {"date": "2026-12-01T00:00:00+00:00", "parts": {"dram": {}}}
-    (tmp_path / "bench-h200-0.5.22.json").write_text(json.dumps(only_dram))
-    on_another = {"date": "2026-12-01T00:00:00+00:00", "parts": {"bench": {}}}
-    (tmp_path / "bench-h100-0.5.17.json").write_text(json.dumps(on_another))
-    assert bench_figures.newest(tmp_path) == newest
-
-
-@pytest.fixture
-def bench_figures(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "integration")
-    return importlib.import_module("bench_figures")
-
-
-def test_the_bare_kernel_writes_the_pages_of_its_rows_and_nothing_else(monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("on a GPU the part bare of bench compares what it times")
-    monkeypatch.syspath_prepend(ROOT / "integration")
-    bare = importlib.import_module("bare")
-    slots = torch.randint(2**30, (3, 1_000), dtype=torch.int32)
-    pages = (slots[:, :777:64] // 64).repeat_interleave(4, dim=0)
-    table = torch.empty((12, 16), dtype=torch.int32)
-    launches = dict(bare.launches(slots, table, 777, 4, 64))
-    assert len(launches) == len(bare.BLOCKS) * len(bare.WARPS)
-    for name, launch in launches.items():
-        table.fill_(-1)
-        launch()
-        assert table[:, :13].equal(pages), name
-        assert (table[:, 13:] == -1).all(), name

@@ -1,1 +1,1 @@
-"""Tables and pictures of the documents, made from the committed result files."""
+"""docs/results.md, docs/releases.md and the picture of README, made from the committed result files."""

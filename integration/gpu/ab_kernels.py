@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("kernel_versions: needs an NVIDIA GPU, torch finds none", file=sys.stderr)
+        print("ab_kernels: needs an NVIDIA GPU, torch finds none", file=sys.stderr)
         return 1
     rows = []
     for row in measured({str(path): tvm_ffi.load_module(str(path)) for path in arguments.builds}):
@@ -74,7 +74,7 @@ def main() -> int:
 def measured(builds: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """One row for each cell: GPU microseconds of every build.
 
-    Between two builds L2 is filled with something else: one would find there what another has read.
+    Between two builds L2 is filled with other data, so that no build finds what another has read.
 
     Raises:
         DifferentValuesError: a build wrote another value than the reference; names both.
@@ -100,7 +100,7 @@ def measured(builds: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def with_others_between(calls: Mapping[str, timing.Call]) -> dict[str, timing.Call]:
     other = torch.zeros(OTHER_BYTES, dtype=torch.uint8, device="cuda")
-    pairs = [{name: call, f"behind {name}": other.zero_} for name, call in calls.items()]
+    pairs = [{name: call, f"after {name}": other.zero_} for name, call in calls.items()]
     return {name: call for pair in pairs for name, call in pair.items()}
 
 

@@ -2,13 +2,16 @@
 
     python -m integration.gpu.bench [--only bench|gather|bare|widths|copies|dram ...]
 
-Writes integration/results/bench-GPU-VERSION.json, or below NSA_RESULTS_DIR, and where matplotlib is
-installed the picture beside it. Six parts: ``bench`` is the command's own result. ``gather`` is a floor
-for the paged table: the time in which torch reads one slot of each page, 256 bytes apart, and does
-nothing else. ``bare`` is another: a kernel that is told what the fill has to find out. ``widths`` times
-tables of different widths in turn, where ``bench`` has minutes between them. ``copies`` is how fast
-torch's copy and the driver's memset, which reads nothing, write the rows of the token table in the same
-places. ``dram`` holds what ncu counts in three fills, next to the bytes that they must move.
+Writes integration/results/bench-GPU-VERSION.json, or below NSA_RESULTS_DIR. A run of all parts is then
+compared with the committed file of this GPU and exits with 1 where something got slower (bounds.py):
+
+``bench``   what ``sglang-nsa-plugin bench`` measures.
+``gather``  a floor for the page-64 table: torch reads one slot of each page, 256 bytes apart.
+``bare``    another floor: a kernel that is given what the fill has to look up (gather_floor.py).
+``widths``  tables of different widths in turn; in ``bench`` minutes lie between them.
+``copies``  how fast torch's copy and the driver's memset, which reads nothing, write the rows of the
+            token-wide table to the same places.
+``dram``    what ncu counts in three fills, next to the bytes that they must move.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ COPIED = (
     (128, 131_072, 4),
 )
 CELLS = ((512, 131_072, "paged"), (64, 131_072, "both"), (128, 131_072, "both"))
-METRICS = {  # ours: ncu's
+METRICS = {  # name here: ncu's name
     "dram_read": "dram__bytes_read.sum",
     "dram_written": "dram__bytes_write.sum",
     "sectors_read": "lts__t_sectors_op_read.sum",
@@ -57,6 +60,8 @@ METRICS = {  # ours: ncu's
 }
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "sector": 1}
 TIME_LIMIT_S = 540
+# What `sglang-nsa-plugin bench --json` writes and a reader can compute from the rest.
+COMPUTED = ("host_over_sglang", "gpu_over_sglang", "copy_share")
 
 
 def main() -> int:
@@ -76,29 +81,38 @@ def main() -> int:
         requests, length, tables = arguments.cell
         fill_once(int(requests), int(length), tables)
         return 0
-    name = gpu_name()
+    name = f"bench-{result_files.gpu_name()}-{version('sglang')}.json"
+    committed = result_files.committed(name)  # before it is overwritten
     for part in arguments.only or parts:
-        path = result_files.merge(
-            f"bench-{name}-{version('sglang')}.json", "make bench", {part: parts[part]()}
-        )
-    draw(path)
-    return 0
+        path = result_files.merge(name, "make bench", {part: parts[part]()})
+    return 0 if arguments.only else compared(committed, json.loads(path.read_text()))
 
 
-def gpu_name() -> str:
-    """'NVIDIA H200' → 'h200'."""
-    import torch
-
-    return torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "-")
+def compared(committed: dict[str, Any] | None, new: dict[str, Any]) -> int:
+    """Prints what got slower and which goals are missed; 1 where something got slower."""
+    run = bounds.measured(new)
+    if run["adapter"] != "in-graph":
+        print("No goals: this release of SGLang plans draft-extend from Python.")
+        return 0
+    if committed is None:
+        print("\n".join(["No committed run of this GPU to compare with.", *bounds.missed_goals(run)]))
+        return 0
+    lines, is_slower = bounds.compare(bounds.measured(committed), run)
+    print("\n".join([f"Compared with commit {committed['commit'][:7]}:", *lines]))
+    return int(is_slower)
 
 
 def bench() -> dict[str, Any]:
     """``sglang-nsa-plugin bench``."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "sglang_nsa_plugin", "bench", "--json", "result.json"]
-        subprocess.run(command, cwd=folder, timeout=TIME_LIMIT_S, check=True)
-        found: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
-        return found
+        path = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "sglang_nsa_plugin", "bench", "--json", str(path)]
+        subprocess.run(command, timeout=TIME_LIMIT_S, check=True)
+        found: dict[str, Any] = json.loads(path.read_text())
+    found["cases"] = [
+        {name: value for name, value in row.items() if name not in COMPUTED} for row in found["cases"]
+    ]
+    return found
 
 
 def gather() -> list[dict[str, Any]]:
@@ -164,7 +178,7 @@ def widths() -> list[dict[str, Any]]:
 
 
 def direct_fills(requests: int, setup: Setup) -> DirectFills:
-    """Fills of at most so many requests, over random slots."""
+    """Fills of up to `requests` requests, over random slots."""
     import torch
 
     from sglang_nsa_plugin.cli.bench import cases
@@ -177,10 +191,7 @@ def direct_fills(requests: int, setup: Setup) -> DirectFills:
 
 
 def copies() -> list[dict[str, Any]]:
-    """Microseconds and GB a second, read and written, by requests, length and draft tokens.
-
-    ``memset_gb_s`` are those of the driver's memset, which only writes.
-    """
+    """A copy's microseconds, and GB/s of the driver's memset, by requests, length and draft tokens."""
     import torch
 
     from sglang_nsa_plugin.cli.bench import cases
@@ -192,11 +203,9 @@ def copies() -> list[dict[str, Any]]:
         table = torch.empty((bs, draft_tokens, width), dtype=torch.int32, device="cuda")
         target = table[:, :, :length]
         us = copy_us(slots[1:, None, :length].expand_as(target), target)
-        cells = bs * length
-        moved, written = 4 * cells * (1 + draft_tokens), 4 * cells * draft_tokens
-        memset_gb_s = round(written / memset_us(table, length) / 1000)
         cell = {"requests": bs, "length": length, "draft_tokens": draft_tokens}
-        found.append({**cell, "us": us, "gb_s": round(moved / us / 1000), "memset_gb_s": memset_gb_s})
+        memset_gb_s = round(4 * bs * length * draft_tokens / memset_us(table, length) / 1000)
+        found.append({**cell, "us": us, "memset_gb_s": memset_gb_s})
     return found
 
 
@@ -256,7 +265,7 @@ def counted(requests: int, length: int, tables: str) -> dict[str, Any]:
 
 
 def fill_once(requests: int, length: int, tables: str) -> None:
-    """One fill by the CUDA kernel and nothing else of ours."""
+    """One fill by the CUDA kernel and no other kernel of the plugin."""
     import torch
 
     from sglang_nsa_plugin.cli.bench import cases
@@ -266,18 +275,6 @@ def fill_once(requests: int, length: int, tables: str) -> None:
     cases.write_lengths(fills.inputs, cases.Case(requests, length))
     cuda.bind(fills.args(requests, tables))()
     torch.cuda.synchronize()
-
-
-def draw(path: Path) -> None:
-    """The picture of the result, where matplotlib is."""
-    try:
-        from sglang_nsa_plugin.cli.bench import plot
-    except ImportError as error:
-        print(f"no picture: {error}")
-        return
-    result = json.loads(path.read_text())["parts"].get("bench")
-    if result is not None:
-        plot.draw(result, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

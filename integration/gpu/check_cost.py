@@ -3,7 +3,7 @@
     python -m integration.gpu.check_cost [--json FILE]
 
 Replays the captured fill of 8 requests of 4,000 tokens through SGLang's own backend object, without and
-with SGLang's own fill and the comparison behind it, in turn.
+with SGLang's own fill and the comparison after it, in turn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def cost_of_check() -> dict[str, dict[str, dict[str, float]]]:
-    """Median and quartiles in microseconds, of replays without and with a check behind them.
+    """Median and quartiles in microseconds, of replays without and with a check.
 
     ``host``: of the calls; ``stream``: from the first to the last work that they put on the stream.
     """
@@ -43,10 +43,10 @@ def cost_of_check() -> dict[str, dict[str, dict[str, float]]]:
     )
     pair.inputs.seq_lens.fill_(LENGTH)
     fills = pair.fills()
-    arms = {"unchecked": None, "checked": fills.shadowed}
-    samples: dict[str, dict[str, list[float]]] = {name: {"host": [], "stream": []} for name in arms}
+    servers = {"unchecked": None, "checked": fills.shadowed}
+    samples: dict[str, dict[str, list[float]]] = {name: {"host": [], "stream": []} for name in servers}
     for done in range(ROUNDS + 1):
-        for name, shadowed in arms.items():
+        for name, shadowed in servers.items():
             fills.shadowed = shadowed
             for clock, us in _replay_us(pair).items():
                 if done:  # the first of each warms up

@@ -1,4 +1,4 @@
-"""A floor for the page-64 table: a kernel that is told what the fill has to find out.
+"""A floor for the page-64 table: a kernel that is given what the fill has to look up.
 
 It knows that all requests have the same length and which rows of ``req_to_token`` are theirs, and writes
 no metadata: no load waits for another, and each token of a page is read once.

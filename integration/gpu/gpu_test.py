@@ -24,13 +24,14 @@ from integration.gpu import sanitizers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TIMING = "tests/gpu/test_gpu_bench.py"
+APART = ("tests/tools", sanitizers.FUZZ, TIMING)
 TIME_LIMIT_S = 540
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parts = {
-        "tests": lambda: run_tests("tests", *(f"--ignore={path}" for path in (sanitizers.FUZZ, TIMING))),
+        "tests": lambda: run_tests("tests", *(f"--ignore={path}" for path in APART)),
         "timing": lambda: run_tests(TIMING),  # with the GPU to itself
         "fuzz": lambda: run_tests(sanitizers.FUZZ),
         "adapters": lambda: run_tests("tests/gpu/test_gpu_in_graph.py", "tests/gpu/test_gpu_eager.py"),
@@ -40,8 +41,7 @@ def main() -> int:
         "check_cost": lambda: run_module("check_cost"),  # with the GPU to itself
     }
     parser.add_argument("--only", choices=parts, action="append")
-    # tests has those of adapters, too; timing and check_cost want the GPU to themselves; the others take
-    # many minutes
+    # tests has those of adapters, too; timing and check_cost need the GPU alone; the others take minutes
     by_name = (
         "adapters",
         "timing",
@@ -86,7 +86,7 @@ def run_demo() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
         command = [sys.executable, "-m", "sglang_nsa_plugin", "demo", "--json", str(path)]
-        run = subprocess.run(command, cwd=folder, timeout=TIME_LIMIT_S, check=False)
+        run = subprocess.run(command, timeout=TIME_LIMIT_S, check=False)
         found = json.loads(path.read_text()) if path.is_file() else {}
         return {"passed": run.returncode == 0, **found}
 

@@ -21,7 +21,7 @@ from integration import result_files
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Ours, in CUDA and in Triton: torch's and SGLang's kernels run at full speed.
+# The plugin's, in CUDA and in Triton: torch's and SGLang's kernels run at full speed.
 KERNELS = (
     "fill_static_kernel",
     "fill_ragged_kernel",
@@ -31,11 +31,11 @@ KERNELS = (
 )
 # A value that an unwatched kernel wrote would count as never written: this one watches all of them.
 UNFILTERED = "initcheck"
-# What tests/memcpy_trace.py prints, and what the tool says of a copy.
-TOLD = re.compile(r"copy of (?P<address>0x[0-9a-f]+), (?P<bytes>\d+) bytes, for (?P<asker>\S+)")
+# What tests/memcpy_trace.py prints of a copy, and what the tool does.
+TRACED_COPY = re.compile(r"copy of (?P<address>0x[0-9a-f]+), (?P<bytes>\d+) bytes, for (?P<asker>\S+)")
 READ_BY_COPY = re.compile(r"Uninitialized access to (?P<address>0x[0-9a-f]+) on access by cudaMemcpy")
-Told = dict[tuple[int, int], str]  # address and bytes → who asked
-UNKNOWN = "not told"
+TracedCopies = dict[tuple[int, int], str]  # address and bytes → who asked
+UNKNOWN = "unknown"
 SGLANG = "sglang."
 SHOWN = 5  # of the copies that nothing explains
 TIME_LIMIT_S = 480
@@ -47,14 +47,17 @@ SHARDS = (
     ("tests/test_values.py",),
     (FUZZ, "-k", "any_batch"),
     (FUZZ, "-k", "not any_batch"),
-    ("tests", *(f"--ignore={path}" for path in ("tests/gpu", "tests/test_values.py", FUZZ))),
+    (
+        "tests",
+        *(f"--ignore={path}" for path in ("tests/gpu", "tests/tools", "tests/test_values.py", FUZZ)),
+    ),
 )
 VAST_SHARDS = (("tests/test_values.py", FUZZ),)  # of tests that hold 17 GB each: one process a tool
 VAST_TOOLS = tuple(tool for tool in TOOLS if tool != "initcheck")  # which they skip
 FUZZ_BATCHES = 100
 FILLS = "tests/gpu/sanitized_fill.py"
 PLANTED = ("memcheck", "initcheck")  # the tools that find what FILLS --planted does wrong
-# Each tensor is an allocation of its own: a read one cell behind it is found, and one of old memory.
+# Each tensor is an allocation of its own: a read past its end is found, and one of freed memory.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 MISSING = {"passed": False, "reason": "compute-sanitizer is not on PATH; install the CUDA toolkit"}
 
@@ -96,7 +99,7 @@ def _tests_under_each(
 
 
 def _tests(tool: str, marked: str, *files: str) -> list[str]:
-    """Arguments for Python: the tests of these files; what they print stands beside the tool's words."""
+    """Arguments for Python: the tests of these files; their output and the tool's are mixed."""
     options = f"-q -s -p no:cacheprovider --sanitized {tool} --fuzz-batches {FUZZ_BATCHES}"
     return ["-m", "pytest", "-m", marked, *options.split(), *files]
 
@@ -105,7 +108,7 @@ def _run_side_by_side(
     calls: Sequence[tuple[str, list[str]]], environment: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(len(calls)) as pool:
-        return list(pool.map(lambda call: _run(*call, environment), calls))
+        return list(pool.map(lambda call: _run(call[0], call[1], environment), calls))
 
 
 def _sum(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -174,7 +177,7 @@ def _run(tool: str, arguments: list[str], environment: Mapping[str, str]) -> dic
 
 
 def _tool(name: str) -> list[str]:
-    # An error that a call returns is no finding: libraries try calls out, and ours checks what it gets.
+    # An error that a call returns is no finding: libraries try calls, and the plugin checks its own.
     options = ["--report-api-errors", "no", "--show-backtrace", "no", "--print-limit", "100000"]
     if name != UNFILTERED:
         by_name = _option_of_kernels()
@@ -184,8 +187,8 @@ def _tool(name: str) -> list[str]:
 
 def _option_of_kernels() -> str:
     """The option was renamed once."""
-    told = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True, check=False)
-    return "--kernel-name" if "--kernel-name " in told.stdout + told.stderr else "--kernel-regex"
+    usage = subprocess.run(["compute-sanitizer", "--help"], capture_output=True, text=True, check=False)
+    return "--kernel-name" if "--kernel-name " in usage.stdout + usage.stderr else "--kernel-regex"
 
 
 def findings(tool: str, output: str, copies: Mapping[str, int]) -> tuple[int | None, int]:
@@ -200,21 +203,21 @@ def findings(tool: str, output: str, copies: Mapping[str, int]) -> tuple[int | N
 
 def reads_by_copies(output: str) -> Iterator[tuple[str, str]]:
     """Copies of what was never written: who asked, by tests/memcpy_trace.py, and the tool's words."""
-    told: Told = {}
+    traced: TracedCopies = {}
     before = ""
     for line in output.splitlines():
-        if copy := TOLD.search(line):
+        if copy := TRACED_COPY.search(line):
             place = int(copy["address"], 16), int(copy["bytes"])
-            told.pop(place, None)  # the newest are last
-            told[place] = copy["asker"]
+            traced.pop(place, None)  # the newest are last
+            traced[place] = copy["asker"]
         elif read := READ_BY_COPY.search(line):
-            yield _asker(told, int(read["address"], 16)), f"{before}\n{line}"
+            yield _asker(traced, int(read["address"], 16)), f"{before}\n{line}"
         else:
             before = line
 
 
-def _asker(told: Told, address: int) -> str:
-    newest_first = reversed(told.items())
+def _asker(traced: TracedCopies, address: int) -> str:
+    newest_first = reversed(traced.items())
     return next((by for (at, size), by in newest_first if at <= address < at + size), UNKNOWN)
 
 
@@ -223,7 +226,9 @@ def found_elsewhere(output: str) -> list[str]:
     lines = re.findall(r"^=+ +at (.*)", output.replace("(anonymous namespace)::", ""), re.MULTILINE)
     names = {re.split(r"[<(+]", line.removeprefix("void "), maxsplit=1)[0] for line in lines}
     copies = re.findall(r"^=+ .*on access by (.+)", output, re.MULTILINE)
-    return sorted({name for name in names if not any(ours in name for ours in KERNELS)} | set(copies))
+    return sorted(
+        {name for name in names if not any(kernel in name for kernel in KERNELS)} | set(copies)
+    )
 
 
 def parts() -> dict[str, Callable[[], dict[str, Any]]]:

@@ -3,7 +3,7 @@
     python -m integration.gpu.soak [--replays 1000000] [--processes 8] [--json FILE]
 
 Each process takes over SGLang's own backend object, captures a graph for each batch size and replays
-them. Behind each replay SGLang's own fill runs and every live value is compared on the device.
+them. After each replay SGLang's own fill runs and every live value is compared on the device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SETTINGS = (
 )
 POOL = 33
 NEW_SLOTS_EVERY = 100
-TELL_EVERY = 50_000
+PROGRESS_EVERY = 50_000
 
 
 def main() -> int:
@@ -77,7 +77,7 @@ def soak(number: int, replays: int) -> dict[str, Any]:
         new_slots = step % NEW_SLOTS_EVERY == 0
         random_step(pair.inputs, on_device, raw_bs, bs, draft_tokens, longest, new_slots)
         pair.replay(bs)
-        if step % TELL_EVERY == 0:
+        if step % PROGRESS_EVERY == 0:
             print(f"process {number}: {step:,} of {replays:,} replays", flush=True)
     torch.cuda.synchronize()
     report = pair.shadow_report()

@@ -1,8 +1,8 @@
 """The servers of the tests: with the plugin and as SGLang is, same flags, started ahead of their tests.
 
 with Fleet(model, folder, [EAGER, FP8], at_once=8) as fleet:
-    arms = fleet.ready(EAGER)
-    arms["plugin"].server.generate([1, 2, 3], 16)
+    servers = fleet.ready(EAGER)
+    servers["plugin"].generate([1, 2, 3], 16)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHARED_GPU_ARGS = (
 MANY = ("--sleep-on-idle",)
 FP8 = ("--kv-cache-dtype", "fp8_e4m3")
 
-# The arms differ in nothing but this. SGLang finds every installed plugin by itself; naming one
+# The servers differ in nothing but this. SGLang finds every installed plugin by itself; naming one
 # leaves the others out. Settings of the shell that could change the plugin's choice are removed.
 Environment = Mapping[str, str | None]
 PLUGIN_ENV: Environment = {
@@ -45,7 +45,7 @@ PLUGIN_ENV: Environment = {
     "SGLANG_NSA_METADATA_CHECK": None,
 }
 SGLANG_ENV: Environment = {"SGLANG_PLUGINS": "probe"}
-ARMS: Mapping[str, Environment] = {"plugin": PLUGIN_ENV, "sglang": SGLANG_ENV}
+ENVIRONMENTS: Mapping[str, Environment] = {"plugin": PLUGIN_ENV, "sglang": SGLANG_ENV}
 # The probe keeps an event of each replay: without it memory stays, under minutes of load.
 NO_PROBE: Environment = {"NSA_PROBE_DIR": None}
 
@@ -79,8 +79,8 @@ class Setup:
 
     Attributes:
         name: of the parts in the result file and of the folder of logs.
-        flags: behind those of `serve_args`; where both name an option, these win.
-        arms: name of the arm → variables that make the difference; None removes one.
+        flags: added after those of `serve_args`; where both name an option, these win.
+        environments: by the server's name, the variables that make the difference; None removes one.
         decode_backend: SGLang's sparse attention.
         draft_tokens: verified in each speculative step.
         gpus: how many a server takes.
@@ -88,7 +88,7 @@ class Setup:
 
     name: str
     flags: tuple[str, ...] = ()
-    arms: Mapping[str, Environment] = field(default_factory=lambda: ARMS)
+    environments: Mapping[str, Environment] = field(default_factory=lambda: ENVIRONMENTS)
     decode_backend: str = "flashmla_sparse"
     draft_tokens: int = 4
     gpus: int = 1
@@ -99,15 +99,17 @@ class Setup:
         return [*serve_args(self.decode_backend, self.draft_tokens), *self.flags]
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A running server and the folder where the probe writes its measurements."""
+class AbServer(Server):
+    """A server with the folder where its probe writes measurements."""
 
-    server: Server
-    probe_dir: Path
+    def __init__(
+        self, args: Sequence[str], env: Environment, probe_dir: Path, *, log_path: Path, name: str
+    ) -> None:
+        super().__init__(args, env, log_path=log_path, name=name)
+        self.probe_dir = probe_dir
 
     def corrupt(self, *fields: str) -> None:
-        """From now on these tensors of SGLang's metadata are wrong behind each fill, and no others.
+        """From now on the probe corrupts these tensors of SGLang's metadata after each fill, no others.
 
         For servers started with NSA_PROBE_CORRUPT, see integration/serving/probe/.
 
@@ -121,17 +123,17 @@ class Arm:
         while not done.is_file() or done.read_text() != wanted:
             if time.monotonic() > deadline:
                 raise ServerError(
-                    f"server {self.server.name}: the probe did not corrupt {wanted or 'nothing'} within "
-                    f"{CORRUPT_LIMIT_S:.0f} s; see {self.server.log_path}"
+                    f"server {self.name}: the probe did not corrupt {wanted or 'nothing'} within "
+                    f"{CORRUPT_LIMIT_S:.0f} s; see {self.log_path}"
                 )
             time.sleep(POLL_S)
 
 
-class Arms(dict[str, Arm]):
-    """Running servers by the name of their arm, and the setup that they share."""
+class AbServers(dict[str, AbServer]):
+    """Running servers by name, and the setup that they share."""
 
-    def __init__(self, setup: Setup, arms: Mapping[str, Arm]) -> None:
-        super().__init__(arms)
+    def __init__(self, setup: Setup, servers: Mapping[str, AbServer]) -> None:
+        super().__init__(servers)
         self.setup = setup
 
 
@@ -140,7 +142,7 @@ class Fleet:
 
     Args:
         model: the checkpoint.
-        folder: for logs (``SETUP/ARM.log``) and probe files (``SETUP/ARM-probe/``).
+        folder: for logs (``SETUP/SERVER.log``) and probe files (``SETUP/SERVER-probe/``).
         setups: those to start ahead; another is started when it is asked for.
         at_once: no more servers than this run ahead.
     """
@@ -152,7 +154,7 @@ class Fleet:
         self._folder = folder
         self._waiting = list(setups)
         self._at_once = at_once
-        self._running: dict[str, Arms] = {}
+        self._running: dict[str, AbServers] = {}
 
     def __enter__(self) -> Fleet:
         self._start_ahead()
@@ -160,15 +162,15 @@ class Fleet:
 
     def __exit__(self, *_: object) -> None:
         self._waiting.clear()
-        stop_all(arm for arms in self._running.values() for arm in arms.values())
+        stop_all(server for servers in self._running.values() for server in servers.values())
         self._running.clear()
 
-    def ready(self, setup: Setup) -> Arms:
+    def ready(self, setup: Setup) -> AbServers:
         """The setup's servers, when each of them has generated a token."""
-        arms = self._running.get(setup.name) or self._start(setup)
-        for arm in arms.values():
-            arm.server.wait_ready(START_LIMIT_S)
-        return arms
+        servers = self._running.get(setup.name) or self._start(setup)
+        for server in servers.values():
+            server.wait_ready(START_LIMIT_S)
+        return servers
 
     def done(self, setup: Setup) -> None:
         """Ends the setup's servers and starts the next ones."""
@@ -181,42 +183,42 @@ class Fleet:
 
     def _start_ahead(self) -> None:
         while self._waiting:
-            running = sum(len(arms) for arms in self._running.values())
-            if running and running + len(self._waiting[0].arms) > self._at_once:
+            running = sum(len(servers) for servers in self._running.values())
+            if running and running + len(self._waiting[0].environments) > self._at_once:
                 return
             self._start(self._waiting[0])
 
-    def _start(self, setup: Setup) -> Arms:
+    def _start(self, setup: Setup) -> AbServers:
         self._waiting = [other for other in self._waiting if other.name != setup.name]
-        arms = Arms(setup, {name: self._arm(setup, name) for name in setup.arms})
-        self._running[setup.name] = arms  # first: what has been started is ended also when one fails
-        for arm in arms.values():
-            arm.server.start()
-        return arms
+        servers = AbServers(setup, {name: self._server(setup, name) for name in setup.environments})
+        self._running[setup.name] = servers  # first: what has been started is ended also when one fails
+        for server in servers.values():
+            server.start()
+        return servers
 
-    def _arm(self, setup: Setup, name: str) -> Arm:
+    def _server(self, setup: Setup, name: str) -> AbServer:
         folder = self._folder / setup.name
         probe_dir = (folder / f"{name}-probe").resolve()
         probe_dir.mkdir(parents=True)
         with_probe = {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(PROBE), os.environ.get("PYTHONPATH")])),
             "NSA_PROBE_DIR": str(probe_dir),
-            **setup.arms[name],
+            **setup.environments[name],
         }
         model = ("--model-path", str(Path(self._model).resolve()))
         log_path = folder / f"{name}.log"
-        return Arm(Server([*model, *setup.args], with_probe, log_path=log_path, name=name), probe_dir)
+        return AbServer([*model, *setup.args], with_probe, probe_dir, log_path=log_path, name=name)
 
 
-def stop_all(arms: Iterable[Arm]) -> None:
+def stop_all(servers: Iterable[Server]) -> None:
     """Ends the servers side by side: each takes some seconds."""
-    servers = [arm.server for arm in arms]
-    with ThreadPoolExecutor(max(len(servers), 1)) as pool:
-        list(pool.map(Server.stop, servers))
+    ending = list(servers)
+    with ThreadPoolExecutor(max(len(ending), 1)) as pool:
+        list(pool.map(Server.stop, ending))
 
 
 @contextmanager
-def start_arms(setup: Setup, model: Path, folder: Path) -> Iterator[Arms]:
+def start_servers(setup: Setup, model: Path, folder: Path) -> Iterator[AbServers]:
     """The setup's servers, ready; ended on leaving."""
     with Fleet(model, folder) as fleet:
         yield fleet.ready(setup)

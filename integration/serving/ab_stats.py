@@ -1,4 +1,4 @@
-"""Rows of a comparison of both arms, as `compare` writes them into result files; needs no server."""
+"""Rows of a comparison of both servers, as `compare` writes them into result files; needs no server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import reduce
 from itertools import zip_longest
 from typing import Any
 
-ARMS = ("plugin", "sglang")
+SIDES = ("plugin", "sglang")
 GPU_GROWTH_MIB = 256  # of the last third of a load over the third before: more is no noise
 Row = dict[str, Any]
 
@@ -19,9 +19,15 @@ def mismatched(row: Row) -> bool:
 
 
 def accepted_drafts(rows: Iterable[Row]) -> dict[str, list[int]]:
-    """How many steps of each arm accepted 0, 1, … drafts, over all rows."""
+    """How many steps of each server accepted 0, 1, … drafts, over all rows."""
     rows = list(rows)
-    return {arm: reduce(added, (row["accepted_drafts"][arm] for row in rows), []) for arm in ARMS}
+    return {server: total(row["accepted_drafts"][server] for row in rows) for server in SIDES}
+
+
+def total(counts: Iterable[Sequence[int]]) -> list[int]:
+    """The elementwise sum of all."""
+    nothing: list[int] = []
+    return reduce(added, counts, nothing)
 
 
 def added(left: Sequence[int], right: Sequence[int]) -> list[int]:

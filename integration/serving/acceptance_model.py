@@ -79,7 +79,7 @@ class Layer:
         return [self._get(f"{name}.{part}_proj") for part in ("gate", "up", "down")]
 
     def forward(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """x [tokens, HIDDEN] at positions from ``start``; KV behind ``start`` is forgotten."""
+        """x [tokens, HIDDEN] at positions from ``start``; KV from ``start`` on is forgotten."""
         x = x + self._attention(rms_norm(x), start)
         normed = rms_norm(x)
         if self.is_dense:

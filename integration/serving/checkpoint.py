@@ -24,8 +24,8 @@ The draft layer's attention is the target's first one, so that it foresees part 
 does and loses drafts when it reads the wrong tokens. It starts from the embedding of the newest
 token plus ``draft_hidden`` times the rotated hidden state before it, which makes it less certain.
 
-The defaults were chosen with ``integration/serving/acceptance_model.py``, a float32 forward of both models and the
-EAGLE loop on the CPU; prompts of 5, 80 and 500 random tokens, 128 new ones each:
+The defaults were chosen with ``acceptance_model.py``, a float32 forward of both models and the EAGLE
+loop on the CPU; prompts of 5, 80 and 500 random tokens, 128 new ones each:
 
     changed                                mean tokens a step   turned by the context
     -                                      2.1  2.9  3.1        15 %  5 %  2 %
@@ -174,7 +174,7 @@ class _Weights:
     def __init__(self, seed: int, strengths: Strengths):
         self.random = torch.Generator().manual_seed(seed + 1)
         self.strengths = strengths
-        self.basis = torch.linalg.qr(self.normal(HIDDEN, strengths.embed_rank))[0]
+        self.basis: torch.Tensor = torch.linalg.qr(self.normal(HIDDEN, strengths.embed_rank))[0]
         self.tensors: dict[str, torch.Tensor] = {}
 
     def normal(self, *shape: int, std: float = 1.0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the serving tests share: prompts, the comparison of both arms, and what the servers recorded.
+"""What the serving tests share: prompts, the comparison of both servers, and what the servers recorded.
 
 Greedy tokens do not depend on drafts, so wrong metadata shows in the accepted drafts; wrong tokens show
 memory that was written or freed at the wrong time. Both are compared, and the reasons to finish.
@@ -10,7 +10,6 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
 from itertools import zip_longest
 from typing import Any
 
@@ -18,8 +17,8 @@ import pytest
 
 from integration import result_files
 from integration.serving import checkpoint
-from integration.serving.ab_servers import Arm, Arms
-from integration.serving.ab_stats import Row, accepted_drafts, added, mean_tokens, mismatched
+from integration.serving.ab_servers import AbServer, AbServers
+from integration.serving.ab_stats import Row, accepted_drafts, mismatched, total
 from integration.serving.server import Answer, Server
 
 RECORD_KEY = "nsa_metadata"
@@ -29,14 +28,14 @@ PROBE_SETTLES_S = 2.0
 SHORT_LENGTHS = (1, 5, 20, 63, 64, 65, 150, 400, 900, 1_300)
 NEW_TOKENS = 96
 LEAST_ASKS, MOST_ASKS = 2, 5
-# How far the tokens of a step may differ between arms where the batches differ.
+# How far the tokens of a step may differ between servers where the batches differ.
 ACCEPTANCE_LIMIT = 0.02
 
 Report = Callable[[str, dict[str, Any]], None]  # writes the figures of one part
 
 
 def prompts(lengths: Sequence[int], seed: int) -> list[list[int]]:
-    """Random ordinary tokens; the same for both arms, and no common beginnings."""
+    """Random ordinary tokens; the same for both servers, and no common beginnings."""
     source = random.Random(seed)
     return [source.choices(range(checkpoint.ORDINARY), k=length) for length in lengths]
 
@@ -58,14 +57,12 @@ def comparison(plugin: Answer, sglang: Answer, length: int) -> Row:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts over `comparison` rows, and the accepted drafts and tokens per step of both arms."""
-    accepted = accepted_drafts(rows)
+    """Counts over `comparison` rows, and the accepted drafts of both servers."""
     return {
         "prompts": len(rows),
         "tokens_compared": sum(row["tokens"] for row in rows),
         **{name: sum(row[name] for row in rows) for name in ("same_ids", "same_drafts", "same_finish")},
-        "accepted_drafts": accepted,
-        "tokens_per_step": {arm: mean_tokens(counts) for arm, counts in accepted.items()},
+        "accepted_drafts": accepted_drafts(rows),
         "each": list(rows),
     }
 
@@ -76,18 +73,21 @@ def mismatches(rows: Iterable[Row]) -> list[Row]:
 
 
 def one_at_a_time(
-    arms: Arms, asked: Sequence[Sequence[int]], new_tokens: int | None = NEW_TOKENS, **options: Any
+    servers: AbServers,
+    asked: Sequence[Sequence[int]],
+    new_tokens: int | None = NEW_TOKENS,
+    **options: Any,
 ) -> list[Row]:
-    """Each prompt to both arms in turn."""
+    """Each prompt to both servers in turn."""
     rows = []
     for prompt in asked:
-        answers = {n: arm.server.generate(prompt, new_tokens, **options) for n, arm in arms.items()}
+        answers = {n: server.generate(prompt, new_tokens, **options) for n, server in servers.items()}
         rows.append(comparison(answers["plugin"], answers["sglang"], len(prompt)))
     return rows
 
 
-def at_once(arms: Arms, count: int, seed: int) -> Row:
-    """``count`` prompts in one request, several times to each arm.
+def at_once(servers: AbServers, count: int, seed: int) -> Row:
+    """``count`` prompts in one request, several times to each server.
 
     Which requests share a batch changes bfloat16 sums, and with a near tie tokens. A prompt is different
     where no answer of the plugin is one of SGLang's; both are asked again before that is believed. New
@@ -96,11 +96,11 @@ def at_once(arms: Arms, count: int, seed: int) -> Row:
     source = random.Random(seed)
     asked = prompts([source.choice(SHORT_LENGTHS[1:8]) for _ in range(count)], seed)
     new_tokens = [NEW_TOKENS // 2 + 8 * (i % 7) for i in range(count)]
-    answers: dict[str, list[list[Answer]]] = {name: [] for name in arms}
+    answers: dict[str, list[list[Answer]]] = {name: [] for name in servers}
     for asks in range(1, MOST_ASKS + 1):
-        for name, arm in arms.items():
-            arm.server.flush_cache()
-            answers[name].append(arm.server.generate_batch(asked, new_tokens))
+        for name, server in servers.items():
+            server.flush_cache()
+            answers[name].append(server.generate_batch(asked, new_tokens))
         row = repeated(answers["plugin"], answers["sglang"])
         if asks >= LEAST_ASKS and not row["different"]:
             break
@@ -118,7 +118,7 @@ def repeated(plugin: Sequence[Sequence[Answer]], sglang: Sequence[Sequence[Answe
         repeatable += expected.count(expected[0]) == len(expected)
         different += not any(answer.output_ids in expected for answer in ours)
     accepted = {
-        name: reduce(added, (answer.histogram for ask in asks for answer in ask), [])
+        name: total(answer.histogram for ask in asks for answer in ask)
         for name, asks in (("plugin", plugin), ("sglang", sglang))
     }
     return {
@@ -131,11 +131,11 @@ def repeated(plugin: Sequence[Sequence[Answer]], sglang: Sequence[Sequence[Answe
 
 
 def assert_alike(rows: Sequence[Row]) -> None:
-    """No prompt of `at_once` got other tokens, and most of them can tell."""
+    """No prompt of `at_once` got other tokens, and SGLang repeats its answer to most of them."""
     assert [row for row in rows if row["different"]] == []
-    told, asked = sum(row["repeatable"] for row in rows), sum(row["prompts"] for row in rows)
-    assert 2 * told > asked, (
-        f"SGLang repeats itself for {told} of {asked} prompts: too few tell anything"
+    repeatable, asked = (sum(row[name] for row in rows) for name in ("repeatable", "prompts"))
+    assert 2 * repeatable > asked, (
+        f"SGLang repeats its answer to {repeatable} of {asked} prompts: too few to compare"
     )
 
 
@@ -160,23 +160,23 @@ def records(target: Server) -> list[dict[str, Any]]:
     return [dict(state[RECORD_KEY]) for state in states]
 
 
-def processes(arm: Arm) -> list[dict[str, Any]]:
+def processes(server: AbServer) -> list[dict[str, Any]]:
     """What the probe wrote in each process that loads plugins."""
-    return [json.loads(path.read_text()) for path in sorted(arm.probe_dir.glob("*.json"))]
+    return [json.loads(path.read_text()) for path in sorted(server.probe_dir.glob("*.json"))]
 
 
-def schedulers_figures(arm: Arm) -> list[dict[str, Any]]:
+def schedulers_figures(server: AbServer) -> list[dict[str, Any]]:
     """The probe's figures of each scheduler; it writes them when no replay ran for a moment."""
     time.sleep(PROBE_SETTLES_S)
-    return [figures for figures in processes(arm) if "fill_us" in figures]
+    return [figures for figures in processes(server) if "fill_us" in figures]
 
 
-def scheduler_figures(arm: Arm) -> dict[str, Any]:
+def scheduler_figures(server: AbServer) -> dict[str, Any]:
     """The same of a server with one scheduler."""
-    timed = schedulers_figures(arm)
+    timed = schedulers_figures(server)
     assert len(timed) == 1, (
-        f"server {arm.server.name}: {len(timed)} processes in {arm.probe_dir} timed draft-extend "
-        f"replays, expected 1; see {arm.server.log_path}"
+        f"server {server.name}: {len(timed)} processes in {server.probe_dir} timed draft-extend "
+        f"replays, expected 1; see {server.log_path}"
     )
     return timed[0]
 
@@ -186,11 +186,11 @@ def in_graph(probe: Mapping[str, Any]) -> bool:
     return "replays" in probe
 
 
-def check_record(arms: Arms, report: Report) -> None:
+def check_record(servers: AbServers, report: Report) -> None:
     """Every captured draft-extend step went through the plugin, none through SGLang's own fill."""
-    probe, record = scheduler_figures(arms["plugin"]), read_record(arms["plugin"].server)
+    probe, record = scheduler_figures(servers["plugin"]), read_record(servers["plugin"])
     steps = probe["replays"] if in_graph(probe) else probe["fills"]
-    report(f"{arms.setup.name}.record", {"record": record, "probe_steps": steps})
+    report(f"{servers.setup.name}.record", {"record": record, "probe_steps": steps})
     assert record["backend"] == "cuda", record
     assert record["fallbacks"] == {}, record
     assert record["pid"] == probe["pid"]
@@ -202,9 +202,9 @@ def check_record(arms: Arms, report: Report) -> None:
         assert record["launches"] == steps
 
 
-def needs_graphs(arms: Arms) -> None:
+def needs_graphs(servers: AbServers) -> None:
     """Skips where this SGLang runs draft-extend without a graph."""
-    if read_record(arms["plugin"].server)["adapter"] != "in-graph":
+    if read_record(servers["plugin"])["adapter"] != "in-graph":
         pytest.skip("this SGLang runs draft-extend without a graph")
 
 

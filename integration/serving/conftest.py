@@ -1,8 +1,8 @@
 """Options, the running servers and the result file of the serving tests.
 
-A test file names the servers that its tests use in ``SETUPS``; a test that takes ``arms`` runs once for
-each of them. Environment: NSA_RESULTS_DIR for the result file, NSA_LOG_DIR to keep the servers' logs and
-the probe's files, NSA_COMMIT where there is no git repository.
+A test file names the servers that its tests use in ``SETUPS``; a test that takes ``servers`` runs once
+for each of them. Environment: NSA_RESULTS_DIR for the result file, NSA_LOG_DIR to keep the servers' logs
+and the probe's files, NSA_COMMIT where there is no git repository.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 from integration import result_files
 from integration.serving import checkpoint
-from integration.serving.ab_servers import Arms, Fleet, Setup
+from integration.serving.ab_servers import AbServers, Fleet, Setup
 
 COMMAND = "make serve-test"
 PRINTED = 600  # characters of each part
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Without this a SIGTERM would end pytest at once and leave servers behind on the GPU.
+    # Without this a SIGTERM would end pytest at once and leave servers running on the GPU.
     signal.signal(signal.SIGTERM, lambda *_: pytest.exit("ended by SIGTERM", returncode=143))
 
 
@@ -87,9 +87,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "arms" in metafunc.fixturenames:
+    if "servers" in metafunc.fixturenames:
         setups = metafunc.module.SETUPS
-        metafunc.parametrize("arms", setups, indirect=True, ids=[s.name for s in setups], scope="module")
+        metafunc.parametrize(
+            "servers", setups, indirect=True, ids=[s.name for s in setups], scope="module"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -106,7 +108,7 @@ def fleet(
     collected: dict[str, Setup] = {}
     for item in request.session.items:
         parameters = getattr(item, "callspec", None)
-        setup = parameters.params.get("arms") if parameters else None
+        setup = parameters.params.get("servers") if parameters else None
         if setup is not None and setup.gpus <= gpus:
             collected.setdefault(setup.name, setup)
     with Fleet(
@@ -116,13 +118,13 @@ def fleet(
 
 
 @pytest.fixture(scope="module")
-def arms(
+def servers(
     fleet: Fleet,
     gpus: int,
     model: Path,
     report: Callable[[str, dict[str, Any]], None],
     request: pytest.FixtureRequest,
-) -> Iterator[Arms]:
+) -> Iterator[AbServers]:
     """The servers of one setup, started together: by default with the plugin and as SGLang is."""
     setup: Setup = request.param
     if gpus < setup.gpus:
@@ -135,12 +137,12 @@ def arms(
         fleet.done(setup)
 
 
-def _started(running: Arms, model: Path) -> dict[str, Any]:
+def _started(running: AbServers, model: Path) -> dict[str, Any]:
     return {
         name: {
-            "ready_after_s": round(arm.server.ready_after_s or 0.0, 1),
-            "command": " ".join(["python3", *arm.server.command[1:]]).replace(str(model), "MODEL"),
-            "environment": dict(running.setup.arms[name]),
+            "ready_after_s": round(server.ready_after_s or 0.0, 1),
+            "command": " ".join(["python3", *server.command[1:]]).replace(str(model), "MODEL"),
+            "environment": dict(running.setup.environments[name]),
         }
-        for name, arm in running.items()
+        for name, server in running.items()
     }

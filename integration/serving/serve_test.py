@@ -63,7 +63,7 @@ def run(name: str, pytest_options: list[str]) -> bool:
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before ``--`` and what stands behind."""
+    """The arguments before ``--`` and those after it."""
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]
 

@@ -1,6 +1,6 @@
 """One wrong metadata tensor at a time: the comparison sees each that anything reads.
 
-The probe makes the tensor wrong behind the plugin's fill, in the captured graph, see integration/serving/probe/.
+The probe (``probe/``) corrupts the tensor after the plugin's fill, in the captured graph.
 Greedy tokens do not depend on drafts, so the accepted drafts tell. So does a server that ends or hangs.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from integration.serving.ab_servers import MANY, PLUGIN_ENV, SGLANG_ENV, Arms, Setup
+from integration.serving.ab_servers import MANY, PLUGIN_ENV, SGLANG_ENV, AbServers, Setup
 from integration.serving.compare import Report, mismatches, needs_graphs, one_at_a_time, prompts, summary
 from integration.serving.server import ServerError
 
@@ -31,65 +31,67 @@ UNREAD = {
 }
 FIELDS = (*READ, *HANGS, *UNREAD)
 CORRUPTIBLE = {**PLUGIN_ENV, "NSA_PROBE_CORRUPT": ",".join(FIELDS)}
-SETUPS = (Setup("corruption", MANY, arms={"plugin": CORRUPTIBLE, "sglang": SGLANG_ENV}),)
+SETUPS = (Setup("corruption", MANY, environments={"plugin": CORRUPTIBLE, "sglang": SGLANG_ENV}),)
 ASKED = prompts((5, 40, 64, 150, 300, 700, 1_300), seed=81)
 LIMIT_S = 20.0  # an answer takes less than one; a wrong length may make a kernel wait forever
 
 
 @pytest.fixture(autouse=True)
-def _captured(arms: Arms) -> None:
-    needs_graphs(arms)
+def _captured(servers: AbServers) -> None:
+    needs_graphs(servers)
 
 
-def test_without_corruption_both_arms_are_alike(arms: Arms, report: Report) -> None:
-    rows = ask(arms)
+def test_without_corruption_both_arms_are_alike(servers: AbServers, report: Report) -> None:
+    rows = ask(servers)
     report("corruption.none", summary(rows))
     assert mismatches(rows) == []
 
 
 @pytest.mark.parametrize("field", UNREAD)
-def test_nothing_reads_this_tensor(arms: Arms, report: Report, field: str) -> None:
-    found = corrupted(arms, field)
+def test_nothing_reads_this_tensor(servers: AbServers, report: Report, field: str) -> None:
+    found = corrupted(servers, field)
     report(f"corruption.{field}", {"unread": UNREAD[field], **found})
     assert found["caught_by"] == []
 
 
 @pytest.mark.parametrize("field", READ)
-def test_a_wrong_tensor_is_caught(arms: Arms, report: Report, field: str) -> None:
-    found = corrupted(arms, field)
+def test_a_wrong_tensor_is_caught(servers: AbServers, report: Report, field: str) -> None:
+    found = corrupted(servers, field)
     report(f"corruption.{field}", {"read_by": READ[field], **found})
     assert found["caught_by"] != []
 
 
-def test_both_arms_are_alike_again(arms: Arms, report: Report) -> None:
-    """What was seen came from the wrong tensors and from nothing that stayed behind."""
-    rows = ask(arms)
+def test_both_arms_are_alike_again(servers: AbServers, report: Report) -> None:
+    """The differences came from the corrupted tensors; nothing of them is left."""
+    rows = ask(servers)
     report("corruption.none_again", summary(rows))
     assert mismatches(rows) == []
 
 
 @pytest.mark.parametrize("field", HANGS)
-def test_a_wrong_tensor_that_the_server_does_not_outlive(arms: Arms, report: Report, field: str) -> None:
-    found = corrupted(arms, field)
+def test_a_wrong_tensor_that_the_server_does_not_outlive(
+    servers: AbServers, report: Report, field: str
+) -> None:
+    found = corrupted(servers, field)
     report(f"corruption.{field}", {"read_by": HANGS[field], **found})
     assert found["caught_by"] != []
 
 
-def ask(arms: Arms) -> list[dict[str, Any]]:
+def ask(servers: AbServers) -> list[dict[str, Any]]:
     """All prompts, without pages that an earlier one left in the cache."""
-    for arm in arms.values():
-        arm.server.flush_cache()
-    return one_at_a_time(arms, ASKED, limit_s=LIMIT_S)
+    for server in servers.values():
+        server.flush_cache()
+    return one_at_a_time(servers, ASKED, limit_s=LIMIT_S)
 
 
-def corrupted(arms: Arms, field: str) -> dict[str, Any]:
+def corrupted(servers: AbServers, field: str) -> dict[str, Any]:
     """What the comparison says while one tensor is wrong."""
-    arms["plugin"].corrupt(field)
+    servers["plugin"].corrupt(field)
     try:
-        rows = ask(arms)
+        rows = ask(servers)
     except ServerError as error:
         return {"caught_by": ["server"], "error": str(error).partition("\n")[0]}
-    arms["plugin"].corrupt()
+    servers["plugin"].corrupt()
     found = summary(rows)
     caught = {"tokens": "same_ids", "finish": "same_finish", "accepted drafts": "same_drafts"}
     return {"caught_by": [what for what, same in caught.items() if found[same] < len(rows)], **found}

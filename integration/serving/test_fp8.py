@@ -1,8 +1,8 @@
-"""FP8 KV cache and FlashMLA's other kernel, which has metadata of its own: both arms alike."""
+"""FP8 KV cache and FlashMLA's other kernel, which has metadata of its own: both servers alike."""
 
 from __future__ import annotations
 
-from integration.serving.ab_servers import FP8, MANY, Arms, Setup
+from integration.serving.ab_servers import FP8, MANY, AbServers, Setup
 from integration.serving.compare import (
     SHORT_LENGTHS,
     Report,
@@ -18,17 +18,17 @@ from integration.serving.compare import (
 SETUPS = (Setup("fp8", (*MANY, *FP8), decode_backend="flashmla_kv"),)
 
 
-def test_one_at_a_time(arms: Arms, report: Report) -> None:
-    rows = one_at_a_time(arms, prompts(SHORT_LENGTHS, seed=31))
+def test_one_at_a_time(servers: AbServers, report: Report) -> None:
+    rows = one_at_a_time(servers, prompts(SHORT_LENGTHS, seed=31))
     report("fp8.one_at_a_time", summary(rows))
     assert mismatches(rows) == []
 
 
-def test_many_at_once(arms: Arms, report: Report) -> None:
-    rows = [at_once(arms, count, seed=30 + count) for count in (3, 16, 24)]
+def test_many_at_once(servers: AbServers, report: Report) -> None:
+    rows = [at_once(servers, count, seed=30 + count) for count in (3, 16, 24)]
     report("fp8.many_at_once", {"each": rows})
     assert_alike(rows)
 
 
-def test_record(arms: Arms, report: Report) -> None:
-    check_record(arms, report)
+def test_record(servers: AbServers, report: Report) -> None:
+    check_record(servers, report)

@@ -1,9 +1,9 @@
-"""48 clients on each arm, for minutes: nothing fails or hangs, memory stays, drafts are accepted.
+"""48 clients on each server, for minutes: nothing fails or hangs, memory stays, drafts are accepted.
 
     python -m pytest integration/serving/test_load.py -v -s [--load-s 120]
 
-Both arms are under the same load at the same time. A wrong length makes a kernel wait forever instead of
-failing, so each request has a limit, behind which its server counts as broken.
+Both servers are loaded alike at the same time. A wrong length makes a kernel wait forever instead of
+failing, so each request has a limit, after which its server counts as broken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import psutil
 import pytest
 
-from integration.serving.ab_servers import NO_PROBE, PLUGIN_ENV, SGLANG_ENV, Arm, Arms, Setup
+from integration.serving.ab_servers import NO_PROBE, PLUGIN_ENV, SGLANG_ENV, AbServer, AbServers, Setup
 from integration.serving.ab_stats import GPU_GROWTH_MIB, added, mean_tokens
 from integration.serving.compare import Report, gpu_memory_mib, prompts, read_record, relative
 from integration.serving.server import Server, ServerError
@@ -30,7 +30,7 @@ SETUPS = (
     Setup(
         "load",
         ("--cuda-graph-max-bs", "48", *GRAPHS),
-        arms={"plugin": {**PLUGIN_ENV, **NO_PROBE}, "sglang": {**SGLANG_ENV, **NO_PROBE}},
+        environments={"plugin": {**PLUGIN_ENV, **NO_PROBE}, "sglang": {**SGLANG_ENV, **NO_PROBE}},
     ),
 )
 CLIENTS = 48
@@ -45,7 +45,7 @@ HOST_GROWTH_MIB = 128
 
 @dataclass
 class Load:
-    """What the clients of one arm have seen."""
+    """What the clients of one server have seen."""
 
     requests: Counter[str] = field(default_factory=Counter)
     accepted: list[int] = field(default_factory=list)
@@ -54,30 +54,30 @@ class Load:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def test_mixed_load(arms: Arms, report: Report, request: pytest.FixtureRequest) -> None:
+def test_mixed_load(servers: AbServers, report: Report, request: pytest.FixtureRequest) -> None:
     seconds = request.config.getoption("--load-s")
-    loads = {name: Load() for name in arms}
+    loads = {name: Load() for name in servers}
     deadline = time.monotonic() + seconds
     clients = [
-        threading.Thread(target=client, args=(arm.server, loads[name], number, deadline), daemon=True)
-        for name, arm in arms.items()
+        threading.Thread(target=client, args=(server, loads[name], number, deadline), daemon=True)
+        for name, server in servers.items()
         for number in range(CLIENTS)
     ]
     for each in clients:
         each.start()
     samples = []
     while time.monotonic() < deadline and not any(load.errors for load in loads.values()):
-        samples.append(memory(arms))
+        samples.append(memory(servers))
         time.sleep(SAMPLE_EVERY_S)
     for each in clients:
         each.join(HANG_S + 10)
     tokens_per_step = {name: mean_tokens(load.accepted) for name, load in loads.items()}
     apart = relative(**tokens_per_step) if all(tokens_per_step.values()) else 1.0
-    record = {} if arms["plugin"].server.broken else read_record(arms["plugin"].server)
-    # An arm's sample can hold gigabytes of a process that comes and goes: SGLang's own has them, too.
+    record = {} if servers["plugin"].broken else read_record(servers["plugin"])
+    # A sample can hold gigabytes of a process that comes and goes, also without the plugin.
     grown = {
         "gpu": growth(samples, "gpu", max),
-        **{name: growth(samples, name, statistics.median_low) for name in arms},
+        **{name: growth(samples, name, statistics.median_low) for name in servers},
     }
     figures = {
         "seconds": seconds,
@@ -85,7 +85,6 @@ def test_mixed_load(arms: Arms, report: Report, request: pytest.FixtureRequest) 
         "requests": {name: dict(load.requests) for name, load in loads.items()},
         "new_tokens": {name: load.tokens for name, load in loads.items()},
         "tokens_per_step": tokens_per_step,
-        "apart": apart,
         "memory_mib": {"grown": grown, "first": samples[0], "last": samples[-1]},
         "errors": {name: load.errors[:3] for name, load in loads.items()},
         "record": record,
@@ -102,7 +101,7 @@ def test_mixed_load(arms: Arms, report: Report, request: pytest.FixtureRequest) 
 
 
 def client(target: Server, load: Load, number: int, deadline: float) -> None:
-    """Requests of one client, one after the other; the same in both arms."""
+    """Requests of one client, one after the other; the same in both servers."""
     source = random.Random(number)
     while time.monotonic() < deadline and target.broken is None:
         prompt, new_tokens = draw(source)
@@ -130,20 +129,23 @@ def draw(source: random.Random) -> tuple[list[int], int]:
     return prompt, source.choice(NEW_TOKENS)
 
 
-def memory(arms: Arms) -> dict[str, int]:
-    """MiB in use: of the GPU, and of each arm's processes on the host."""
-    return {"gpu": sum(gpu_memory_mib()), **{name: resident_mib(arm) for name, arm in arms.items()}}
+def memory(servers: AbServers) -> dict[str, int]:
+    """MiB in use: of the GPU, and of each server's processes on the host."""
+    return {
+        "gpu": sum(gpu_memory_mib()),
+        **{name: resident_mib(server) for name, server in servers.items()},
+    }
 
 
-def resident_mib(arm: Arm) -> int:
-    process = arm.server.process
+def resident_mib(server: AbServer) -> int:
+    process = server.process
     assert process is not None
     try:
         tree = psutil.Process(process.pid)
         sizes = [each.memory_info().rss for each in (tree, *tree.children(recursive=True))]
     except psutil.NoSuchProcess:  # the server has just ended; its clients say so
         return 0
-    return sum(sizes) >> 20
+    return int(sum(sizes)) >> 20
 
 
 def growth(samples: list[dict[str, int]], name: str, value: Callable[[Iterable[int]], int]) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from integration.serving.ab_servers import Arms, Setup
+from integration.serving.ab_servers import AbServers, Setup
 from integration.serving.compare import (
     SHORT_LENGTHS,
     Report,
@@ -37,38 +37,38 @@ SETUPS = (TENSOR, DATA)
 NEW_TOKENS = 96
 
 
-def test_one_at_a_time(arms: Arms, report: Report) -> None:
+def test_one_at_a_time(servers: AbServers, report: Report) -> None:
     """Data parallel: every request to rank 0, while rank 1 idles; then every one to rank 1."""
-    ranks = range(RANKS) if arms.setup is DATA else (None,)
+    ranks = range(RANKS) if servers.setup is DATA else (None,)
     rows = [
         row
         for rank in ranks
-        for row in one_at_a_time(arms, prompts(SHORT_LENGTHS, 101), NEW_TOKENS, routed_dp_rank=rank)
+        for row in one_at_a_time(servers, prompts(SHORT_LENGTHS, 101), NEW_TOKENS, routed_dp_rank=rank)
     ]
-    report(f"{arms.setup.name}.one_at_a_time", summary(rows))
+    report(f"{servers.setup.name}.one_at_a_time", summary(rows))
     assert mismatches(rows) == []
 
 
-def test_both_ranks_at_once(arms: Arms, report: Report) -> None:
-    """One request on each rank, the same ones in both arms."""
-    if arms.setup is not DATA:
+def test_both_ranks_at_once(servers: AbServers, report: Report) -> None:
+    """One request on each rank, the same ones in both servers."""
+    if servers.setup is not DATA:
         pytest.skip("one scheduler for all ranks")
     rows = []
     for pair in zip(prompts(SHORT_LENGTHS, 102), prompts(SHORT_LENGTHS, 103), strict=True):
-        answers = {name: on_each_rank(arms, name, pair) for name in arms}
+        answers = {name: on_each_rank(servers, name, pair) for name in servers}
         rows += [
-            comparison(*both, len(prompt))
-            for *both, prompt in zip(answers["plugin"], answers["sglang"], pair, strict=True)
+            comparison(ours, theirs, len(prompt))
+            for ours, theirs, prompt in zip(answers["plugin"], answers["sglang"], pair, strict=True)
         ]
     found = summary(rows)
-    report(f"{arms.setup.name}.both_ranks", found)
+    report(f"{servers.setup.name}.both_ranks", found)
     # when a rank joins differs from run to run, and with it bfloat16 sums: most, not all, are alike
     assert found["same_ids"] > 0.8 * len(rows)
     assert all(row["same_finish"] for row in rows)
 
 
-def on_each_rank(arms: Arms, name: str, pair: tuple[list[int], ...]) -> list[Answer]:
-    target = arms[name].server
+def on_each_rank(servers: AbServers, name: str, pair: tuple[list[int], ...]) -> list[Answer]:
+    target = servers[name]
     with ThreadPoolExecutor(RANKS) as pool:
         pending = [
             pool.submit(target.generate, prompt, NEW_TOKENS, routed_dp_rank=rank)
@@ -77,17 +77,17 @@ def on_each_rank(arms: Arms, name: str, pair: tuple[list[int], ...]) -> list[Ans
         return [future.result() for future in pending]
 
 
-def test_every_rank_is_in_the_graph_and_decided_alike(arms: Arms, report: Report) -> None:
-    asked = records(arms["plugin"].server)
-    probed = [figures["plugin_record"] for figures in schedulers_figures(arms["plugin"])]
-    report(f"{arms.setup.name}.record", {"asked": asked, "of_every_process": probed})
+def test_every_rank_is_in_the_graph_and_decided_alike(servers: AbServers, report: Report) -> None:
+    asked = records(servers["plugin"])
+    probed = [figures["plugin_record"] for figures in schedulers_figures(servers["plugin"])]
+    report(f"{servers.setup.name}.record", {"asked": asked, "of_every_process": probed})
     assert len(probed) == RANKS
-    assert len(asked) == (RANKS if arms.setup is DATA else 1)
+    assert len(asked) == (RANKS if servers.setup is DATA else 1)
     assert probed[0]["adapter"] == "in-graph"
     assert decided(probed[0]) == decided(probed[1])
     assert all(record["replays"] > 0 for record in probed)
     assert all(record["fallbacks"] == {} for record in probed)
-    if arms.setup is TENSOR:
+    if servers.setup is TENSOR:
         assert probed[0]["replays"] == probed[1]["replays"]
 
 

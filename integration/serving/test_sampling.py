@@ -2,13 +2,13 @@
 
 SGLang takes a seed of each request only for deterministic inference, which it refuses with this
 attention. What is left is the seed of the server: one random stream that every step of every request
-moves on. So each arm gets the same requests in the same order, and a second SGLang shows how far SGLang
-repeats itself: behind the first difference between the two nothing can be compared.
+advances. So each server gets the same requests in the same order, and a second SGLang shows how far it
+repeats itself: after the first difference between those two nothing can be compared.
 """
 
 from __future__ import annotations
 
-from integration.serving.ab_servers import MANY, PLUGIN_ENV, SGLANG_ENV, Arms, Setup
+from integration.serving.ab_servers import MANY, PLUGIN_ENV, SGLANG_ENV, AbServers, Setup
 from integration.serving.compare import (
     NEW_TOKENS,
     Report,
@@ -23,7 +23,7 @@ SETUPS = (
     Setup(
         "sampling",
         (*MANY, "--random-seed", "7"),
-        arms={"plugin": PLUGIN_ENV, "sglang": SGLANG_ENV, "again": SGLANG_ENV},
+        environments={"plugin": PLUGIN_ENV, "sglang": SGLANG_ENV, "again": SGLANG_ENV},
     ),
 )
 LENGTHS = (5, 20, 64, 150, 400, 900, 30, 65, 200, 1_200)
@@ -31,13 +31,13 @@ TEMPERATURES = (0.3, 0.7, 1.0)
 LEAST_COMPARED = 3
 
 
-def test_seeded_sampling(arms: Arms, report: Report) -> None:
+def test_seeded_sampling(servers: AbServers, report: Report) -> None:
     rows, compared = [], 0
     for number, prompt in enumerate(prompts(LENGTHS, seed=61)):
         temperature = TEMPERATURES[number % len(TEMPERATURES)]
         answers = {
-            name: arm.server.generate(prompt, NEW_TOKENS, temperature=temperature)
-            for name, arm in arms.items()
+            name: server.generate(prompt, NEW_TOKENS, temperature=temperature)
+            for name, server in servers.items()
         }
         if mismatches([comparison(answers["again"], answers["sglang"], len(prompt))]):
             break
@@ -48,14 +48,14 @@ def test_seeded_sampling(arms: Arms, report: Report) -> None:
     assert mismatches(rows) == []
 
 
-def test_temperature_changes_the_tokens(arms: Arms, report: Report) -> None:
+def test_temperature_changes_the_tokens(servers: AbServers, report: Report) -> None:
     """Else the test above would compare greedy answers."""
     (prompt,) = prompts((150,), seed=62)
-    target = arms["sglang"].server
+    target = servers["sglang"]
     answers = [target.generate(prompt, NEW_TOKENS, temperature=t).output_ids for t in (0.0, 1.0)]
     report("sampling.differs_from_greedy", {"differs": answers[0] != answers[1]})
     assert answers[0] != answers[1]
 
 
-def test_record(arms: Arms, report: Report) -> None:
-    check_record(arms, report)
+def test_record(servers: AbServers, report: Report) -> None:
+    check_record(servers, report)

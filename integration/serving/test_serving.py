@@ -10,13 +10,12 @@ Every pair of timings sends the same request to both servers in turn, in alterna
 from __future__ import annotations
 
 import re
-from functools import reduce
 from pathlib import Path
 
 import pytest
 
-from integration.serving.ab_servers import PLUGIN_ENV, Arms, Setup, start_arms
-from integration.serving.ab_stats import added, mean_tokens
+from integration.serving.ab_servers import PLUGIN_ENV, AbServers, Setup, start_servers
+from integration.serving.ab_stats import total
 from integration.serving.compare import (
     RECORD_KEY,
     Report,
@@ -55,9 +54,12 @@ SCHEDULER_LINE = r"sglang-nsa-plugin \S+: adapter \S+, implementation \w+"
 SETUPS = (Setup("core"),)
 
 
-def test_plugin_is_found_in_both_processes(arms: Arms, report: Report) -> None:
-    found = {name: {p["role"]: p["plugin_loaded"] for p in processes(arm)} for name, arm in arms.items()}
-    log = arms["plugin"].server.log()
+def test_plugin_is_found_in_both_processes(servers: AbServers, report: Report) -> None:
+    found = {
+        name: {p["role"]: p["plugin_loaded"] for p in processes(server)}
+        for name, server in servers.items()
+    }
+    log = servers["plugin"].log()
     lines = {
         role: match[0] if (match := re.search(pattern, log)) else None
         for role, pattern in (("launcher", LAUNCHER_LINE), ("scheduler", SCHEDULER_LINE))
@@ -65,15 +67,15 @@ def test_plugin_is_found_in_both_processes(arms: Arms, report: Report) -> None:
     report("discovery", {"plugin_loaded": found, "log_lines": lines})
     assert found["plugin"] == {"launcher": True, "scheduler": True}
     assert found["sglang"] == {"launcher": False, "scheduler": False}
-    assert lines["launcher"], f"no line like {LAUNCHER_LINE!r} in {arms['plugin'].server.log_path}"
-    assert lines["scheduler"], f"no line like {SCHEDULER_LINE!r} in {arms['plugin'].server.log_path}"
-    assert "sglang-nsa-plugin" not in arms["sglang"].server.log()
+    assert lines["launcher"], f"no line like {LAUNCHER_LINE!r} in {servers['plugin'].log_path}"
+    assert lines["scheduler"], f"no line like {SCHEDULER_LINE!r} in {servers['plugin'].log_path}"
+    assert "sglang-nsa-plugin" not in servers["sglang"].log()
 
 
-def test_same_tokens_one_at_a_time(arms: Arms, report: Report) -> None:
+def test_same_tokens_one_at_a_time(servers: AbServers, report: Report) -> None:
     """Token ids are equal, prompt by prompt; within index_topk the accepted drafts are, too."""
-    chosen, drawn = repeatable_prompts(arms["sglang"].server)
-    rows = one_at_a_time(arms, [*prompts(LENGTHS, seed=1), *chosen], NEW_TOKENS)
+    chosen, drawn = repeatable_prompts(servers["sglang"])
+    rows = one_at_a_time(servers, [*prompts(LENGTHS, seed=1), *chosen], NEW_TOKENS)
     figures = {
         "new_tokens": NEW_TOKENS,
         "within_index_topk": sum(row["deterministic"] for row in rows),
@@ -89,41 +91,40 @@ def test_same_tokens_one_at_a_time(arms: Arms, report: Report) -> None:
     assert all(drafts), f"0, 1, 2 and 3 drafts should be accepted: {drafts}"
 
 
-def test_tokens_many_at_once(arms: Arms, report: Report) -> None:
+def test_tokens_many_at_once(servers: AbServers, report: Report) -> None:
     """Only reported: how requests fall into batches differs, and bfloat16 results with it."""
     batch = prompts(AT_ONCE_LENGTHS, seed=2)
-    answers = {name: arm.server.generate_at_once(batch, NEW_TOKENS)[0] for name, arm in arms.items()}
-    accepted = {name: reduce(added, (a.histogram for a in each), []) for name, each in answers.items()}
+    answers = {name: server.generate_at_once(batch, NEW_TOKENS)[0] for name, server in servers.items()}
+    accepted = {name: total(a.histogram for a in each) for name, each in answers.items()}
     pairs = zip(answers["plugin"], answers["sglang"], strict=True)
     figures = {
         "prompts": len(batch),
         "identical": sum(a.output_ids == b.output_ids for a, b in pairs),
         "accepted_drafts": accepted,
-        "tokens_per_step": {name: mean_tokens(counts) for name, counts in accepted.items()},
     }
     report("tokens_many_at_once", figures)
     for name, each in answers.items():
         assert all(len(a.output_ids) == NEW_TOKENS for a in each), f"{name}: an answer is short"
 
 
-def test_time_per_step(arms: Arms, report: Report) -> None:
+def test_time_per_step(servers: AbServers, report: Report) -> None:
     """One request at a time: seconds of the whole request over its speculative steps."""
-    figures = paired(arms["plugin"].server, arms["sglang"].server, step_milliseconds, STEP_PAIRS)
+    figures = paired(servers["plugin"], servers["sglang"], step_milliseconds, STEP_PAIRS)
     report("step_time", {"unit": "ms per speculative step, 1 request", **figures})
     assert 1 / WILD < figures["plugin_over_sglang"]["median"] < WILD
 
 
-def test_throughput(arms: Arms, report: Report) -> None:
+def test_throughput(servers: AbServers, report: Report) -> None:
     """16 requests at once: new tokens of all over the seconds until the last has ended."""
-    figures = paired(arms["plugin"].server, arms["sglang"].server, throughput, THROUGHPUT_PAIRS)
+    figures = paired(servers["plugin"], servers["sglang"], throughput, THROUGHPUT_PAIRS)
     report("throughput", {"unit": f"new tokens per second, {AT_ONCE} at once", **figures})
     assert 1 / WILD < figures["plugin_over_sglang"]["median"] < WILD
 
 
-def test_record_counts_every_step(arms: Arms, report: Report) -> None:
+def test_record_counts_every_step(servers: AbServers, report: Report) -> None:
     """Every draft-extend step of SGLang went through the plugin, none through SGLang's own fill."""
-    probe = scheduler_figures(arms["plugin"])
-    record = read_record(arms["plugin"].server)
+    probe = scheduler_figures(servers["plugin"])
+    record = read_record(servers["plugin"])
     steps = probe["replays"] if in_graph(probe) else probe["fills"]
     report("record", {"record": record, "probe_steps": steps})
     assert record["backend"] == "cuda", record
@@ -138,12 +139,12 @@ def test_record_counts_every_step(arms: Arms, report: Report) -> None:
     else:
         assert record["adapter"] == "eager", record
         assert record["launches"] == steps
-    assert RECORD_KEY not in arms["sglang"].server.server_info()["internal_states"][0]
+    assert RECORD_KEY not in servers["sglang"].server_info()["internal_states"][0]
 
 
-def test_published_fence_is_the_one_in_the_graph(arms: Arms, report: Report) -> None:
+def test_published_fence_is_the_one_in_the_graph(servers: AbServers, report: Report) -> None:
     """One event for each captured batch size that was replayed; SGLang makes one for each replay."""
-    figures = {name: scheduler_figures(arm) for name, arm in arms.items()}
+    figures = {name: scheduler_figures(server) for name, server in servers.items()}
     if not in_graph(figures["plugin"]):
         pytest.skip("this SGLang runs draft-extend without a graph, and so without such an event")
     fences = {name: {k: f[k] for k in ("distinct_fences", "replays")} for name, f in figures.items()}
@@ -153,8 +154,8 @@ def test_published_fence_is_the_one_in_the_graph(arms: Arms, report: Report) -> 
     assert sglang["distinct_fences"] > len(sglang["replays_by_batch_size"])
 
 
-def test_host_time_of_the_fill(arms: Arms, report: Report) -> None:
-    figures = {name: scheduler_figures(arm) for name, arm in arms.items()}
+def test_host_time_of_the_fill(servers: AbServers, report: Report) -> None:
+    figures = {name: scheduler_figures(server) for name, server in servers.items()}
     kept = ("fill_us", "before_replay_us", "replays", "replays_by_batch_size", "capture_bs", "fills")
     report("host_time", {name: {k: f[k] for k in kept if k in f} for name, f in figures.items()})
     if in_graph(figures["plugin"]):
@@ -163,7 +164,7 @@ def test_host_time_of_the_fill(arms: Arms, report: Report) -> None:
 
 
 def test_cost_of_a_coarse_fence(
-    arms: Arms,
+    servers: AbServers,
     model: Path,
     folder: Path,
     report: Report,
@@ -171,16 +172,16 @@ def test_cost_of_a_coarse_fence(
 ) -> None:
     """The plugin's own fence against SGLang's wait for the whole forward pass.
 
-    Takes the place of the arm without the plugin, so it has to be the last test.
+    Takes the place of the server without the plugin, so it has to be the last test.
     """
     if not request.config.getoption("--fence"):
         pytest.skip("asked for with --fence")
-    if not in_graph(scheduler_figures(arms["plugin"])):
+    if not in_graph(scheduler_figures(servers["plugin"])):
         pytest.skip("this SGLang waits for the whole forward pass anyway")
-    arms["sglang"].server.stop()
+    servers["sglang"].stop()
     coarse = {"coarse": {**PLUGIN_ENV, "SGLANG_FORCE_COARSE_WAR_BARRIER": "1"}}
-    with start_arms(Setup("coarse", arms=coarse), model, folder) as started:
-        waits, own = started["coarse"].server, arms["plugin"].server
+    with start_servers(Setup("coarse", environments=coarse), model, folder) as started:
+        waits, own = started["coarse"], servers["plugin"]
         figures = {
             "step_time": paired(waits, own, step_milliseconds, STEP_PAIRS),
             "throughput": paired(waits, own, throughput, THROUGHPUT_PAIRS),

@@ -3,8 +3,7 @@
     python -m pytest integration/serving/test_shadow_load.py -v -s [--load-s 390] [--budget-s 520]
 
 All servers share one GPU and compare every replay. The load ends when --load-s are over, or 20 s before
---budget-s are, counted from pytest's start. Each run writes a result file of its own,
-shadow-load-VERSION-TIME.json: runs add up.
+--budget-s are, counted from pytest's start. Each GPU has a result file, shadow-load-GPU-VERSION.json.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_shadow_serving import CHECKED, mixed_load
 
 from integration import result_files
 from integration.serving.ab_servers import FP8, MANY, NO_PROBE, START_LIMIT_S, Fleet, Setup
 from integration.serving.compare import read_record
 from integration.serving.server import ServerError
+from integration.serving.test_shadow_serving import CHECKED, mixed_load
 
 COMMAND = "make serve-test PART=shadow-load"
 ARM = {"checked": {**CHECKED, **NO_PROBE}}
@@ -59,8 +58,8 @@ def found(
 
 def _run(fleet: Fleet, setup: Setup, load_s: float, end: float) -> dict[str, Any]:
     try:
-        arms = fleet.ready(setup)
-        target = arms["checked"].server
+        servers = fleet.ready(setup)
+        target = servers["checked"]
         seconds = min(load_s, end - time.monotonic())
         requests = mixed_load(target, seconds, seed=target.port, at_once=AT_ONCE, new_tokens=NEW_TOKENS)
         record = read_record(target)
@@ -78,8 +77,7 @@ def _write(runs: dict[str, dict[str, Any]]) -> None:
     records = [run["record"] for run in runs.values() if "record" in run]
     total = {key: sum(record[key] for record in records) for key in SUMMED}
     total["fallbacks"] = sum(sum(record["fallbacks"].values()) for record in records)
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    file = f"shadow-load-{version('sglang')}-{stamp}.json"
+    file = f"shadow-load-{result_files.gpu_name()}-{version('sglang')}.json"
     print(f"\n{file}: {total}")
     result_files.merge(file, COMMAND, {"total": total, "servers": runs})
 

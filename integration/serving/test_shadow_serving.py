@@ -2,8 +2,8 @@
 
     python -m pytest integration/serving/test_shadow_serving.py -v -s [--shadow-s 60]
 
-Two servers share one GPU. In one the plugin is as it is; in the other the probe writes wrong numbers
-behind each of its fills.
+Two servers share one GPU. In one the plugin is as it is; in the other the probe writes wrong values
+after each of its fills.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from integration.serving import metrics_page
-from integration.serving.ab_servers import PLUGIN_ENV, Arm, Arms, Setup
+from integration.serving.ab_servers import PLUGIN_ENV, AbServer, AbServers, Setup
 from integration.serving.compare import Report, prompts, read_record, scheduler_figures
 from integration.serving.server import Server
 
@@ -26,7 +26,7 @@ SETUPS = (
     Setup(
         "shadow",
         ("--enable-metrics",),
-        arms={"checked": CHECKED, "corrupted": {**CHECKED, "NSA_PROBE_CORRUPT": FIELD}},
+        environments={"checked": CHECKED, "corrupted": {**CHECKED, "NSA_PROBE_CORRUPT": FIELD}},
     ),
 )
 NEW_TOKENS = 192
@@ -36,10 +36,10 @@ LENGTHS = (5, 64, 300, 1_500)
 STEPS = 1_000
 
 
-def test_a_planted_error_is_found_and_sglang_takes_over(arms: Arms, report: Report) -> None:
+def test_a_planted_error_is_found_and_sglang_takes_over(servers: AbServers, report: Report) -> None:
     """The first checks find it, the log says so, and the tokens after it are right."""
-    corrupted, checked = arms["corrupted"].server, arms["checked"].server
-    arms["corrupted"].corrupt(FIELD)
+    corrupted, checked = servers["corrupted"], servers["checked"]
+    servers["corrupted"].corrupt(FIELD)
     corrupted.generate([1, 2, 3], NEW_TOKENS)  # whose first steps may be wrong
     record = read_record(corrupted)
     answers = [
@@ -55,14 +55,16 @@ def test_a_planted_error_is_found_and_sglang_takes_over(arms: Arms, report: Repo
     assert [a == b for a, b in answers] == [True] * len(LENGTHS)
 
 
-def test_metrics_and_server_info_say_what_the_scheduler_counted(arms: Arms, report: Report) -> None:
+def test_metrics_and_server_info_say_what_the_scheduler_counted(
+    servers: AbServers, report: Report
+) -> None:
     """Before and after 1,000 replays, and in the server whose check has found a difference."""
-    checked = arms["checked"]
+    checked = servers["checked"]
     found = {"before": reported(checked)}
     begin = steps(found["before"]["server_info"])
-    while steps(read_record(checked.server)) < begin + STEPS:
-        checked.server.generate_at_once(prompts([64] * AT_ONCE[-1], seed=5), NEW_TOKENS)
-    found |= {"after": reported(checked), "with_mismatches": reported(arms["corrupted"])}
+    while steps(read_record(checked)) < begin + STEPS:
+        checked.generate_at_once(prompts([64] * AT_ONCE[-1], seed=5), NEW_TOKENS)
+    found |= {"after": reported(checked), "with_mismatches": reported(servers["corrupted"])}
     report("metrics", found)
     for name, each in found.items():
         assert each["server_info"] == each["scheduler"], name
@@ -71,12 +73,12 @@ def test_metrics_and_server_info_say_what_the_scheduler_counted(arms: Arms, repo
     assert found["with_mismatches"]["scheduler"]["fallbacks"]
 
 
-def reported(arm: Arm) -> dict[str, Any]:
+def reported(server: AbServer) -> dict[str, Any]:
     """One server's state in three places; the scheduler's own file is written once steps have paused."""
     return {
-        "scheduler": scheduler_figures(arm)["plugin_record"],
-        "server_info": read_record(arm.server),
-        "metrics": metrics_page.read(arm.server.url),
+        "scheduler": scheduler_figures(server)["plugin_record"],
+        "server_info": read_record(server),
+        "metrics": metrics_page.read(server.url),
     }
 
 
@@ -85,9 +87,9 @@ def steps(record: dict[str, Any]) -> int:
 
 
 def test_every_replay_under_mixed_load_is_checked(
-    arms: Arms, report: Report, request: pytest.FixtureRequest
+    servers: AbServers, report: Report, request: pytest.FixtureRequest
 ) -> None:
-    target = arms["checked"].server
+    target = servers["checked"]
     requests = mixed_load(target, request.config.getoption("--shadow-s"), seed=4)
     record = read_record(target)
     report("shadow_checked_load", {"requests": requests, "record": record})
@@ -103,7 +105,7 @@ def mixed_load(
     at_once: Sequence[int] = AT_ONCE,
     new_tokens: Sequence[int] = (32, NEW_TOKENS),
 ) -> int:
-    """Requests of random lengths, so many at once, for so long; returns how many were answered."""
+    """Requests of random lengths, `at_once` at a time; returns how many were answered."""
     source = random.Random(seed)
     begin, requests = time.monotonic(), 0
     while time.monotonic() - begin < seconds:

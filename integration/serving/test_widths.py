@@ -1,8 +1,8 @@
-"""Drafts of other lengths than 4: both arms alike."""
+"""Drafts of other lengths than 4: both servers alike."""
 
 from __future__ import annotations
 
-from integration.serving.ab_servers import MANY, Arms, Setup
+from integration.serving.ab_servers import MANY, AbServers, Setup
 from integration.serving.compare import (
     SHORT_LENGTHS,
     Report,
@@ -18,20 +18,20 @@ from integration.serving.compare import (
 SETUPS = tuple(Setup(f"width{count - 1}-{count}", MANY, draft_tokens=count) for count in (2, 4, 6))
 
 
-def test_one_at_a_time(arms: Arms, report: Report) -> None:
-    rows = one_at_a_time(arms, prompts(SHORT_LENGTHS, seed=41))
+def test_one_at_a_time(servers: AbServers, report: Report) -> None:
+    rows = one_at_a_time(servers, prompts(SHORT_LENGTHS, seed=41))
     figures = summary(rows)
-    report(f"{arms.setup.name}.one_at_a_time", figures)
+    report(f"{servers.setup.name}.one_at_a_time", figures)
     assert mismatches(rows) == []
     drafts = figures["accepted_drafts"]["sglang"]
-    assert len(drafts) == arms.setup.draft_tokens, "some step should accept all drafts"
+    assert len(drafts) == servers.setup.draft_tokens, "some step should accept all drafts"
 
 
-def test_many_at_once(arms: Arms, report: Report) -> None:
-    rows = [at_once(arms, count, seed=40 + count) for count in (7, 16)]
-    report(f"{arms.setup.name}.many_at_once", {"each": rows})
+def test_many_at_once(servers: AbServers, report: Report) -> None:
+    rows = [at_once(servers, count, seed=40 + count) for count in (7, 16)]
+    report(f"{servers.setup.name}.many_at_once", {"each": rows})
     assert_alike(rows)
 
 
-def test_record(arms: Arms, report: Report) -> None:
-    check_record(arms, report)
+def test_record(servers: AbServers, report: Report) -> None:
+    check_record(servers, report)

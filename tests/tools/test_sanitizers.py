@@ -1,18 +1,16 @@
-"""What integration/gpu/sanitizers.py makes of the tools' words, with a stand-in for compute-sanitizer."""
+"""What integration/gpu/sanitizers.py reads from the tools' output; compute-sanitizer is a stand-in."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from memcpy_trace import MemcpyTrace
 
-from integration.figures import gpu_figures
 from integration.gpu import sanitizers
 
-# Says of each tool what FINDING says, and of pytest what it says itself.
+# Prints FINDING as each tool's output, and a closing line of pytest.
 STAND_IN = """#!/bin/sh
 if [ "$1" = --help ]; then echo "  --kernel-name arg  filter"; exit; fi
 echo "========= COMPUTE-SANITIZER"
@@ -90,7 +88,7 @@ def test_all_findings_count_but_copies_that_sglang_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("told", "by"),
+    ("traced", "by"),
     [
         (["0x7ef0, 64 bytes, for ours.fill"], "ours.fill"),
         (["0x7ef0, 30 bytes, for ours.fill"], sanitizers.UNKNOWN),
@@ -105,41 +103,31 @@ def test_all_findings_count_but_copies_that_sglang_asked_for(
             "ours.fill",
         ),
     ],
-    ids=["inside", "ends before", "begins behind", "the newest", "again"],
+    ids=["inside", "ends before", "begins after", "the newest", "again"],
 )
-def test_a_copy_is_of_who_asked_for_it(told, by):
-    output = "".join(f"copy of {copy}\n" for copy in told) + READ
+def test_a_copy_is_of_who_asked_for_it(traced, by):
+    output = "".join(f"copy of {copy}\n" for copy in traced) + READ
     assert list(sanitizers.reads_by_copies(output)) == [(by, READ.rstrip())]
 
 
-def test_the_readme_names_who_asked_for_copies(stand_in):
-    stand_in(OF_SGLANGS_COPY)
-    tool = sanitizers.sanitize_tests()["initcheck"]
-    assert gpu_figures.copies_of_sglang("initcheck", tool) == (
-        "6 copies that SGLang asked for, by initcheck: 6 sglang.srt.backend.copy_"
-    )
-    with_ours = {**tool, "copies": {"sglang_nsa_plugin.kernels.torch._write": 1, **tool["copies"]}}
-    assert gpu_figures.copies_of_sglang("", with_ours) == gpu_figures.copies_of_sglang("", tool)
-
-
-def test_copies_are_told_as_they_are_looked_for(capsys):
+def test_copies_are_printed_as_they_are_looked_for(capsys):
     source = torch.zeros(3, 5)[:, :4]
     with MemcpyTrace("cpu"):
         for copied in (torch.empty(3, 4).copy_, torch.clone, lambda tensor: tensor.to("meta")):
             copied(source)
         torch.add(source, 1)
         source[0, 0].item()
-    told = [sanitizers.TOLD.fullmatch(line) for line in capsys.readouterr().out.splitlines()]
-    asker = f"{__name__}.test_copies_are_told_as_they_are_looked_for"
+    traced = [sanitizers.TRACED_COPY.fullmatch(line) for line in capsys.readouterr().out.splitlines()]
+    asker = f"{__name__}.test_copies_are_printed_as_they_are_looked_for"
     address = hex(source.data_ptr())
-    assert [copy.groupdict() for copy in told] == [
+    assert [copy.groupdict() for copy in traced] == [
         {"address": address, "bytes": size, "asker": by}
         for size, by in (("56", asker), ("56", asker), ("56", f"{__name__}.<lambda>"), ("4", asker))
     ]
 
 
 @pytest.mark.parametrize(
-    ("module", "dtype", "told"),
+    ("module", "dtype", "printed"),
     [
         (__name__, torch.int32, 0),
         ("sglang.srt.backend", torch.int32, 1),
@@ -148,8 +136,8 @@ def test_copies_are_told_as_they_are_looked_for(capsys):
     ],
     ids=["ours", "SGLang's", "ours, another type", "SGLang's, another type"],
 )
-def test_a_copy_that_a_kernel_makes_is_not_told(monkeypatch, capsys, module, dtype, told):
-    """Ours are; SGLang's are what it runs without the plugin, and between types torch takes a kernel."""
+def test_a_copy_that_a_kernel_makes_is_not_printed(monkeypatch, capsys, module, dtype, printed):
+    """SGLang's own copies are printed; between dtypes torch uses a kernel."""
     monkeypatch.setitem(globals(), "__name__", module)
     source = torch.arange(-2, 2, dtype=torch.int32)
     target = torch.full((3, 8), 7, dtype=dtype)
@@ -158,7 +146,7 @@ def test_a_copy_that_a_kernel_makes_is_not_told(monkeypatch, capsys, module, dty
         source.to(torch.int64)
     assert torch.equal(target[:, ::2], source.to(dtype).expand(3, 4))
     assert bool((target[:, 1::2] == 7).all())
-    assert capsys.readouterr().out.count("copy of") == told
+    assert capsys.readouterr().out.count("copy of") == printed
 
 
 def test_what_nothing_explains_is_shown(stand_in, capsys):
@@ -202,8 +190,8 @@ def test_our_kernels_alone_are_watched_where_that_is_possible(stand_in):
 
 
 def test_the_kernels_have_the_names_that_are_watched():
-    root = Path(sanitizers.__file__).resolve().parent.parent
-    sources = [*(root / "csrc").glob("*.cu"), root / "sglang_nsa_plugin" / "kernels" / "triton.py"]
+    csrc = sanitizers.ROOT / "csrc"
+    sources = [*csrc.glob("*.cu"), sanitizers.ROOT / "sglang_nsa_plugin" / "kernels" / "triton.py"]
     text = "".join(path.read_text() for path in sources)
     kernels = re.findall(r"__global__[^{;]*?(\w+)\(const __grid_constant__", text)
     assert len(kernels) == text.count("__global__")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
+import importlib
 import json
 import os
 import statistics
@@ -14,25 +16,32 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
+import requests
 import torch
 
-pytest.importorskip("sglang", reason="needs what SGLang brings: requests, psutil, safetensors")
-INTEGRATION = Path(__file__).resolve().parent.parent.parent / "integration"
-
-import psutil  # noqa: E402
-
-from integration import result_files  # noqa: E402
-from integration.figures import serve_figures  # noqa: E402
 from integration.serving import (
+    ab_servers,
     ab_stats,
     checkpoint,
     compare,
+    metrics_page,
     paired_timing,
     serve_test,
+    test_load,
 )
-from integration.serving.ab_servers import serve_args, stop_all  # noqa: E402
-from integration.serving.server import Answer, Server, ServerError, free_ports  # noqa: E402
+from integration.serving.ab_servers import SHARED_GPU_ARGS, serve_args, stop_all
+from integration.serving.server import (
+    Answer,
+    Server,
+    ServerError,
+    changed_environment,
+    free_ports,
+)
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SERVING = ROOT / "integration" / "serving"
 
 # A stand-in for `sglang.launch_server`: it takes --port and answers as the fixture expects.
 STAND_IN = """
@@ -146,7 +155,7 @@ def test_servers_of_a_fleet_end_side_by_side(tmp_path):
     for server in servers:
         server.wait_ready(20)
     begin = time.monotonic()
-    stop_all(SimpleNamespace(server=server) for server in servers)
+    stop_all(servers)
     assert time.monotonic() - begin < 5
     assert all(server.process is None for server in servers)
 
@@ -166,7 +175,7 @@ def test_ports_leave_room_for_the_one_that_sglang_derives():
     ],
 )
 def test_options_are_spelled_as_the_release_spells_them(monkeypatch, release, expected, absent):
-    monkeypatch.setattr("arms.version", lambda name: release)
+    monkeypatch.setattr(ab_servers, "version", lambda name: release)
     options = serve_args()
     assert set(expected) <= set(options)
     assert not any(option.startswith(absent) for option in options)
@@ -261,9 +270,9 @@ def test_a_batch_differs_where_no_answer_is_one_of_sglangs():
     assert (row["prompts"], row["repeatable"], row["different"]) == (3, 2, 1)
     with pytest.raises(AssertionError):
         compare.assert_alike([row])
-    untold = compare.repeated([[a, a], [a, b]], [[a, a], [b, b]])
+    unrepeatable = compare.repeated([[a, a], [a, b]], [[a, a], [b, b]])
     with pytest.raises(AssertionError, match="0 of 2 prompts"):
-        compare.assert_alike([untold])
+        compare.assert_alike([unrepeatable])
     compare.assert_alike([compare.repeated([[a, b]], [[a, b]])])
 
 
@@ -333,7 +342,7 @@ def test_the_probe_makes_one_tensor_wrong_while_it_is_asked_to(tmp_path, monkeyp
     from sglang_nsa_plugin.harness.diff import Diff
     from sglang_nsa_plugin.harness.graph_pair import GraphPair
 
-    monkeypatch.syspath_prepend(str(INTEGRATION / "probe"))
+    monkeypatch.syspath_prepend(str(SERVING / "probe"))
     import nsa_probe
 
     refresh = captured_fill.BackendFills.refresh_derived
@@ -367,7 +376,7 @@ def test_the_probe_can_do_the_least_that_a_hook_can(monkeypatch):
     from sglang_nsa_plugin.harness.graph_pair import GraphPair
     from sglang_nsa_plugin.state import STATE
 
-    monkeypatch.syspath_prepend(str(INTEGRATION / "probe"))
+    monkeypatch.syspath_prepend(str(SERVING / "probe"))
     import nsa_probe
 
     pair = GraphPair(torch.device("cpu"), (2, 3), draft_tokens=4, context_len=512, pool_size=12)
@@ -379,7 +388,7 @@ def test_the_probe_can_do_the_least_that_a_hook_can(monkeypatch):
         metadata = pair.ours.backend.decode_cuda_graph_metadata[bs]
         assert pair.ours.backend.forward_metadata is metadata
     assert result.first is None, result.first
-    assert STATE.replays == replays  # nobody of ours was asked
+    assert STATE.replays == replays  # the plugin was not called
 
 
 field_of = {
@@ -402,8 +411,10 @@ def slices(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Co
         "NSA_COMMIT": "none",
         **environment,
     }
-    command = [sys.executable, str(INTEGRATION / "serve_test.py"), *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+    command = [sys.executable, "-m", "integration.serving.serve_test", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False
+    )
 
 
 def failures(output: str) -> list[str]:
@@ -428,57 +439,6 @@ def test_slices_run_alone_and_merge_into_one_file(tmp_path):
     assert len({part["of"]["commit"] for part in parts.values()}) == 1
     assert parts["load"]["requests"]["plugin"]["answered"] > 48
     assert parts["memory.recapture"]["outcomes"] == {"plugin": "ended", "sglang": "ended"}
-
-
-def test_parts_that_stand_alone_stay_and_say_which_run_they_are_of(tmp_path, monkeypatch):
-    monkeypatch.setenv("NSA_RESULTS_DIR", str(tmp_path))
-    for commit, part, figure in (("a" * 40, "load", 1), ("b" * 40, "load", 2), ("c" * 40, "core", 3)):
-        monkeypatch.setenv("NSA_COMMIT", commit)
-        path = result_files.merge(
-            "serve-0.json", "make serve-test", {part: {"figure": figure}}, alone=True
-        )
-    found = json.loads(path.read_text())
-    assert found["commit"] == "c" * 40
-    stamps = {name: (part["figure"], part["of"]["commit"]) for name, part in found["parts"].items()}
-    assert stamps == {"load": (2, "b" * 40), "core": (3, "c" * 40)}
-    result_files.merge("serve-0.json", "make bench", {"bench": {}})
-    assert list(json.loads(path.read_text())["parts"]) == ["load", "core", "bench"]
-    monkeypatch.setenv("NSA_COMMIT", "d" * 40)
-    result_files.merge("serve-0.json", "make bench", {"bench": {}})
-    assert list(json.loads(path.read_text())["parts"]) == ["bench"]
-
-
-def test_gpus_are_those_that_are_left_visible(tmp_path, monkeypatch):
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\necho "$@"\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert result_files.of_gpus("name") == ["--query-gpu=name --format=csv,noheader,nounits"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert result_files.of_gpus("name") == ["--query-gpu=name --format=csv,noheader,nounits --id 1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert result_files.of_gpus("name") == []
-
-
-def test_the_readme_counts_what_differs():
-    ours, theirs = (Answer([1, 2], 0.1, {"spec_accept_histogram": [1, 1]}) for _ in range(2))
-    other = Answer([1, 3], 0.1, {"spec_accept_histogram": [1, 1]})
-    rows = [compare.comparison(ours, theirs, 10), compare.comparison(other, theirs, 10)]
-    many = compare.repeated([[ours, other]], [[theirs, theirs]])
-    record = {"replays": 12, "fallbacks": {"a reason": 3}}
-    parts = {
-        "fp8.one_at_a_time": compare.summary(rows),
-        "fp8.many_at_once": {"each": [many]},
-        "fp8.record": {"record": record},
-        "corruption.cu_seqlens_k": {"caught_by": []},
-        "corruption.real_page_table": {"caught_by": ["tokens", "accepted drafts"]},
-    }
-    table, wrong = serve_figures.figures(parts)
-    assert table.splitlines()[-1].endswith(" | 4 | 8 | 2 | 1.50 → 1.50 | 12 | 3 |")
-    assert "`real_page_table` (tokens and accepted drafts)" in wrong
-    assert "`cu_seqlens_k` changed nothing" in wrong
-    assert serve_figures.figures({}) == []
 
 
 @pytest.mark.parametrize(
@@ -521,7 +481,7 @@ def test_an_unknown_slice_is_refused_with_the_choices(tmp_path):
 
 def test_the_files_of_every_slice_exist():
     files = {word for words in serve_test.SLICES.values() for word in words if word.endswith(".py")}
-    assert files == {path.name for path in INTEGRATION.glob("test_*.py")}
+    assert files == {path.name for path in SERVING.glob("test_*.py")}
 
 
 def test_prompts_are_the_same_in_both_arms():
@@ -531,8 +491,6 @@ def test_prompts_are_the_same_in_both_arms():
 
 
 def test_variables_are_set_and_removed(monkeypatch):
-    from integration.serving.server import changed_environment
-
     monkeypatch.setenv("SGLANG_PLUGINS", "other")
     monkeypatch.setenv("PYTHONPATH", "here")
     changed = changed_environment({"SGLANG_PLUGINS": None, "NEW": "1"})
@@ -543,41 +501,27 @@ def test_variables_are_set_and_removed(monkeypatch):
 
 @pytest.mark.parametrize("value", [max, statistics.median_low])
 def test_memory_that_grows_is_seen(value):
-    from test_load import growth
-
     samples = [{"plugin": 4_800 + 10 * i, "sglang": 4_700} for i in range(30)]
-    assert [growth(samples, arm, value) for arm in ("plugin", "sglang")] == [100, 0]
+    assert [test_load.growth(samples, server, value) for server in ("plugin", "sglang")] == [100, 0]
 
 
 @pytest.mark.parametrize(("moment", "greatest"), [(15, -5_900), (25, 5_900)])
 def test_a_process_that_comes_and_goes_is_no_growth(moment, greatest):
-    from test_load import growth
-
     samples = [{"plugin": 4_700} for _ in range(30)]
     samples[moment]["plugin"] += 5_900
-    assert growth(samples, "plugin", max) == greatest
-    assert growth(samples, "plugin", statistics.median_low) == 0
-
-
-def test_gpu_memory_that_falls_a_lot_tells_nothing_of_growth():
-    assert serve_figures.gpu_memory(12) == "GPU memory grew by 12 MiB in the last third"
-    assert serve_figures.gpu_memory(-8_617).endswith("its growth is not known")
+    assert test_load.growth(samples, "plugin", max) == greatest
+    assert test_load.growth(samples, "plugin", statistics.median_low) == 0
 
 
 def test_sglangs_own_parser_takes_the_flags_of_every_setup():
-    import argparse
-    import importlib
-
     from sglang.srt.server_args import ServerArgs
-
-    from integration.serving.ab_servers import SHARED_GPU_ARGS
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     setups = [
         setup
-        for path in INTEGRATION.glob("test_*.py")
-        for setup in importlib.import_module(path.stem).SETUPS
+        for path in SERVING.glob("test_*.py")
+        for setup in importlib.import_module(f"integration.serving.{path.stem}").SETUPS
     ]
     assert len({setup.name for setup in setups}) == len(setups) > 10
     for setup in setups:
@@ -616,9 +560,7 @@ def metrics_and_record(rank, folder):
     return json.loads(done.stdout)
 
 
-def test_metrics_are_told_apart_by_rank_and_agree_with_the_record(tmp_path):
-    from integration.serving import metrics_page
-
+def test_metrics_are_separate_by_rank_and_agree_with_the_record(tmp_path):
     _, idle = metrics_and_record(0, tmp_path)
     text, record = metrics_and_record(1, tmp_path)
     shown = metrics_page.shown(text)
@@ -637,18 +579,12 @@ def test_metrics_are_told_apart_by_rank_and_agree_with_the_record(tmp_path):
     [("replays", 5), ("checks", 5), ("fallbacks", {}), ("version", "0"), ("backend", "triton")],
 )
 def test_a_metric_that_differs_from_the_record_is_seen(name, value, tmp_path):
-    from integration.serving import metrics_page
-
     text, record = metrics_and_record(1, tmp_path)
     (shown,) = metrics_page.shown(text).values()
     assert shown != metrics_page.expected({**record, name: value})
 
 
 def test_a_server_without_metrics_is_an_error(tmp_path):
-    import requests
-
-    from integration.serving import metrics_page
-
     with stand_in(tmp_path) as server:
         server.wait_ready(limit_s=30)
         with pytest.raises(requests.HTTPError):

@@ -1,7 +1,7 @@
 """A second SGLang plugin that only measures: host time around each draft-extend replay.
 
 With this folder on PYTHONPATH, SGLang finds the entry point ``probe``. The probe works the same
-with and without sglang-nsa-plugin, so both arms of a comparison are timed by the same code. Each
+with and without sglang-nsa-plugin, so both servers of a comparison are timed by the same code. Each
 process that loads plugins writes ``$NSA_PROBE_DIR/<pid>.json``; without that variable the probe
 does nothing.
 
@@ -12,22 +12,21 @@ captures are not timed. Two spans are taken, in nanoseconds of ``time.perf_count
   ``execute``; SGLang fills the metadata there, sglang-nsa-plugin only points at it.
 - before_replay: from entering ``execute`` to entering ``_replay_graph``.
 
-And the events that ``execute`` publishes for the scheduler to wait on are told apart: SGLang makes a new
-one for each replay, a graph records the same one again.
+It also counts the distinct events that ``execute`` publishes for the scheduler to wait on: SGLang makes
+a new one for each replay, a graph records the same one again.
 
 SGLang 0.5.14 and before runs draft-extend without a graph: there only fill is taken, one call of
 ``init_forward_metadata`` for a draft-extend batch.
 
-``NSA_PROBE_LEAST`` puts the least that a hook can do in the place of the fill before a replay: behind
-the wrapper of SGLang's registry, a function that points the backend at its captured metadata and asks
-nothing. For servers with the plugin, whose graphs hold the fill.
+``NSA_PROBE_LEAST`` replaces the fill before a replay by the least that a hook can do: inside the wrapper
+of SGLang's registry, a function that points the backend at its captured metadata and checks nothing. For
+servers with the plugin, whose graphs hold the fill.
 
-``NSA_PROBE_CORRUPT`` names fields of SGLang's metadata, with commas, that can be made wrong. Each
-captured fill of sglang-nsa-plugin is then followed by one more step for each of them, which does
-something while its field is named in ``$NSA_PROBE_DIR/corrupt`` and the fill is switched on: lengths and
-running sums are halved, page tables point to page 0. What is wrong now stands in
-``$NSA_PROBE_DIR/corrupted``. No index leaves its tensor this way, so that a wrong tensor shows in what
-the server answers.
+``NSA_PROBE_CORRUPT`` names fields of SGLang's metadata, separated by commas, that can be corrupted. Each
+captured fill of sglang-nsa-plugin is then followed by one more step for each field. It works while the
+field is named in ``$NSA_PROBE_DIR/corrupt`` and the fill is switched on: it halves lengths and running
+sums, and points page tables to page 0. ``$NSA_PROBE_DIR/corrupted`` names the fields that are corrupted
+now. Indices stay inside their tensors, so that a corrupted tensor shows in what the server answers.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def register() -> None:
 
 
 class Corruption:
-    """Makes tensors wrong behind each captured fill, as a file says while the server runs."""
+    """Corrupts tensors after each captured fill; a file names them while the server runs."""
 
     def __init__(self, fields: list[str], folder: Path) -> None:
         self.fields = fields
@@ -109,7 +108,7 @@ class Corruption:
             self.spoil(fill, metadata)
             refresh_derived(fill, metadata)
 
-        BackendFills.refresh_derived = wrong
+        BackendFills.refresh_derived = wrong  # type: ignore[assignment, method-assign]
 
     def spoil(self, fill: Any, metadata: Any) -> None:
         """Enqueues the wrong numbers. SGLang first calls it in a warm-up, before any capture."""

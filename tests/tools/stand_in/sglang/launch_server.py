@@ -1,7 +1,7 @@
 """Answers as an SGLang server with the plugin and the probe would, without a model.
 
 With tests/stand_in on PYTHONPATH the serving tests start this in SGLang's place, so that their own code
-is run on a machine without a GPU. STAND_IN_FAULT makes the arm with the plugin wrong in one way.
+is run on a machine without a GPU. STAND_IN_FAULT makes the server with the plugin wrong in one way.
 """
 
 from __future__ import annotations

@@ -1,23 +1,23 @@
-"""What was compared and watched on a GPU, for README: one table of its checks."""
+"""What was compared and watched on a GPU, for docs/results.md."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from integration.gpu import sanitizers
+from integration.figures.committed import paragraph, table
 
 Part = dict[str, Any]
 Row = tuple[str, str, str]
 
 
-def figures(gpu: dict[str, Part], serve: dict[str, Part], loads: Sequence[Part]) -> list[str]:
-    """A table, and a sentence on what a check costs.
+def section(gpu: dict[str, Part], serve: dict[str, Part], loads: Sequence[Part]) -> list[str]:
+    """A table of the checks, and what a shadow check costs.
 
     Args:
         gpu: parts of ``make gpu-test``.
         serve: parts of ``make serve-test``.
-        loads: the result files of ``make serve-test PART=shadow-load``, one of each run.
+        loads: the result files of ``make serve-test PART=shadow-load``, one of each GPU.
     """
     rows = [
         *tested(gpu["tests"]),
@@ -31,12 +31,10 @@ def figures(gpu: dict[str, Part], serve: dict[str, Part], loads: Sequence[Part])
         *planted(serve["planted_error"]),
         *counted(serve.get("metrics", {})),
     ]
-    table = [
-        "| on a GPU | how much | found |",
-        "|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+    return [
+        table(("check", "how much", "found"), rows),
+        *cost_of_a_check(gpu.get("check_cost", {})),
     ]
-    return ["\n".join(table), *cost_of_a_check(gpu.get("check_cost", {}))]
 
 
 def tested(part: Part) -> Iterator[Row]:
@@ -55,8 +53,8 @@ def sanitized_fills(part: Part) -> Iterator[Row]:
         f"{tool} {'found it' if count else 'did not find it'}" for tool, count in part["planted"].items()
     ]
     yield (
-        "the same over fills that are wrong on purpose",
-        "memory never written, memory given back",
+        "the same over fills with planted errors",
+        "reads of memory that was never written, or freed",
         ", ".join(found),
     )
 
@@ -76,9 +74,8 @@ def sanitized_tests(which: str, part: Part) -> Iterator[Row]:
 
 
 def copies_of_sglang(name: str, tool: Part) -> str:
-    of_sglang = {by: count for by, count in tool["copies"].items() if by.startswith(sanitizers.SGLANG)}
-    askers = ", ".join(f"{count:,} {asker}" for asker, count in of_sglang.items())
-    return f"{tool['copies_of_sglang']:,} copies that SGLang asked for, by {name}: {askers}"
+    """Uninitialized cells that SGLang's own code copies are no finding of the plugin's."""
+    return f"{tool['copies_of_sglang']:,} copies by SGLang's own code, under {name}"
 
 
 def tools(part: Part) -> dict[str, Part]:
@@ -89,15 +86,13 @@ def tools(part: Part) -> dict[str, Part]:
 def errors(ran: dict[str, Part]) -> str:
     ended = [tool["errors"] for tool in ran.values() if tool["errors"] is not None]
     not_ended = [name for name, tool in ran.items() if tool["errors"] is None]
-    return "; ".join(
-        [f"{sum(ended)} errors", *(f"{name} did not come to its end" for name in not_ended)]
-    )
+    return "; ".join([f"{sum(ended)} errors", *(f"{name} did not end" for name in not_ended)])
 
 
 def demonstrated(part: Part) -> Iterator[Row]:
     values, different = (sum(part[key].values()) for key in ("compared", "different"))
     yield (
-        "`sglang-nsa-plugin demo`: replays beside SGLang's own fill",
+        "`sglang-nsa-plugin demo`: replays compared with SGLang's own fill",
         f"{part['steps']} replays, {values:,} values",
         f"{different} different",
     )
@@ -115,7 +110,7 @@ def soaked(part: Part) -> Iterator[Row]:
 def under_load(part: Part) -> Iterator[Row]:
     if part:
         yield (
-            "a server under mixed load, shadow-checked",
+            "a server under mixed load, every replay shadow-checked",
             f"{part['record']['checks']:,} replays",
             f"{part['record']['mismatches']} different",
         )
@@ -131,19 +126,17 @@ def loaded(runs: Sequence[Part]) -> Iterator[Row]:
     servers = [server for run in runs for server in run["parts"]["servers"].values()]
     failed = sum("error" in server for server in servers)
     yield (
-        "servers of 2, 4 and 6 draft tokens, bfloat16 and FP8, under mixed load, shadow-checked, "
-        f"SGLang {', '.join(sorted({run['versions']['sglang'] for run in runs}))}",
-        f"{checks:,} replays, {values:,} values, runs: {len(runs)}",
+        "servers of 2, 4 and 6 draft tokens, bfloat16 and FP8, the same",
+        f"{checks:,} replays, {values:,} values, on {len(runs)} GPUs",
         f"{different} different, {failed} of {len(servers)} servers failed",
     )
 
 
 def planted(part: Part) -> Iterator[Row]:
     yield (
-        "a shadow-checked server with wrong numbers planted behind the fill",
-        f"{part['prompts_after']} prompts after it",
-        f"{part['record']['mismatches']} wrong numbers by the first check; "
-        "right tokens, by SGLang's own fill",
+        "a shadow-checked server, with wrong values planted after the fill",
+        f"{part['prompts_after']} prompts after that",
+        f"{part['record']['mismatches']} wrong values, by the first check; then SGLang's own fill and right tokens",
     )
 
 
@@ -156,18 +149,20 @@ def counted(part: Part) -> Iterator[Row]:
         "`/server_info`": [moment["server_info"]["replays"] for moment in moments],
         "its own record": [moment["scheduler"]["replays"] for moment in moments],
     }
-    said = [f"{place} {before:,} and {after:,}" for place, (before, after) in by_place.items()]
-    yield "replays that a server counts", "before and after a load", "; ".join(said)
+    counts = [f"{place} {before:,} and {after:,}" for place, (before, after) in by_place.items()]
+    yield "replays that a server counts, by place", "before and after a load", "; ".join(counts)
 
 
 def cost_of_a_check(part: Part) -> list[str]:
     if not part:
         return []
     (host, stream), (checked_host, checked_stream) = (
-        [part["us"][arm][clock]["median"] for clock in ("host", "stream")]
-        for arm in ("unchecked", "checked")
+        [part["us"][replay][clock]["median"] for clock in ("host", "stream")]
+        for replay in ("unchecked", "checked")
     )
     return [
-        f"A shadow check takes a replay from {host:.0f} to {checked_host:.0f} µs of the host's time and "
-        f"from {stream:.0f} to {checked_stream:.0f} µs of the stream's."
+        paragraph(
+            f"A replay without a shadow check takes {host:.0f} µs on the host and {stream:.0f} µs on the stream; "
+            f"with one, {checked_host:.0f} µs and {checked_stream:.0f} µs."
+        )
     ]

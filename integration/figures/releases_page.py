@@ -1,0 +1,98 @@
+"""docs/releases.md: the tested releases of SGLang and the GPUs on which they ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from integration.figures.committed import (
+    RESULTS,
+    SHOWN_CASE,
+    commits,
+    load,
+    paragraph,
+    parts,
+    parts_by_gpus,
+    shown_case,
+    table,
+)
+from integration.releases.install_sglang import release_key
+from integration.releases.matrix import GENERATIONS
+
+COLUMNS = (
+    "SGLang",
+    "generation",
+    "adapter",
+    "hooks",
+    "values compared without a GPU",
+    "values compared on a GPU",
+    "prompts with identical token ids",
+    "host µs: SGLang → plugin",
+    "launches: SGLang → plugin",
+)
+
+
+def page() -> str:
+    matrix = load("releases.json")
+    versions = sorted(matrix["parts"], key=release_key)
+    rows = [_row(version, matrix["parts"][version]) for version in versions]
+    return (
+        "\n\n".join(
+            [
+                "# Tested releases of SGLang",
+                paragraph(
+                    "Made by `python -m integration.figures.build` from the files in `integration/results/`; "
+                    "do not edit."
+                ),
+                table(COLUMNS, rows),
+                paragraph(
+                    "`make test-releases` compares every value with SGLang's own fill, for each release in an "
+                    f"environment of its own, without a GPU ({matrix['date'][:10]}, commit {commits(matrix)}). "
+                    "The next two columns are of the demo in `make gpu-test` and of the greedy prompts in "
+                    "`make serve-test`; the last two of `sglang-nsa-plugin bench` on an H200, which times the call "
+                    f"before a draft-extend forward of {SHOWN_CASE['requests']} requests of "
+                    f"{SHOWN_CASE['length']:,} tokens. All compared values were equal. A dash: not run. GPU "
+                    "figures of releases other than 0.5.17 are of an earlier version of the kernel; each result "
+                    "file names its GPU and commit."
+                ),
+                "## Generations",
+                table(
+                    ("generation", "first release", "how SGLang plans draft-extend"),
+                    [(name, first, what) for name, (first, what) in GENERATIONS.items()],
+                ),
+                "## GPUs",
+                _gpus(),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _row(version: str, row: dict[str, Any]) -> tuple[str, ...]:
+    gpu, serve = parts(f"gpu-test-{version}.json"), parts(f"serve-{version}.json")
+    tokens = serve.get("tokens_one_at_a_time")
+    case = shown_case(version)
+    return (
+        version,
+        row["generation"],
+        row["adapter"],
+        f"{len(row['hook_targets'])}",
+        f"{row['values_compared']:,}" if row["verdict"] == "equal" else "different",
+        f"{sum(gpu['demo']['compared'].values()):,}" if "demo" in gpu else "-",
+        f"{tokens['same_ids']} of {tokens['prompts']}" if tokens else "-",
+        f"{case['host_us']['sglang']:.0f} → {case['host_us']['ours']:.0f}" if case else "-",
+        f"{case['launches']['sglang']} → {case['launches']['ours']}" if case else "-",
+    )
+
+
+def _gpus() -> str:
+    """One row for each GPU and driver that a result file names, with the releases of those files."""
+    found: dict[str, set[str]] = {}
+    for path in (*RESULTS.glob("gpu-test-*.json"), *RESULTS.glob("serve-*.json")):
+        run = load(path.name)
+        for gpu in parts_by_gpus(run):
+            found.setdefault(gpu, set()).add(run["versions"]["sglang"])
+    rows = [
+        (*gpu.split(", "), ", ".join(sorted(releases, key=release_key)))
+        for gpu, releases in sorted(found.items())
+    ]
+    return table(("GPU", "driver", "SGLang releases tried on it"), rows)

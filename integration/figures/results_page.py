@@ -1,0 +1,227 @@
+"""docs/results.md: what was measured and compared, in servers and outside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from integration.figures import gpu_checks, one_fill, servers
+from integration.figures.committed import (
+    RESULTS,
+    SHOWN_CASE,
+    SHOWN_RELEASE,
+    commits,
+    gpu_name,
+    load,
+    paragraph,
+    parts,
+    parts_by_gpus,
+    shown_case,
+    table,
+)
+from integration.releases.install_sglang import release_key
+
+KINDS = {"bf16": "bfloat16", "fp8": "FP8"}  # servers of the slice paired
+FULL_STEP_MS = (5, 18)  # one speculative step of DeepSeek-V3.2 at full size
+SERVE, GPU_TEST = f"serve-{SHOWN_RELEASE}.json", f"gpu-test-{SHOWN_RELEASE}.json"
+FENCE = f"fence-{SHOWN_RELEASE}.json"
+
+
+def page() -> str:
+    serve, gpu = parts(SERVE), parts(GPU_TEST)
+    loads = [load(path.name) for path in sorted(RESULTS.glob("shadow-load-*.json"))]
+    newest = one_fill.newest(RESULTS)
+    sections = [
+        "# Results",
+        paragraph(
+            "Made by `python -m integration.figures.build` from the files in `integration/results/`; do not "
+            f"edit. SGLang {SHOWN_RELEASE} unless another release is named."
+        ),
+        "## In a server",
+        *_in_a_server(serve),
+        "## One fill, outside a server",
+        *([] if newest is None else one_fill.section(newest)),
+        "## Same tokens as SGLang",
+        *_tokens(serve),
+        *servers.section(serve),
+        "## When the scheduler may write `req_to_token` again",
+        *_fence(load(FENCE)),
+        "## Checks on a GPU",
+        *gpu_checks.section(gpu, serve, loads),
+        "## Where the figures come from",
+        *_origin(),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _in_a_server(serve: dict[str, Any]) -> list[str]:
+    """Host times of the fill, whole steps, and where a step's time goes."""
+    times = serve["host_time"]
+    host_rows = [
+        _host_row(times, "the fill before a draft-extend replay, median", "fill_us", "median"),
+        _host_row(times, "the same, 90th percentile", "fill_us", "p90"),
+        _host_row(
+            times, "the same, maximum: SGLang compiles its kernel for a new size", "fill_us", "max"
+        ),
+        _host_row(
+            times, "all host time from the call to the replay, median", "before_replay_us", "median"
+        ),
+    ]
+    return [
+        paragraph(
+            "Two servers share one GPU and differ only in the plugin. The model is tiny, with 2 layers and one "
+            "MTP layer; EAGLE runs 3 steps with 4 draft tokens."
+        ),
+        table(("time on the host", "SGLang", "with the plugin"), host_rows),
+        _full_size(times),
+        table(
+            ("plugin over SGLang", "median", "lowest", "highest", "pairs"),
+            [row for kind in KINDS for row in _paired_rows(serve, kind)],
+        ),
+        paragraph(
+            "Each pair times both servers in turn. The steps of so small a model differ from pair to pair by "
+            "more than the fill takes, in work that both servers do alike: these ratios neither show the gain "
+            "nor rule it out."
+        ),
+        table(
+            (
+                "µs of a step, 1 request",
+                "fill",
+                "rest of the host's work before the replay",
+                "everything else",
+            ),
+            [row for kind in KINDS for row in _step_rows(serve, kind)],
+        ),
+    ]
+
+
+def _host_row(times: dict[str, Any], what: str, clock: str, statistic: str) -> tuple[str, ...]:
+    us = (times[server][clock][statistic] for server in ("sglang", "plugin"))
+    return (what, *(f"{each:,.0f} µs" for each in us))
+
+
+def _paired_rows(serve: dict[str, Any], kind: str) -> list[tuple[str, ...]]:
+    measured = {
+        f"time of a step, 1 request, {KINDS[kind]}": serve[f"paired-{kind}.step_time"],
+        f"throughput, 16 requests at once, {KINDS[kind]}": serve[f"paired-{kind}.throughput"],
+    }
+    return [(what, *_ratio_cells(part["plugin_over_sglang"])) for what, part in measured.items()]
+
+
+def _ratio_cells(ratios: dict[str, Any]) -> tuple[str, ...]:
+    return (*(f"{ratios[name]:.2f}" for name in ("median", "min", "max")), f"{len(ratios['each'])}")
+
+
+def _step_rows(serve: dict[str, Any], kind: str) -> list[tuple[str, ...]]:
+    spent = serve[f"paired-{kind}.step_time"]["us_of_a_step"]
+    return [
+        (
+            f"{KINDS[kind]}, {name}",
+            *(
+                f"{spent[key][part]:,.0f}"
+                for part in ("fill", "before_replay_without_fill", "rest_of_step")
+            ),
+        )
+        for key, name in (("sglang", "SGLang"), ("plugin", "with the plugin"))
+    ]
+
+
+def _full_size(times: dict[str, Any]) -> str:
+    ours, theirs = (times[server]["before_replay_us"]["median"] for server in ("plugin", "sglang"))
+    saved = (theirs - ours) / 1000
+    version, case = _newest_eager()
+    eager_theirs, eager_ours = (case["host_us"][who] / 1000 for who in ("sglang", "ours"))
+    return paragraph(
+        f"The plugin saves {saved:.2f} ms of host time per step and rank. A step of DeepSeek-V3.2 at full size "
+        f"takes {FULL_STEP_MS[0]} to {FULL_STEP_MS[1]} ms, so this is {_share_of_step(saved)} of a step at "
+        "most, and less where the GPU is the bottleneck and hides the host's time. It is more up to 0.5.14, "
+        f"where SGLang plans each step from Python: with {version}, planning {SHOWN_CASE['requests']} requests "
+        f"of {SHOWN_CASE['length']:,} tokens took {eager_theirs:.2f} ms on the host, and {eager_ours:.2f} ms "
+        f"with the plugin, {_share_of_step(eager_theirs - eager_ours)} of such a step at most. It is also more "
+        "for models with shorter steps."
+    )
+
+
+def _share_of_step(saved_ms: float) -> str:
+    least, most = (100 * saved_ms / step for step in reversed(FULL_STEP_MS))
+    return f"{least:.0f} to {most:.0f} %"
+
+
+def _newest_eager() -> tuple[str, dict[str, Any]]:
+    """The newest timed release that plans each step from Python."""
+    timed = {
+        version: case
+        for version, row in parts("releases.json").items()
+        if row["adapter"] == "eager" and (case := shown_case(version)) is not None
+    }
+    version = max(timed, key=release_key)
+    return version, timed[version]
+
+
+def _tokens(serve: dict[str, Any]) -> list[str]:
+    found, record = serve["tokens_one_at_a_time"], serve["record"]["record"]
+    within = [row for row in found["each"] if row["deterministic"]]
+    same = sum(row["same_drafts"] for row in within)
+    long, per_step = found["long_prompts"], servers.tokens_per_step(found["accepted_drafts"])
+    return [
+        paragraph(
+            f"At temperature 0, {found['same_ids']} of {found['prompts']} prompts of 5 to 6,000 tokens gave "
+            f"identical token ids. {len(within)} of them stay within the 2,048 tokens that sparse attention "
+            f"keeps; for {same} of those the same number of drafts was accepted at each step. Beyond 2,048 "
+            "tokens SGLang's top-k has no fixed order and some prompts give other tokens each time. The "
+            f"{long['kept']} longer prompts were therefore chosen from {long['drawn']} random ones, of which "
+            f"SGLang without the plugin repeated its answer to {long['answered_alike']}. Tokens per step: "
+            f"{per_step['plugin']:.2f} with the plugin, {per_step['sglang']:.2f} without. "
+            f"{record['replays']:,} replays, all in the graph, {sum(record['fallbacks'].values())} fallbacks."
+        )
+    ]
+
+
+def _fence(run: dict[str, Any]) -> list[str]:
+    part = run["parts"]["fence"]
+    step, many = (part[name]["coarse_over_plugin"] for name in ("step_time", "throughput"))
+    return [
+        paragraph(
+            "The plugin records an event in the graph right after the fill; from then on the scheduler may write. "
+            "SGLang can wait for the whole forward instead. The two were compared with an earlier kernel "
+            f"({run['date'][:10]}, commit {run['commit'][:7]}) on a shared host, in pairs of single turns:"
+        ),
+        table(
+            (
+                "waiting for the whole forward, over the plugin's event",
+                "median",
+                "lowest",
+                "highest",
+                "pairs",
+            ),
+            [
+                ("time of a step, 1 request", *_ratio_cells(step)),
+                ("throughput, 16 requests at once", *_ratio_cells(many)),
+            ],
+        ),
+        paragraph(
+            f"So the early event gained nothing there: waiting had the shorter step in {_below_one(step)} pairs "
+            f"and the lower throughput in {_below_one(many)}. `tests/gpu/test_gpu_in_graph.py` shows that the "
+            "event covers the read and that the scheduler goes on before the forward ends."
+        ),
+    ]
+
+
+def _below_one(ratios: dict[str, Any]) -> str:
+    return f"{sum(each < 1 for each in ratios['each'])} of {len(ratios['each'])}"
+
+
+def _origin() -> list[str]:
+    rows = []
+    for name in (SERVE, GPU_TEST):
+        run = load(name)
+        for gpu, names in parts_by_gpus(run).items():
+            setups = dict.fromkeys(part.partition(".")[0] for part in names)
+            rows.append((f"`{name}`", gpu_name(gpu), ", ".join(setups)))
+    serve = load(SERVE)
+    return [
+        table(("file", "GPU", "parts"), rows),
+        paragraph(
+            f"torch {serve['versions']['torch']}; `{SERVE}` is of commits {commits(serve)}, `{GPU_TEST}` of "
+            f"commits {commits(load(GPU_TEST))}. Each part of a file names its GPU, date and commit."
+        ),
+    ]

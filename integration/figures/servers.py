@@ -1,0 +1,136 @@
+"""What the slices of ``make serve-test`` compared, for docs/results.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from integration.figures.committed import paragraph, table
+from integration.serving.ab_stats import GPU_GROWTH_MIB, Row, accepted_drafts, mean_tokens, mismatched
+
+# Setups of the servers and what is different about them.
+SETUPS = {
+    "cases": "1 to 48 requests at once; prompts up to and beyond the context's end, cached, chunked, "
+    "aborted; OpenAI's API",
+    "fp8": "`flashmla_kv`, FP8; 24 requests at once are more than a graph holds",
+    "width1-2": "1 step, 2 draft tokens",
+    "width3-4": "3 steps, 4 draft tokens",
+    "width5-6": "5 steps, 6 draft tokens",
+    "no-graphs": "`--disable-cuda-graph`: SGLang's own fill",
+    "no-overlap": "`--disable-overlap-schedule`",
+    "memory": "memory released and resumed, weights updated",
+    "sampling": "temperature 0.3 to 1, a seeded server",
+    "tp2": "two GPUs, tensor parallel",
+    "dp2": "two GPUs, data parallel attention",
+}
+COLUMNS = (
+    "servers",
+    "prompts",
+    "tokens",
+    "different",
+    "tokens per step: SGLang → plugin",
+    "replays",
+    "fallbacks",
+)
+
+
+def section(parts: dict[str, Any]) -> list[str]:
+    """A table of the setups that ran, the fault injection and the load."""
+    return [*compared(parts), *corrupted(parts), *under_load(parts)]
+
+
+def compared(parts: dict[str, Any]) -> list[str]:
+    rows = [_row(name, parts) for name in SETUPS if any(key.startswith(f"{name}.") for key in parts)]
+    if not rows:
+        return []
+    return [
+        paragraph(
+            "More pairs of servers were asked the same. A prompt counts as different if its tokens, the reason "
+            "why it ended or, with one request at a time, its accepted drafts differ."
+        ),
+        table(COLUMNS, rows),
+    ]
+
+
+def _row(name: str, parts: dict[str, Any]) -> tuple[str, ...]:
+    own = {key: part for key, part in parts.items() if key.startswith(f"{name}.")}
+    rows = [row for part in own.values() for row in comparisons(part)]
+    per_step = tokens_per_step(accepted_drafts(rows))
+    records = own.get(f"{name}.record", {})
+    found = records.get("of_every_process") or [records["record"]] if records else []
+    return (
+        f"{name}: {SETUPS[name]}",
+        f"{sum(row.get('prompts', 1) for row in rows):,}",
+        f"{sum(row['tokens_compared' if 'different' in row else 'tokens'] for row in rows):,}",
+        str(sum(_different(row) for row in rows)),
+        f"{per_step['sglang']:.2f} → {per_step['plugin']:.2f}",
+        " + ".join(f"{record['replays']:,}" for record in found) or "-",
+        str(sum(sum(record["fallbacks"].values()) for record in found)) if found else "-",
+    )
+
+
+def tokens_per_step(accepted: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    return {server: mean_tokens(counts) for server, counts in accepted.items()}
+
+
+def comparisons(part: Any) -> Iterator[Row]:
+    """The rows of `compare.comparison` and `compare.repeated` anywhere in a part."""
+    if isinstance(part, list):
+        for each in part:
+            yield from comparisons(each)
+    elif isinstance(part, dict):
+        if "accepted_drafts" in part and ("first_different_token" in part or "different" in part):
+            yield part
+        else:
+            for each in part.values():
+                yield from comparisons(each)
+
+
+def _different(row: Row) -> int:
+    return int(row["different"] if "different" in row else mismatched(row))
+
+
+def corrupted(parts: dict[str, Any]) -> list[str]:
+    found = {
+        key.removeprefix("corruption."): part["caught_by"]
+        for key, part in parts.items()
+        if key.startswith("corruption.") and "caught_by" in part
+    }
+    if not found:
+        return []
+    rows = [
+        (f"`{name}`", " and ".join(by) or "nothing: no consumer reads it") for name, by in found.items()
+    ]
+    return [
+        paragraph(
+            "Fault injection: the probe corrupted one tensor at a time after the plugin's fill. *Server*: it "
+            "stopped answering. `integration/serving/test_corruption.py` says why some tensors are not read."
+        ),
+        table(("corrupted tensor", "what differed"), rows),
+    ]
+
+
+def under_load(parts: dict[str, Any]) -> list[str]:
+    if "load" not in parts:
+        return []
+    load = parts["load"]
+    ours, theirs = (load["requests"][server]["answered"] for server in ("plugin", "sglang"))
+    per_step = load["tokens_per_step"]
+    return [
+        paragraph(
+            f"{load['clients']} clients for {load['seconds'] / 60:.0f} minutes: {ours:,} requests with the "
+            f"plugin, {theirs:,} without, {sum(map(len, load['errors'].values()))} failed; tokens per step "
+            f"{per_step['plugin']:.3f} and {per_step['sglang']:.3f}; "
+            f"{gpu_memory(load['memory_mib']['grown']['gpu'])}."
+        )
+    ]
+
+
+def gpu_memory(grown: int) -> str:
+    """How much it grew, unless something else on the GPU hid that."""
+    if grown <= -GPU_GROWTH_MIB:
+        return (
+            f"GPU memory fell by {-grown:,} MiB in the last third: something else on the GPU ended, and the "
+            "growth is unknown"
+        )
+    return f"GPU memory grew by {grown} MiB in the last third"
