@@ -103,7 +103,7 @@ class FillArgs:
         """A FillArgs that skips validation, which takes ten times as long as binding and launching.
 
         For tensors that differ from those of a validated FillArgs in nothing but their addresses and
-        values, and in the columns of the page tables: kernels trust every rule above.
+        values, and in the width of the page tables: kernels trust every rule above.
         """
         args = object.__new__(cls)
         vars(args).update(tensors)

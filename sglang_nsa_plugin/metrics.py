@@ -1,9 +1,9 @@
 """What ``/server_info`` shows of this rank, as metrics on SGLang's own ``/metrics``.
 
-A thread copies the counters once a second, and a fill pays for its plain counters alone. SGLang's own
-statistics functions run every few dozen decode steps and rest with the server; the thread brings the
-last steps before a pause a second after they ran. SGLang's HTTP process adds up what its schedulers
-write: prometheus_client in multiprocess mode.
+A fill only increments plain counters; a thread copies them once a second. SGLang's own statistics
+functions run every few dozen decode steps and not while the server is idle, so they would miss the last
+steps before a pause. SGLang's HTTP process sums what its schedulers write, in prometheus_client's
+multiprocess mode.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sglang_nsa_plugin.state import STATE
 
 PREFIX = "sglang_nsa_plugin:"
 PERIOD_S = 1.0
-# Fields of the state; exposed with the suffix _total.
+# Fields of State; prometheus_client adds the suffix _total.
 COUNTERS = {
     "replays": "Draft-extend replays whose metadata was filled in the CUDA graph.",
     "launches": "Draft-extend steps whose metadata was filled by one launch from Python.",
@@ -29,11 +29,11 @@ COUNTERS = {
 
 
 def export(labels: Mapping[str, Any]) -> None:
-    """Shows this rank's state under SGLang's labels for it; counters only where there is an adapter.
+    """Exposes this rank's state under SGLang's labels for the rank; counters only where there is an adapter.
 
-    To be called when the state is decided, once a process.
+    To be called once a process, after start-up has decided who fills.
     """
-    _show_what_runs(labels)
+    _expose_info(labels)
     if STATE.adapter is None:
         return
     copier = Copier(labels)
@@ -41,15 +41,15 @@ def export(labels: Mapping[str, Any]) -> None:
     threading.Thread(target=_copy_forever, args=[copier], name="nsa-metrics", daemon=True).start()
 
 
-def _show_what_runs(labels: Mapping[str, Any]) -> None:
+def _expose_info(labels: Mapping[str, Any]) -> None:
     from prometheus_client import Gauge  # reads PROMETHEUS_MULTIPROC_DIR, which SGLang sets
 
-    facts = {
+    decided = {
         "version": version("sglang-nsa-plugin"),
         "adapter": STATE.adapter or "none",
         "implementation": STATE.backend or "none",
     }
-    every = {**labels, **facts}
+    every = {**labels, **decided}
     info = Gauge(
         f"{PREFIX}info",
         "1; the labels say what fills draft-extend metadata.",
@@ -60,7 +60,7 @@ def _show_what_runs(labels: Mapping[str, Any]) -> None:
 
 
 class Copier:
-    """Raises the metrics to what the state has counted."""
+    """Copies what the state has counted into the metrics."""
 
     def __init__(self, labels: Mapping[str, Any]) -> None:
         from prometheus_client import Counter as Metric

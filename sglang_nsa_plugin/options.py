@@ -1,4 +1,4 @@
-"""The server flag and the environment variable, and what they come to."""
+"""The server flags and environment variables, and what they add up to."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FLAG, ALIAS = "--nsa-metadata-backend", "--dsa-metadata-backend"
 VARIABLE = "SGLANG_NSA_METADATA_BACKEND"
 CHECK_FLAG = "--nsa-metadata-check"
 CHECK_VARIABLE = "SGLANG_NSA_METADATA_CHECK"
-# SGLang copies only its own fields from the command line; underscore attributes on its arguments are
-# carried to every process and are left alone by its resolution of arguments.
+# From the command line SGLang copies only its own fields. Attributes with an underscore travel to every
+# process with the ServerArgs object, and SGLang's resolution of arguments leaves them alone.
 ATTRIBUTE = "_nsa_metadata_backend"
 CHECK_ATTRIBUTE = "_nsa_metadata_check"
 
@@ -29,12 +29,12 @@ CHECK_HELP = (
 )
 
 
-def check_environment() -> None:
-    """Reads both variables, for their errors.
+def validate_environment() -> None:
+    """Validates both variables.
 
     Raises:
-        SystemExit: one has a value that it cannot have. SGLang logs and forgets a plugin's ordinary
-            errors; a mistyped setting must not be forgotten.
+        SystemExit: one has an invalid value. SGLang only logs a plugin's ordinary errors, and a mistyped
+            setting must end the start.
     """
     _backend_from_environment()
     _check_from_environment()
@@ -60,12 +60,12 @@ def _check_from_environment() -> int | None:
 
 
 def backend_of(server_args: object) -> str:
-    """The backend that was asked for: the flag wins over the environment, else the default."""
+    """The backend that was asked for: by the flag, else by the environment, else the default."""
     return getattr(server_args, ATTRIBUTE, None) or _backend_from_environment() or DEFAULT
 
 
 def check_of(server_args: object) -> int:
-    """Every how many fills a shadow check was asked for: flag before environment; 0 is never."""
+    """Fills from one shadow check to the next: by the flag, else by the environment, else 0 for never."""
     flag = getattr(server_args, CHECK_ATTRIBUTE, None)
     return flag if flag is not None else _check_from_environment() or 0
 

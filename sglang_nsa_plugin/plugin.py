@@ -1,8 +1,8 @@
-"""The entry point: decides whether this process fills draft-extend metadata, and says so in one line.
+"""The entry point: decides whether this process fills draft-extend metadata, and logs it in one line.
 
 SGLang calls :func:`register` in the main process before it parses arguments, and again in each
-scheduler process. Only the scheduler needs SGLang's GPU modules, so the adapter is installed there,
-when the Scheduler is made; registering imports none of them and starts no CUDA context.
+scheduler process. Only the scheduler needs SGLang's GPU modules, so the adapter is installed when the
+Scheduler is made. Registering imports none of them and starts no CUDA context.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from importlib.metadata import version
 from typing import Any
 
 from sglang_nsa_plugin import options
+from sglang_nsa_plugin.adapters import hooks
+from sglang_nsa_plugin.adapters.hooks import Hook
 from sglang_nsa_plugin.state import record
 
 logger = logging.getLogger(__name__)
@@ -29,25 +31,42 @@ RECORD_KEY = "nsa_metadata"
 def register() -> None:
     """Called by SGLang's ``load_plugins()`` through the entry point ``sglang.srt.plugins``.
 
-    A second call changes nothing: flags that are added twice would end the start.
+    A second call changes nothing: a flag that is added twice would end the start.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    options.check_environment()
-    HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", options.add_flags, HookType.AROUND)
-    HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _from_cli_args, HookType.AROUND)
-    # A spawned scheduler process has the module loaded when it loads plugins; elsewhere it may stay
-    # unloaded.
-    if _SCHEDULER_MODULE in sys.modules:
-        HookRegistry.register(f"{_SCHEDULER}.__init__", _before_scheduler, HookType.BEFORE)
-        HookRegistry.register(f"{_SCHEDULER}.__init__", _after_scheduler, HookType.AFTER)
-        HookRegistry.register(f"{_SCHEDULER}.get_internal_state", _add_record, HookType.AFTER)
+    options.validate_environment()
+    for hook in _hooks_of_process():
+        misfits = hooks.misfits([hook])
+        if misfits:
+            logger.warning("sglang-nsa-plugin: this SGLang does not fit: %s", misfits[0])
+        else:
+            hooks.register([hook])
     _export_to_sgl_kernel()
+
+
+def _hooks_of_process() -> tuple[Hook, ...]:
+    """The command line's in every process; the scheduler's where SGLang has loaded its module.
+
+    A spawned scheduler process has loaded it by the time it loads plugins. Elsewhere it may stay
+    unloaded.
+    """
+    return (*_COMMAND_LINE, *_IN_SCHEDULER) if _SCHEDULER_MODULE in sys.modules else _COMMAND_LINE
+
+
+@functools.cache
+def _warn_of_skipped_hooks() -> None:
+    """Called by each hook of a process: SGLang applies hooks after :func:`register` has returned.
+
+    A hook that did not take never runs, so the hooks that run report those that do not.
+    """
+    why_not = hooks.why_not_applied(_hooks_of_process())
+    if why_not is not None:
+        logger.warning("sglang-nsa-plugin: %s, so the plugin's hook there does not run", why_not)
 
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     from sglang_nsa_plugin.kernels import cuda
 
+    _warn_of_skipped_hooks()
     server_args = options.keep_flags(original, cls, args)
     backend = options.backend_of(server_args)
     if backend == "cuda":
@@ -64,22 +83,44 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
 
 
 def _end_if(asked_for: str, why_not: str | None) -> None:
-    """The launcher knows without a GPU that a library is missing; ranks need not start for that."""
+    """The launcher knows without a GPU that a library is missing; it need not start ranks to find out."""
     if why_not is not None:
         raise SystemExit(f"sglang-nsa-plugin: {asked_for} cannot run: {why_not}")
 
 
-def _before_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+def _init_scheduler(
+    original: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
+) -> None:
+    """The adapter's hooks must be in place before the Scheduler makes its attention backends.
+
+    With ``--enable-metrics`` a scheduler has a collector afterwards, whose labels name its rank.
+    """
+    _warn_of_skipped_hooks()
     activate(server_args)
-
-
-def _after_scheduler(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """With ``--enable-metrics`` a scheduler has a collector, whose labels name its rank."""
+    original(scheduler, server_args, *args, **kwargs)
     collector = getattr(scheduler, "metrics_collector", None)
     if collector is not None:
         from sglang_nsa_plugin import metrics
 
         metrics.export(collector.labels)
+
+
+def _get_internal_state(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """``/server_info`` shows what this rank does."""
+    _warn_of_skipped_hooks()
+    output = original(scheduler, *args, **kwargs)
+    output.internal_state[RECORD_KEY] = record()
+    return output
+
+
+_COMMAND_LINE = (
+    Hook(f"{_SERVER_ARGS}.add_cli_args", ("parser",), options.add_flags),
+    Hook(f"{_SERVER_ARGS}.from_cli_args", ("args",), _from_cli_args),
+)
+_IN_SCHEDULER = (
+    Hook(f"{_SCHEDULER}.__init__", ("self", "server_args"), _init_scheduler, and_more=True),
+    Hook(f"{_SCHEDULER}.get_internal_state", ("self",), _get_internal_state, and_more=True),
+)
 
 
 def activate(server_args: Any) -> None:
@@ -88,22 +129,28 @@ def activate(server_args: Any) -> None:
     Raises:
         BackendUnavailableError: a backend was asked for by name and no adapter fits this SGLang.
     """
-    from sglang_nsa_plugin import adapters
-    from sglang_nsa_plugin.adapters.outcome import decline, step_aside
+    from sglang_nsa_plugin.adapters import install
+    from sglang_nsa_plugin.adapters.adapter import Request
+    from sglang_nsa_plugin.adapters.outcome import OUTCOME
 
     _export_to_sgl_kernel()
-    backend = options.backend_of(server_args)
-    nothing_to_do = "switched off" if backend == "off" else adapters.nothing_to_fill(server_args)
-    if nothing_to_do is not None:
-        step_aside(nothing_to_do)
+    request = Request(options.backend_of(server_args), options.check_of(server_args))
+    why_idle = "switched off" if request.backend == "off" else install.why_idle(server_args)
+    if why_idle is not None:
+        OUTCOME.report_idle(why_idle)
         return
-    why_not = adapters.install(backend, options.check_of(server_args))
+    why_not = install.install(request)
     if why_not is not None:
-        decline(backend, why_not)
+        OUTCOME.step_aside(request.backend, why_not)
 
 
 def _export_to_sgl_kernel() -> None:
-    """Callers of SGLang's kernels find the two plain functions beside them, where those are loaded."""
+    """Puts the two plain functions into ``sgl_kernel``, beside SGLang's kernels, where it is loaded.
+
+    The plugin does not load it: that takes seconds and may start a CUDA context. SGLang loads it at
+    different times, so this is called at each moment at which the plugin runs: when a process registers,
+    when the main process has parsed its arguments, and when a scheduler is made, which has loaded it.
+    """
     sgl_kernel = sys.modules.get("sgl_kernel")
     if sgl_kernel is None:
         return
@@ -112,9 +159,3 @@ def _export_to_sgl_kernel() -> None:
 
     for name in ("fill_draft_extend_metadata_cuda", "fill_draft_extend_metadata_cuda_adaptive"):
         setattr(sgl_kernel, name, getattr(api, name))
-
-
-def _add_record(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    """After ``Scheduler.get_internal_state``: ``/server_info`` shows what this rank does."""
-    result.internal_state[RECORD_KEY] = record()
-    return result

@@ -1,7 +1,7 @@
-"""Compares our metadata with SGLang's own on the device, and tells the host later.
+"""Compares the plugin's metadata with SGLang's own on the device, and reports to the host later.
 
-Nothing here waits: a comparison is two launches and a copy to pinned memory, and the host looks at the
-copy when it has arrived. A comparison that found a difference is the last one.
+Nothing here waits: a comparison is two launches and a copy to pinned memory, and the host reads the copy
+once it has arrived. After a difference, further comparisons do nothing.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from sglang_nsa_plugin.kernels import cpu, cuda, library
 
 
-def unavailable(device: torch.device) -> str | None:
+def why_unavailable(device: torch.device) -> str | None:
     """Why tensors of this device cannot be compared here, or None."""
     return cuda.why_unavailable() if device.type == "cuda" else cpu.why_unavailable()
 
 
 class Field(IntEnum):
-    """Places in a report, as ``csrc/compare.h`` has them."""
+    """Indices into a report, in the order of ``csrc/compare.h``."""
 
     CHECKS = 0
     VALUES = 1
@@ -39,14 +39,14 @@ class Field(IntEnum):
 
 @dataclass(frozen=True)
 class Pair:
-    """One tensor of two fills.
+    """The same tensor from two fills.
 
     Attributes:
-        name: of the tensor.
+        name: how the tensor is reported.
         ours, theirs: int32, the same shape of one or two dimensions.
-        page_size: None when every cell counts; else the tokens a column stands for: then rows belong
-            to requests, the same number to each, and a column counts when its first token lies below
-            the request's length.
+        page_size: None when every cell is live. Otherwise the number of tokens that a column stands for:
+            then each request has the same number of rows, and a cell is live when the first token of its
+            column lies below the length of its request.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first cell, in the order of the pairs, that was not equal."""
+    """The first cell that was not equal, in the order of the pairs, and how many were not."""
 
     count: int
     tensor: str
@@ -77,7 +77,7 @@ class Difference:
 
 
 class Report:
-    """What the comparisons of one process found: on the device, and its last copy on the host."""
+    """What the comparisons found: on the device, and the last copy of it on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_device = torch.zeros(len(Field), dtype=torch.int64, device=device)
@@ -86,12 +86,12 @@ class Report:
         self._copy = torch.zeros(len(Field), dtype=torch.int64, pin_memory=on_cuda)
         self._copied = torch.cuda.Event() if on_cuda else None
         self._fetching = False
-        self._is_older = False  # comparisons ran since the copy under way was started
+        self._is_outdated = False  # comparisons ran since the current copy was started
         self.values = self._copy.tolist()
 
     def fetch(self) -> None:
-        """Starts to copy the report to the host, behind what the current stream has to do."""
-        self._is_older = self._fetching
+        """Starts to copy the report to the host, after the work on the current stream."""
+        self._is_outdated = self._fetching
         if self._fetching:
             return
         self._copy.copy_(self.on_device, non_blocking=True)
@@ -100,35 +100,35 @@ class Report:
         self._fetching = True
 
     def arrived(self) -> bool:
-        """Whether a copy has come since the last call; :attr:`values` is that copy then."""
+        """Whether a copy has arrived since the last call; :attr:`values` is that copy then."""
         if not self._fetching or (self._copied is not None and not self._copied.query()):
             return False
         self._fetching = False
         self.values = self._copy.tolist()
-        if self._is_older:
+        if self._is_outdated:
             self.fetch()
         return True
 
 
 class Comparison:
-    """The pairs of one batch size, bound once.
+    """The comparison of the pairs of one batch size, bound once and run many times.
 
     Args:
         pairs: at most 12.
-        lengths: int32 [requests], for the pairs with a page size. SGLang's own ones.
+        lengths: int32 [requests], tokens of each request by SGLang's own fill. For pairs with a page size.
         report: where the result goes.
 
     Raises:
         TypeError: a tensor is not int32.
-        ValueError: shapes or devices that do not go together.
+        ValueError: shapes do not match, or tensors are on different devices.
     """
 
     def __init__(self, pairs: Sequence[Pair], lengths: torch.Tensor, report: Report) -> None:
         for pair in pairs:
-            _check(pair, lengths, report)
+            _validate(pair, lengths, report)
         self.names = tuple(pair.name for pair in pairs)
         self.report = report
-        self._tensors = (lengths, pairs)  # the bound comparison holds addresses only
+        self._tensors = (lengths, pairs)  # kept alive: the bound comparison holds addresses only
         self._device = lengths.device
         self._launch = library.load()["bind_comparison"](
             report.on_device,
@@ -139,7 +139,7 @@ class Comparison:
         )
 
     def run(self) -> None:
-        """Compares on the current stream and fetches the report."""
+        """Compares on the current stream and starts to fetch the report."""
         stream = 0
         if self._device.type == "cuda":
             stream = torch.cuda.current_stream(self._device).cuda_stream
@@ -147,7 +147,7 @@ class Comparison:
         self.report.fetch()
 
     def difference(self) -> Difference | None:
-        """What the report's last copy says."""
+        """The difference in the report's last copy, or None."""
         found = self.report.values
         if not found[Field.DIFFERENT]:
             return None
@@ -164,7 +164,7 @@ class Comparison:
         )
 
 
-def _check(pair: Pair, lengths: torch.Tensor, report: Report) -> None:
+def _validate(pair: Pair, lengths: torch.Tensor, report: Report) -> None:
     for tensor in (pair.ours, pair.theirs, lengths):
         if tensor.dtype != torch.int32:
             raise TypeError(f"{pair.name}: must be compared as int32, got {tensor.dtype}")

@@ -1,4 +1,4 @@
-"""What this process is doing. Every report, log line and test reads it from here."""
+"""What this process reports of itself: a mirror of decisions and counters, never read to decide."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 @dataclass
 class State:
-    """Decisions of start-up and counters of service.
+    """Decisions of start-up, which ``adapters/outcome.py`` makes and mirrors here, and counters of service.
 
     Attributes:
-        adapter: how the fill is hooked into SGLang; None while SGLang fills itself.
-        backend: the implementation; None until the draft-extend backend exists.
-        mqa_schedule: who makes DeepGEMM's schedule: the implementation, or "DeepGEMM" where its own is
-            another; None until the draft-extend backend exists.
+        adapter: how the fill is hooked into SGLang; None while SGLang fills.
+        backend: the implementation; None until SGLang has made its draft-extend backend.
+        mqa_schedule: who makes DeepGEMM's schedule: the implementation, or "DeepGEMM" where the schedule
+            of the installed DeepGEMM is another; None until SGLang has made its draft-extend backend.
         reason: why this adapter and implementation, or why none.
         captures: batch sizes whose fill was recorded in a CUDA graph.
         replays: draft-extend replays whose fill was in the graph.
         launches: draft-extend steps whose fill was one launch from Python.
-        fallbacks: draft-extend steps that SGLang filled although the adapter was there, by reason.
+        fallbacks: draft-extend steps that SGLang filled although the adapter was active, by reason.
         checks: steps that the shadow check compared with SGLang's own fill.
-        values_checked: values that those steps compared, as far as the device has told.
-        mismatches: values that differed in the check that found some; it is the last one.
+        values_checked: values that those steps compared, as far as the device has reported.
+        mismatches: values that differed in the failing check, which is the last one.
         first_mismatch: the first of them, in words.
     """
 
@@ -47,7 +47,7 @@ STATE = State()
 
 
 def record() -> dict[str, Any]:
-    """The state as plain values, as ``/server_info`` shows it."""
+    """The state as plain values, the way ``/server_info`` shows it."""
     return {
         "version": version("sglang-nsa-plugin"),
         "adapter": STATE.adapter,

@@ -1,4 +1,4 @@
-"""The command in a process of its own, as a user starts it."""
+"""Runs ``sglang-nsa-plugin`` in a process of its own, as a user does."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ needs_sglang = pytest.mark.skipif(SGLANG is None, reason="needs SGLang in this P
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``sglang-nsa-plugin`` with these arguments, its output no terminal."""
+    """``sglang-nsa-plugin`` with these arguments; its output is not a terminal."""
     return python("-m", "sglang_nsa_plugin", *arguments, **environment)
 
 
 def program(text: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command with these arguments, after a program text that changes what it finds."""
+    """The same, after Python code (``text``) that changes what the command finds."""
     main = "import sys; from sglang_nsa_plugin.cli.main import main; sys.exit(main(sys.argv[1:]))"
     return python("-c", f"{text}\n{main}", *arguments, **environment)
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Python in an empty folder, without the variables that the plugin reads."""
+    """Python in an empty folder, without the environment variables that the plugin reads."""
     dropped = ("SGLANG_", "TRITON_", "FORCE_COLOR", "COLUMNS")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
     with tempfile.TemporaryDirectory() as folder:

@@ -24,6 +24,7 @@ import hypothesis  # noqa: E402
 from cases import CPU, Backend  # noqa: E402
 from memcpy_trace import MemcpyTrace  # noqa: E402
 
+from sglang_nsa_plugin.adapters.outcome import OUTCOME  # noqa: E402
 from sglang_nsa_plugin.state import STATE, State  # noqa: E402
 
 hypothesis.settings.register_profile("ci", derandomize=True, database=None, deadline=None)
@@ -70,13 +71,18 @@ def _copies_are_told(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def state() -> Iterator[State]:
-    """The plugin's state of this process, emptied: earlier tests counted into it, and later ones will.
+    """The plugin's state and outcome in this process, reset before the test and after it.
 
-    A difference that a test planted would end our fill in all tests behind it.
+    A difference that a test planted would end the plugin's fill in all tests after it.
     """
-    STATE.__init__()  # type: ignore[misc]
+    _reset()
     yield STATE
+    _reset()
+
+
+def _reset() -> None:
     STATE.__init__()  # type: ignore[misc]
+    OUTCOME.__init__()  # type: ignore[misc]
 
 
 @pytest.fixture

@@ -1,10 +1,15 @@
 // GraphedLaunch of csrc/graph_launch.cc over a CUDA runtime that is faked: prints what it called,
-// one letter for each call. Its argument says which function fails: none, instantiate or create.
+// one letter for each call. Its argument says which function fails: none, instantiate or create; or,
+// as `threads`, that four threads launch at once.
 //   p plain launch   g graph launch   c launch that is recorded   i graph instantiated
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "graph_launch.h"
 
@@ -13,6 +18,7 @@ namespace {
 std::string failing, calls;
 bool is_captured = false;
 int objects = 0;
+std::atomic<int> launching{0}, overlaps{0};  // of launches of the executable graph
 cudaError_t last_error = cudaSuccess;
 const auto kRecorder = reinterpret_cast<cudaStream_t>(2);
 
@@ -56,6 +62,9 @@ cudaError_t cudaGraphDestroy(cudaGraph_t) { return --objects, cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return --objects, cudaSuccess; }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return --objects, cudaSuccess; }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) {
+  if (++launching > 1) ++overlaps;
+  if (failing == "threads") std::this_thread::sleep_for(std::chrono::microseconds(200));
+  --launching;
   calls += 'g';
   return cudaSuccess;
 }
@@ -70,9 +79,19 @@ int main(int, char** arguments) {
       calls += stream == kRecorder ? 'c' : 'p';
       return static_cast<int>(last_error);  // as cudaGetLastError() after a launch
     });
-    for (int i = 0; i < 7; ++i) errors += launch(nullptr) != cudaSuccess;
-    is_captured = true;
-    errors += launch(nullptr) != cudaSuccess;
+    if (failing == "threads") {
+      std::vector<std::thread> threads;
+      for (int t = 0; t < 4; ++t) {
+        threads.emplace_back([&] {
+          for (int i = 0; i < 25; ++i) launch(nullptr);
+        });
+      }
+      for (std::thread& thread : threads) thread.join();
+    } else {
+      for (int i = 0; i < 7; ++i) errors += launch(nullptr) != cudaSuccess;
+      is_captured = true;
+      errors += launch(nullptr) != cudaSuccess;
+    }
   }
-  std::printf("%s errors=%d left=%d\n", calls.c_str(), errors, objects);
+  std::printf("%s errors=%d left=%d overlaps=%d\n", calls.c_str(), errors, objects, overlaps.load());
 }

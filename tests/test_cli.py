@@ -1,4 +1,4 @@
-"""What every command has in common: help, exit codes, errors in one line."""
+"""What the commands have in common: help, exit codes, errors in one line, the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-import screen
+import terminal
 from commands import command, needs_sglang, program
 
 from sglang_nsa_plugin.cli import main
@@ -46,7 +46,7 @@ def test_an_unknown_command_ends_with_the_choices():
 
 
 @pytest.mark.parametrize("steps", ["0", "-3", "many"])
-def test_a_demo_has_steps(steps):
+def test_the_number_of_steps_is_validated(steps):
     done = command("demo", "--steps", steps)
     assert done.returncode == 2
     assert f"must be a whole number, 1 or more, got '{steps}'" in done.stderr
@@ -69,7 +69,7 @@ def test_debug_shows_the_traceback(arguments):
     done = program(WITHOUT_SGLANG, *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback ")
-    assert "in _discover_and_compare" in done.stderr
+    assert "in _load_and_compare" in done.stderr
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
@@ -117,45 +117,45 @@ def test_ctrl_c_ends_without_a_traceback():
 # On a terminal
 
 
-def on_terminal(arguments: str, **variables: str) -> str:
-    code, raw = screen.on_terminal(
-        [sys.executable, "-m", "sglang_nsa_plugin"], arguments, 80, **variables
-    )
+def output_on_terminal(arguments: str, **environment: str) -> str:
+    program = [sys.executable, "-m", "sglang_nsa_plugin", *arguments.split()]
+    code, output = terminal.run(program, COLUMNS, **environment)
     assert code == 0
-    return raw
+    return output
 
 
 WAITING = {
-    "verify": ["looking around", "filling"],
+    "verify": ["reading versions", "filling"],
     "demo --steps 3": ["loading SGLang", "draft-extend steps"],
 }
+COLUMNS = 80
 COLOUR = re.compile(r"\x1b\[[\d;]*3\d")
 
 
 @needs_sglang
 @pytest.mark.parametrize("arguments", WAITING)
 def test_a_terminal_gets_a_bar_and_a_coloured_verdict(arguments):
-    raw = on_terminal(arguments)
-    shown = screen.on_screen(raw)
+    output = output_on_terminal(arguments)
+    screen = terminal.final_screen(output)
     for waiting in WAITING[arguments]:
-        assert waiting in raw
-        assert waiting not in shown
-    assert "\x1b[1;32m" in raw
-    assert shown.startswith("sglang-nsa-plugin ")
-    assert max(len(line) for line in shown.splitlines()) <= 80
+        assert waiting in output
+        assert waiting not in "\n".join(screen)
+    assert "\x1b[1;32m" in output
+    assert screen[0].startswith("sglang-nsa-plugin ")
+    assert max(len(line) for line in screen) <= COLUMNS
 
 
 @needs_sglang
 @pytest.mark.parametrize("arguments", WAITING)
-def test_no_color_takes_the_colours_away(arguments):
-    raw = on_terminal(arguments, NO_COLOR="1")
-    assert WAITING[arguments][0] in raw
-    assert not COLOUR.search(raw)
+def test_no_color_switches_the_colours_off(arguments):
+    output = output_on_terminal(arguments, NO_COLOR="1")
+    assert WAITING[arguments][0] in output
+    assert not COLOUR.search(output)
 
 
 @needs_sglang
 @pytest.mark.parametrize("arguments", WAITING)
-def test_a_pipe_gets_neither(arguments):
+def test_a_pipe_gets_neither_bars_nor_colours(arguments):
     done = command(*arguments.split())
     assert done.returncode == 0
     assert done.stdout.startswith("sglang-nsa-plugin ")

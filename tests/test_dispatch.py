@@ -376,3 +376,41 @@ def assert_filled_as_expected(args: FillArgs, run: Callable[[], None]) -> None:
     run()
     for name, tensor in args.outputs().items():
         assert tensor.tolist() == expected[name].tolist(), name
+
+
+def test_the_self_test_fills_few_and_many_requests_uniform_and_ragged() -> None:
+    filled: list[FillArgs] = []
+
+    def bind(args: FillArgs) -> Callable[[], None]:
+        filled.append(args)
+        return reference.bind(args)
+
+    assert self_test.why_failed(bind, CPU, ()) is None
+    assert [args.bs for args in filled] == [4, 4, 300, 300]  # the most that one block takes is 256
+    assert [isinstance(args.extend_lens, torch.Tensor) for args in filled] == [False, True] * 2
+    assert [args.mqa_schedule is None for args in filled] == [False, True] * 2
+    assert [args.mqa_remainder_last for args in filled[::2]] == [False, True]
+    assert {args.seq_lens.dtype for args in filled} == {torch.int64}
+    assert {args.req_to_token.dtype for args in filled} == {torch.int32}
+    assert {args.extend_lens.dtype for args in filled[1::2]} == {torch.int32}
+
+
+def test_a_long_error_is_cut_off() -> None:
+    why_not = self_test.why_failed(raise_in_bind(RuntimeError("x " * 400)), CPU, ())
+    assert why_not is not None
+    assert why_not.endswith("x [...]")
+    assert len(why_not) <= len("its self-test failed: ") + 300
+
+
+def test_every_refusal_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dispatch.CANDIDATES, "cpu", ("cpu", "triton"))
+    for name in ("cpu", "triton"):
+        module = f"sglang_nsa_plugin.kernels.{name}"
+        monkeypatch.setattr(f"{module}.why_unavailable", lambda: "gone", raising=False)
+    with pytest.raises(dispatch.BackendUnavailableError, match=r": cpu \(gone\); triton \(gone\)$"):
+        dispatch.choose("auto", CPU)
+
+
+def test_each_gpu_has_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_choose", lambda *arguments: arguments)
+    assert dispatch.choose("auto", torch.device("cuda", 1)) == ("auto", "cuda", 1)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from cases import Case, Guarded
+from cases import INT32_MAX, Case, Guarded
 
 from sglang_nsa_plugin import FillArgs
 
@@ -418,3 +418,48 @@ def test_empty_outputs_overlap_nothing(valid: dict) -> None:
         "real_page_table": None,
     }
     FillArgs(**valid | empty)
+
+
+def test_an_empty_output_between_the_cells_of_another_overlaps_nothing(valid: dict) -> None:
+    """Its rows have a stride, so its first address lies after its last one."""
+    memory = int32(100)
+    empty = {
+        "seq_lens": torch.arange(10),
+        "req_pool_indices": torch.arange(10),
+        "extend_lens": 0,
+        "cache_seqlens": memory[12:22],
+        "cu_seqlens_k": int32(11),
+        "seqlens_expanded": int32(0),
+        "nsa_cache_seqlens": int32(0),
+        "nsa_cu_seqlens_k": int32(1),
+        "ctx_lens": None,
+        "page_table_1": memory.view(10, 10)[2:2, :5],
+        "real_page_table": None,
+        "row_count": None,
+    }
+    FillArgs(**valid | empty)
+    pool = {"page_table_1": None, "req_to_token": memory.view(10, 10)[2:2, :5]}
+    FillArgs(**valid | empty | pool)
+
+
+def test_an_output_of_one_cell_overlaps_another_output(valid: dict) -> None:
+    one = valid["cache_seqlens"][:1]
+    with pytest.raises(ValueError, match=r"^cache_seqlens: must not overlap row_count in memory"):
+        FillArgs(**valid | {"row_count": one})
+
+
+def test_2_to_the_31_minus_1_columns_are_not_too_many(valid: dict) -> None:
+    FillArgs(**valid | {"req_to_token": int32(1, 1).expand(5, INT32_MAX)})
+
+
+@pytest.mark.parametrize("left_out", [{"ctx_lens": None}, {"extend_lens": 3}])
+def test_tensors_after_one_that_is_left_out_are_validated(valid: dict, left_out: dict) -> None:
+    message = "row_count: dtype must be int32, got int64"
+    refused(TypeError, message, valid | left_out | {"row_count": torch.zeros(1, dtype=torch.int64)})
+
+
+def test_the_message_names_the_device_or_the_layout(valid: dict) -> None:
+    message = "seq_lens: must be a CPU or CUDA tensor, got one on meta"
+    refused(ValueError, message, valid | {"seq_lens": valid["seq_lens"].to("meta")})
+    message = "seq_lens: must be a dense tensor, got one of layout torch.sparse_coo"
+    refused(TypeError, message, valid | {"seq_lens": torch.arange(2).to_sparse()})

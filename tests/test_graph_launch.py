@@ -21,7 +21,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     include = includes.split('"')[1].removeprefix("-I")
     built = tmp_path_factory.mktemp("graph_launch") / "fake"
     sources = [ROOT / "csrc" / "graph_launch.cc", ROOT / "tests" / "fake_cuda_runtime.cc"]
-    command = [compiler, "-std=c++17", "-I", include, "-I", ROOT / "csrc", *sources, "-o", built]
+    command = [compiler, "-std=c++17", "-pthread", "-I", include, "-I", ROOT / "csrc", *sources, "-o", built]
     subprocess.run(list(map(str, command)), check=True)
     return built
 
@@ -35,5 +35,14 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_graph_that_cannot_be_made_leaves_the_plain_launch(program, failing, calls) -> None:
-    printed = subprocess.run([program, failing], check=True, capture_output=True, text=True).stdout
-    assert printed.split() == [calls.replace(" ", ""), "errors=0", "left=0"]
+    assert printed(program, failing) == [calls.replace(" ", ""), "errors=0", "left=0", "overlaps=0"]
+
+
+def test_threads_launch_the_graph_one_after_another(program) -> None:
+    calls = "pppp" + "ci" + 96 * "g"
+    assert printed(program, "threads") == [calls, "errors=0", "left=0", "overlaps=0"]
+
+
+def printed(program: Path, argument: str) -> list[str]:
+    done = subprocess.run([program, argument], check=True, capture_output=True, text=True)
+    return done.stdout.split()

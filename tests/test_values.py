@@ -225,7 +225,7 @@ def test_tables_narrower_and_wider_than_the_pool(
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191])
-@pytest.mark.parametrize("page_size", [2, 3, 16, 64, 1 << 22])
+@pytest.mark.parametrize("page_size", [2, 3, 5, 7, 16, 64, 100, 1 << 22])
 def test_last_page_of_a_request(fill_backend: Backend, page_size: int, length: int) -> None:
     pages = -(-192 // page_size)
     case = Case(

@@ -1,4 +1,4 @@
-"""``sglang-nsa-plugin verify``: what it says, its exit code, its JSON, and how long it takes."""
+"""``sglang-nsa-plugin verify``: its text, exit code, JSON, and how long it takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER_PLUGIN = {
 
 
 def outcome(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The JSON on standard output; the exit code goes with it."""
+    """The JSON on standard output, after checking that the exit code agrees with it."""
     assert done.stderr == ""
     result: dict[str, Any] = json.loads(done.stdout)
     assert done.returncode == (0 if result["works"] else 1)
@@ -51,7 +51,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @needs_sglang
-def test_everything_as_it_should_be(plain):
+def test_the_verdict_of_this_machine(plain):
     assert plain.code == 0
     assert plain.seconds < 20
     verdict = " ".join(plain.text.split("\n\n")[-1].split())
@@ -60,12 +60,12 @@ def test_everything_as_it_should_be(plain):
         assert verdict.startswith("Active kernel: CUDA, in ")
         assert verdict.endswith(f"of SGLang {SGLANG}")
     else:
-        assert verdict.startswith("No GPU, nothing to serve with: torch ")
+        assert verdict.startswith("No GPU to serve with: torch ")
         assert verdict.endswith(f"adapter fits SGLang {SGLANG}")
 
 
 @needs_sglang
-def test_the_text_says_what_the_json_has(plain):
+def test_the_text_and_the_json_agree(plain):
     result = plain.result
     for key in ("plugin", "python", "torch", "tvm_ffi"):
         assert result[key] in plain.text
@@ -79,7 +79,7 @@ def test_the_text_says_what_the_json_has(plain):
 
 
 @needs_sglang
-def test_each_implementation_ran_or_says_why_not(plain):
+def test_each_implementation_has_a_time_or_a_reason(plain):
     implementations = plain.result["implementations"]
     assert list(implementations) == ["cuda", "triton", "torch", "cpu"]
     for name, implementation in implementations.items():
@@ -108,8 +108,8 @@ def test_each_implementation_ran_or_says_why_not(plain):
         (" ", "does not name nsa", "set SGLANG_PLUGINS=nsa or unset it"),
     ],
 )
-def test_sglang_plugins(given, problem, remedy, tmp_path, monkeypatch):
-    """The same values in SGLang's own hands: test_sglang_plugins_selects_by_name."""
+def test_sglang_plugins_is_diagnosed(given, problem, remedy, tmp_path, monkeypatch):
+    """test_sglang_plugins_selects_by_name gives SGLang's own loader the same values."""
     install_other_plugin(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("SGLANG_PLUGINS", given)
@@ -122,7 +122,7 @@ def test_sglang_plugins(given, problem, remedy, tmp_path, monkeypatch):
 
 
 @needs_sglang
-def test_a_misspelt_sglang_plugins_is_the_verdict():
+def test_a_misspelt_sglang_plugins_makes_the_verdict():
     done = command("verify", SGLANG_PLUGINS="nas", COLUMNS="80")
     assert done.returncode == 1
     assert " ".join(done.stdout.splitlines()[-2:]) == (
@@ -156,13 +156,13 @@ def test_a_plugin_that_is_not_installed_is_not_found(monkeypatch):
         ),
     ],
 )
-def test_the_variable_of_the_backend(variable, verdict):
+def test_the_backend_variable_makes_the_verdict(variable, verdict):
     result = outcome(command("verify", "--json", SGLANG_NSA_METADATA_BACKEND=variable))
     assert result["verdict"] == verdict
 
 
 @needs_sglang
-def test_a_missing_library_stands_in_the_way(tmp_path):
+def test_a_missing_library_makes_the_verdict(tmp_path):
     gone = tmp_path / "gone.so"
     moved = "import pathlib; from sglang_nsa_plugin.kernels import library\n"
     moved += f"library.LIBRARY = pathlib.Path({str(gone)!r})"
@@ -177,24 +177,24 @@ def test_a_missing_library_stands_in_the_way(tmp_path):
 
 
 @needs_sglang
-def test_a_wrong_fill_stands_in_the_way():
-    """The self-test is passed; one more value is wrong in the real fill."""
+def test_a_wrong_fill_is_reported():
+    """The self-test passes, but the fill of realistic size is wrong."""
     wrong = """
 from sglang_nsa_plugin.cli import one_fill
-right = fills._case
+original = one_fill._case
 made = []
 def case(device):
-    args = right(device)
+    args = original(device)
     made.append(args)
     if len(made) % 2 == 0:
         args.req_to_token[1:] += 64
     return args
-fills._case = case
+one_fill._case = case
 """
     result = outcome(program(wrong, "verify", "--json"))
     for name in ("torch", "cpu"):
         assert result["implementations"][name]["reason"] == (
-            "it filled page_table_1 with other values than the torch reference; please report it"
+            "its page_table_1 differs from the torch reference: please report this as a bug"
         )
     assert not result["works"]
 
@@ -209,7 +209,7 @@ environment.distribution = lambda name: None if name == "sglang" else installed(
     assert result["adapter"] is None
     newest = result["sglang"]["newest_tested"]
     assert result["verdict"] == (
-        f"Not active: SGLang is not installed here: pip install sglang=={newest}"
+        f"Not active: SGLang is not installed in this Python: pip install sglang=={newest}"
     )
     assert result["implementations"]["cpu"]["reason"] is None
 
@@ -228,7 +228,7 @@ GPU_HOST: dict[str, Any] = {
 
 
 def verdict(**changes: Any) -> tuple[str | None, str]:
-    """What stands in the way, and what is said otherwise, on a GPU host with changes a__b=value."""
+    """Why the best kernel is not active, and the verdict otherwise, of a GPU host with changes a__b=value."""
     result = copy.deepcopy(GPU_HOST)
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -236,7 +236,7 @@ def verdict(**changes: Any) -> tuple[str | None, str]:
         for parent in parents:
             place = place[parent]
         place[last] = value
-    return verify.obstacle(result), verify.success(result)
+    return verify.why_not_active(result), verify.success(result)
 
 
 def test_verdicts_of_a_gpu_host_where_the_kernel_runs():
@@ -258,7 +258,7 @@ def test_verdicts_of_a_gpu_host_where_the_kernel_runs():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         (
             {"implementations__cuda__reason": "the library was built without nvcc; install it"},
@@ -274,7 +274,7 @@ def test_verdicts_of_a_gpu_host_where_the_kernel_runs():
             "release, such as 0.5.23, or a newer sglang-nsa-plugin",
         ),
         (
-            # a driver and a GPU, and a torch that cannot use them
+            # there is a driver and a GPU, but this torch cannot use them
             {
                 "no_gpu": "torch 2 is built without CUDA",
                 "no_gpu_remedy": "install another",
@@ -284,8 +284,8 @@ def test_verdicts_of_a_gpu_host_where_the_kernel_runs():
         ),
     ],
 )
-def test_verdicts_of_a_gpu_host_where_something_is_in_the_way(changes, said):
-    assert verdict(**changes)[0] == said
+def test_verdicts_of_a_gpu_host_where_the_best_kernel_is_not_active(changes, expected):
+    assert verdict(**changes)[0] == expected
 
 
 def test_80_columns_are_enough_and_nothing_is_coloured(plain):

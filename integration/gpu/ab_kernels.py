@@ -91,7 +91,7 @@ def measured(builds: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             calls = {name: bound(build, args) for name, build in builds.items()}
             reference.bind(args)()
             expected = {name: tensor.clone() for name, tensor in args.outputs().items()}
-            paths.compare(calls, args, expected, case)
+            paths.compare(calls, args, expected)
             times = timing.gpu_times(with_others_between(calls), SECONDS)
             cell = {"width": width, "draft_tokens": draft_tokens, "requests": bs, "length": length}
             us = {name: timing.spread(times[name]) for name in calls}

@@ -42,12 +42,12 @@ def cost_of_check() -> dict[str, dict[str, dict[str, float]]]:
         torch.device("cuda", 0), (REQUESTS,), check_every=1, pool_size=33, context_len=4_096
     )
     pair.inputs.seq_lens.fill_(LENGTH)
-    fill = pair._taken_over()
-    servers = {"unchecked": None, "checked": fill.checked}
+    fills = pair.fills()
+    servers = {"unchecked": None, "checked": fills.shadowed}
     samples: dict[str, dict[str, list[float]]] = {name: {"host": [], "stream": []} for name in servers}
     for done in range(ROUNDS + 1):
-        for name, checked in servers.items():
-            fill.checked = checked
+        for name, shadowed in servers.items():
+            fills.shadowed = shadowed
             for clock, us in _replay_us(pair).items():
                 if done:  # the first of each warms up
                     samples[name][clock].append(us)

@@ -1,4 +1,4 @@
-"""The fills of a draft-extend backend as graphs hold them: recorded once, checked at each replay."""
+"""The fills of a draft-extend backend: recorded in a graph once, validated at replay."""
 
 from __future__ import annotations
 
@@ -7,17 +7,28 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin import dispatch
-from sglang_nsa_plugin.adapters import mqa_schedule
-from sglang_nsa_plugin.adapters.outcome import count_fallback
-from sglang_nsa_plugin.adapters.shadow_check import DIFFERENT, ShadowedReplays
+from sglang_nsa_plugin import dispatch, options
+from sglang_nsa_plugin.adapters import fields, mqa_schedule
+from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
+from sglang_nsa_plugin.adapters.outcome import Outcome
+from sglang_nsa_plugin.adapters.shadow_check import ShadowedReplays
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.state import STATE
 
-INPUTS_REPLACED = "input tensors are not the captured ones"
+# What a replay on the fast path compares: ForwardMode, seq_lens, req_pool_indices, req_to_token; then
+# SGLang's metadata, which it serves.
+Hit = tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, Any]
 
-# What a replay looks at: ForwardMode, seq_lens, req_pool_indices, req_to_token and SGLang's metadata.
-Ready = tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, Any]
+
+class CaptureError(RuntimeError):
+    """The fill failed while SGLang captured a graph, which cannot be captured any more."""
+
+    def __init__(self, batch_size: int, error: Exception) -> None:
+        super().__init__(
+            f"the draft-extend fill of batch size {batch_size} failed inside SGLang's capture: "
+            f"{type(error).__name__}: {error}. Start with {options.FLAG} off to serve with SGLang's "
+            "own fill"
+        )
 
 
 class GraphFill:
@@ -27,11 +38,11 @@ class GraphFill:
         metadata: SGLang's object whose tensors are filled.
         args: those tensors, and the inputs whose addresses a graph captures.
         run: the bound launch.
-        read_done: recorded behind the launch; None on the CPU.
+        read_done: the event recorded after the launch; None on the CPU.
     """
 
     def __init__(self, metadata: Any, args: FillArgs, run: Callable[[], None]) -> None:
-        # a graph of SGLang's has a page table, which is read through both
+        # SGLang's graphs have a page table, and a fill of one reads both
         assert args.req_pool_indices is not None
         assert args.req_to_token is not None
         self.metadata = metadata
@@ -62,36 +73,38 @@ def _alike(given: torch.Tensor, captured: torch.Tensor) -> bool:
 class BackendFills:
     """The fills of one draft-extend backend, one for each captured batch size.
 
-    Captured fills read ``enabled`` on the device. A replay that cannot be ours switches it off and lets
-    SGLang fill before the graph runs; else the graph would write over SGLang's values from the tensors
-    that it captured. It is allocated with the backend, outside the regions that SGLang's memory saver
-    releases and hands back zeroed.
+    Captured fills read ``enabled`` on the device. A replay that the plugin cannot serve sets it to 0 and
+    lets SGLang fill before the graph runs. Otherwise the fill in the graph would read the captured
+    tensors and overwrite SGLang's values. ``enabled`` is allocated with the backend, outside the regions
+    that SGLang's memory saver releases and hands back zeroed.
 
     Attributes:
-        mode: SGLang's ForwardMode of draft-extend. A batch's is compared with it: that is quicker than
-            to ask the mode itself.
-        ready: by batch size, what the last batch had that was admitted. One with the same objects needs
-            no second look. Empty while the fill is switched off, and where each replay has more to do.
+        mode: SGLang's ForwardMode of draft-extend. Batches are compared with it by identity, because
+            calling ``is_draft_extend_v2()`` costs more.
+        fast_path: by batch size, the inputs that were validated last. A replay with the same objects
+            skips validation. Empty while the fill is switched off, and where each replay has more to do.
+        remainder_last: of DeepGEMM's schedule; None leaves the schedule to DeepGEMM.
     """
 
-    def __init__(self, backend: Any, mode: Any, choice: dispatch.Choice, check_every: int = 0) -> None:
+    def __init__(
+        self, backend: Any, mode: Any, choice: dispatch.Choice, check_every: int, outcome: Outcome
+    ) -> None:
         self.backend = backend
         self.mode = mode
         self.bind = choice.bind
-        # of DeepGEMM's schedule; None leaves it to DeepGEMM
         self.remainder_last = mqa_schedule.remainder_last(backend, choice.bind)
         self.captured: dict[int, GraphFill] = {}
-        self.ready: dict[int, Ready] = {}
+        self.fast_path: dict[int, Hit] = {}
         self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
         self.is_enabled = True
-        self.checked = ShadowedReplays(backend, check_every) if check_every else None
+        self.shadowed = ShadowedReplays(backend, check_every, outcome) if check_every else None
 
     def forget(self) -> None:
-        """SGLang allocates its graph tensors anew: captured fills of the old ones are void."""
+        """SGLang allocates new graph tensors: drops the captured fills of the old ones."""
         self.captured.clear()
-        self.ready.clear()
-        if self.checked is not None:
-            self.checked.forget()
+        self.fast_path.clear()
+        if self.shadowed is not None:
+            self.shadowed.forget()
 
     def retire(self) -> None:
         """Leaves every batch size to SGLang for good; graphs captured so far still read ``enabled``."""
@@ -99,10 +112,8 @@ class BackendFills:
 
     def record(self, batch: Any) -> None:
         """Runs the fill and the derived tables on the current stream, which may be capturing."""
-        captured = self._captured(batch)
-        self._run(captured)
-        # on the CPU there are no graphs: there each fill counts as one that a graph would hold
-        if captured.args.device.type == "cpu" or is_capturing():
+        self._run(self._captured(batch))
+        if is_capturing():
             STATE.captures.add(batch.batch_size)
 
     def _run(self, captured: GraphFill) -> None:
@@ -111,34 +122,34 @@ class BackendFills:
             captured.read_done.record()
         self.refresh_derived(captured.metadata)
 
-    def admits(self, captured: GraphFill, batch: Any) -> bool:
-        """Whether the captured fill serves this batch. Switches it on or off where that is news."""
-        if self.checked is not None and self.checked.check.failed():
-            return self._leave_to_sglang(DIFFERENT)
+    def validate(self, captured: GraphFill, batch: Any) -> bool:
+        """Whether the captured fill serves this batch; switches the fill on or off to match."""
+        if self.shadowed is not None and self.shadowed.check.failed():
+            return self._leave_to_sglang(FallbackReason.DIFFERENCE_FOUND)
         inputs = (batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token)
         if not captured.reads(inputs):
-            return self._leave_to_sglang(INPUTS_REPLACED)
+            return self._leave_to_sglang(FallbackReason.INPUTS_REPLACED)
         if not self.is_enabled:
             self._switch(on=True)
-        if self.checked is None and not self.backend.enable_auto_select_prefill_impl:
-            self.ready[batch.batch_size] = (self.mode, *inputs, captured.metadata)
+        if self.shadowed is None and not self.backend.enable_auto_select_prefill_impl:
+            self.fast_path[batch.batch_size] = (self.mode, *inputs, captured.metadata)
         return True
 
     def read_done(self, bs: int) -> torch.cuda.Event | None:
-        """Behind a replay of this batch size: the event after which nothing of it reads req_to_token.
+        """To be called after a replay: the event after which nothing of it reads ``req_to_token``.
 
-        None where the fill is not ours, or on the CPU.
+        None where SGLang fills this batch size, and on the CPU. Runs the shadow check where one is due.
         """
         captured = self.captured.get(bs)
         if captured is None:
             return None
-        checked = None if self.checked is None else self.checked.run()
-        return checked or captured.read_done
+        sglang_read_done = None if self.shadowed is None else self.shadowed.run()
+        return sglang_read_done or captured.read_done
 
-    def _leave_to_sglang(self, why: str) -> bool:
+    def _leave_to_sglang(self, reason: FallbackReason) -> bool:
         if self.is_enabled:
             self._switch(on=False)
-        count_fallback(why)
+        count_fallback(reason)
         return False
 
     def _captured(self, batch: Any) -> GraphFill:
@@ -147,30 +158,35 @@ class BackendFills:
         if captured is None or captured.metadata is not metadata:
             args = self._args(batch, metadata)
             captured = GraphFill(metadata, args, self.bind(args))
-            if self.checked is not None:
-                self.checked.prepare(batch.batch_size, metadata)
+            if self.shadowed is not None:
+                self.shadowed.prepare(batch.batch_size, metadata)
             if not self.captured:
                 self._rehearse(captured)
             self.captured[batch.batch_size] = captured
-            self.ready.pop(batch.batch_size, None)
+            self.fast_path.pop(batch.batch_size, None)
         return captured
 
     def _rehearse(self, captured: GraphFill) -> None:
-        """Records a graph that is thrown away: an error inside SGLang's own capture cannot be undone."""
+        """Records a graph and drops it: an error inside SGLang's own capture could not be undone."""
         if captured.args.device.type == "cpu" or is_capturing():
             return
-        self._run(captured)  # compiles and loads what it needs
+        self._run(captured)  # compiles and loads what the capture needs
         graph = torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local")
-        # a capture that fails leaves its own stream as the current one
+        # a failed capture leaves its own stream current
         with torch.cuda.stream(torch.cuda.current_stream()), graph:
             self._run(captured)
 
     def _args(self, batch: Any, metadata: Any) -> FillArgs:
         backend = self.backend
-        expanded, ctx_lens = metadata.dsa_seqlens_expanded, metadata.paged_mqa_ctx_lens_2d
-        # SGLang builds the context lengths as a view of the expanded ones: one write serves both.
-        if ctx_lens is not None and ctx_lens.data_ptr() == expanded.data_ptr():
-            ctx_lens = None
+        outputs = fields.read(metadata, fields.DSA, fields.DSA)
+        # SGLang builds the context lengths as a view of the expanded lengths: one write serves both.
+        ctx_lens = outputs["ctx_lens"]
+        if ctx_lens is not None and ctx_lens.data_ptr() == outputs["seqlens_expanded"].data_ptr():
+            outputs["ctx_lens"] = None
+        if metadata.page_size == 1:
+            outputs["real_page_table"] = None  # it is page_table_1
+        if self.remainder_last is None:
+            outputs["mqa_schedule"] = None
         return FillArgs(
             seq_lens=batch.seq_lens,
             req_pool_indices=batch.req_pool_indices,
@@ -178,26 +194,18 @@ class BackendFills:
             extend_lens=backend.speculative_num_draft_tokens,
             index_topk=backend.dsa_index_topk,
             page_size=metadata.page_size,
-            cache_seqlens=metadata.cache_seqlens_int32,
-            cu_seqlens_k=metadata.cu_seqlens_k,
-            seqlens_expanded=expanded,
-            nsa_cache_seqlens=metadata.dsa_cache_seqlens_int32,
-            nsa_cu_seqlens_k=metadata.dsa_cu_seqlens_k,
-            ctx_lens=ctx_lens,
-            page_table_1=metadata.page_table_1,
-            real_page_table=metadata.real_page_table if metadata.page_size > 1 else None,
-            mqa_schedule=None if self.remainder_last is None else metadata.paged_mqa_schedule_metadata,
+            **outputs,
             mqa_remainder_last=bool(self.remainder_last),
             enabled=self.enabled,
         )
 
     def refresh_derived(self, metadata: Any) -> None:
-        """What the fill leaves to SGLang's own functions, in the order of its own fill."""
+        """Runs SGLang's own functions for the tables that the fill does not write, in SGLang's order."""
         backend = self.backend
         if metadata.paged_mqa_schedule_metadata is not None and self.remainder_last is None:
             backend._refresh_paged_mqa_schedule_metadata(metadata, metadata.paged_mqa_ctx_lens_2d)
         if metadata.topk_v2_plan is not None:
-            # The plan itself, not a copy: what the graph holds behind this reads the new one.
+            # Not copied into the old plan: what is captured after this reads the new one.
             plan = backend._build_topk_v2_plan(metadata.dsa_seqlens_expanded)
             object.__setattr__(metadata, "topk_v2_plan", plan)
         if metadata.flashmla_metadata is not None:
@@ -211,8 +219,8 @@ class BackendFills:
         self.enabled.fill_(int(on))
         self.is_enabled = on
         if not on:
-            self.ready.clear()
-            # SGLang writes the running sums behind this 0, not the 0.
+            self.fast_path.clear()
+            # SGLang writes the running sums, but not the 0 before them.
             for captured in self.captured.values():
                 captured.args.cu_seqlens_k[:1].zero_()
                 captured.args.nsa_cu_seqlens_k[:1].zero_()
@@ -224,5 +232,5 @@ def is_capturing() -> bool:
 
 
 def _read_done(device: torch.device) -> torch.cuda.Event | None:
-    """An event that a captured graph records again at every replay, right behind the fill."""
+    """An event that a captured graph records at every replay, right after the fill."""
     return torch.cuda.Event(external=True) if device.type == "cuda" else None

@@ -1,7 +1,7 @@
 """SGLang 0.5.11 to 0.5.14: one launch from Python fills the metadata of a draft-extend step.
 
-There NSA/DSA draft-extend runs without a CUDA graph: ``init_forward_metadata`` plans each step with some
-twenty small operations. In 0.5.11 and 0.5.12, without the overlap scheduler, it runs in a graph behind
+These releases run NSA/DSA draft-extend without a CUDA graph: ``init_forward_metadata`` plans each step
+with some twenty small operations. 0.5.11 and 0.5.12 without the overlap scheduler replay a graph, after
 ``init_forward_metadata_replay_cuda_graph``.
 """
 
@@ -10,28 +10,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from sglang_nsa_plugin import dispatch
 from sglang_nsa_plugin.adapters import hooks
+from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Adapter, Request, Takeover
 from sglang_nsa_plugin.adapters.eager_fill import EagerFill
-from sglang_nsa_plugin.adapters.eager_names import CTX_LENS, DSA, NSA, Names, names_of_generation
-from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook
-from sglang_nsa_plugin.adapters.outcome import START_ERRORS, decline, decline_after, take_over
+from sglang_nsa_plugin.adapters.eager_names import DSA, NSA, SglangNames, names_of_generation
+from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Requirement
 from sglang_nsa_plugin.adapters.ragged_fill import RaggedFill
-from sglang_nsa_plugin.state import STATE
 
 NAME = "eager"
-ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend whose draft-extend fill is ours
-RAGGED_ATTRIBUTE = "_nsa_ragged_fill"
+ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend that the plugin took over: its EagerFill
+RAGGED_ATTRIBUTE = "_nsa_ragged_fill"  # on the same backend: its RaggedFill
 
 _FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info"
 _SPEC_INFO = "sglang.srt.speculative.eagle_info"
-# Where the number of tokens is that a request of a ragged replay extends by: 0.5.12, then 0.5.11.
+# The field with the rows per request of a ragged replay: in 0.5.12, then in 0.5.11.
 _ACCEPTED = (
     Fields(f"{_SPEC_INFO}.EagleDraftExtendInput", ("num_accept_tokens",)),
     Fields(f"{_SPEC_INFO}.EagleDraftInput", ("num_accepted_tokens",)),
@@ -50,20 +48,11 @@ _REPLAY_PARAMETERS = (
 )
 
 
-class Adapter(NamedTuple):
-    """The tables of one release."""
-
-    NAME: str
-    HOOKS: tuple[Hook, ...]
-    NEEDS: tuple[Call | Fields, ...]
-    arm: Callable[[str, int], None]
-
-
-def of_generation() -> Adapter:
+def adapter_for_installed() -> Adapter:
     """The adapter with the tables of the installed SGLang."""
-    if names_of_generation() is DSA:
-        return Adapter(NAME, _hooks(DSA), _needs(DSA), functools.partial(arm, DSA, None))
-    accepted = next((row for row in _ACCEPTED if not hooks.misfits([row])), _ACCEPTED[0])
+    names = names_of_generation()
+    if names is DSA:
+        return Adapter(NAME, _hooks(DSA), _needs(DSA), _takeover)
     replay = Hook(
         f"{NSA.backend}.init_forward_metadata_replay_cuda_graph",
         (*_REPLAY_PARAMETERS, "actual_forward_mode"),
@@ -72,56 +61,59 @@ def of_generation() -> Adapter:
     )
     is_ragged = Call(f"{_FORWARD_BATCH}.ForwardMode.is_draft_extend", ("self",))
     return Adapter(
-        NAME,
-        (*_hooks(NSA), replay),
-        (*_needs(NSA), accepted, is_ragged),
-        functools.partial(arm, NSA, accepted.names[0]),
+        NAME, (*_hooks(NSA), replay), (*_needs(NSA), _accepted_tokens(), is_ragged), _takeover
     )
+
+
+def _accepted_tokens() -> Fields:
+    """The table row of this release; the first one where none fits."""
+    return next((row for row in _ACCEPTED if not hooks.misfits([row])), _ACCEPTED[0])
 
 
 def _init(
     original: Callable[..., None], backend: Any, model_runner: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Every backend of the draft worker that may plan draft-extend; those of single steps never do."""
+    """Every backend of the draft worker may plan draft-extend, except those of single draft steps."""
     original(backend, model_runner, *args, **kwargs)
-    if _armed is None or not model_runner.is_draft_worker or backend.speculative_num_steps:
+    request = _takeover.request
+    if request is None or not model_runner.is_draft_worker or backend.speculative_num_steps:
         return
-    refusal = uncovered(backend, model_runner, _armed.names)
-    if refusal is None:
-        _take_over(backend, _armed)
-    elif STATE.reason != refusal:  # a draft worker makes several backends; they say it once
-        decline(_armed.asked_for, refusal)
+    names = names_of_generation()
+    why_not = why_unsupported(backend, model_runner, names)
+    if why_not is None:
+        _take_over(backend, request, names)
+    else:
+        _takeover.outcome.step_aside(request.backend, why_not)
 
 
-def _take_over(backend: Any, armed: Armed) -> None:
+def _take_over(backend: Any, request: Request, names: SglangNames) -> None:
+    every, outcome = request.check_every, _takeover.outcome
     fills: dict[str, EagerFill | RaggedFill] = {}
     try:
-        choice = dispatch.choose(armed.asked_for, backend.req_to_token.device)
-        fills[ATTRIBUTE] = EagerFill(backend, choice, armed.names, armed.check_every)
-        if armed.accepted is not None:
-            fills[RAGGED_ATTRIBUTE] = RaggedFill(
-                backend, choice, armed.names, armed.accepted, armed.check_every
-            )
-    except START_ERRORS as error:
-        _give_up(armed.asked_for, error)
+        choice = dispatch.choose(request.backend, backend.req_to_token.device)
+        fills[ATTRIBUTE] = EagerFill(backend, choice, names, every, outcome)
+        if names is NSA:
+            (accepted,) = _accepted_tokens().names
+            fills[RAGGED_ATTRIBUTE] = RaggedFill(backend, choice, names, accepted, every, outcome)
+    except SET_UP_ERRORS as error:
+        _takeover.fail(error)
         return
     vars(backend).update(fills)
-    _taken_over.add(backend)
-    take_over(choice)
+    _takeover.add(backend)
+    outcome.report_active(NAME, choice)
 
 
-def _give_up(asked_for: str, error: Exception) -> None:
-    """Hands every backend back to SGLang, or ends the start where the fill was asked for by name."""
-    global _armed
-    decline_after(asked_for, error)
-    _armed = None
-    for backend in list(_taken_over):
-        for name in (ATTRIBUTE, RAGGED_ATTRIBUTE):
-            vars(backend).pop(name, None)
-    _taken_over.clear()
+def hand_back(backend: Any) -> None:
+    """SGLang plans this backend's steps from now on."""
+    _takeover.discard(backend)
+    for name in (ATTRIBUTE, RAGGED_ATTRIBUTE):
+        vars(backend).pop(name, None)
 
 
-def uncovered(backend: Any, model_runner: Any, names: Names) -> str | None:
+_takeover = Takeover(hand_back)
+
+
+def why_unsupported(backend: Any, model_runner: Any, names: SglangNames) -> str | None:
     """Why this configuration stays with SGLang, or None when the adapter covers it."""
     from sglang.srt.environ import envs
 
@@ -129,7 +121,8 @@ def uncovered(backend: Any, model_runner: Any, names: Names) -> str | None:
     if missing:
         return f"{type(backend).__name__} has no attribute {', '.join(missing)}"
     metadata = getattr(importlib.import_module(names.module), names.metadata)
-    unknown = {field.name for field in dataclasses.fields(metadata)} - {*names.fields, CTX_LENS}
+    known = {*names.fields, names.outputs["ctx_lens"]}
+    unknown = {field.name for field in dataclasses.fields(metadata)} - known
     if unknown:
         return f"{names.metadata} has further fields: {', '.join(sorted(unknown))}"
     if torch.version.hip is not None:
@@ -145,7 +138,7 @@ def uncovered(backend: Any, model_runner: Any, names: Names) -> str | None:
     return None
 
 
-def _backend_attributes(names: Names) -> tuple[str, ...]:
+def _backend_attributes(names: SglangNames) -> tuple[str, ...]:
     """Set by the backend's constructor, so no class can be asked for them."""
     return (
         "req_to_token",
@@ -159,7 +152,7 @@ def _backend_attributes(names: Names) -> tuple[str, ...]:
 
 
 def _init_forward_metadata(original: Callable[..., Any], backend: Any, forward_batch: Any) -> Any:
-    fill = getattr(backend, ATTRIBUTE, None)  # first: every step of every other backend comes by
+    fill = getattr(backend, ATTRIBUTE, None)  # first: all other backends' steps come here, too
     if fill is None or not forward_batch.forward_mode.is_draft_extend_v2():
         return original(backend, forward_batch)
     sglang_plan = functools.partial(original, backend, forward_batch)
@@ -200,8 +193,8 @@ def _replay(
     )
 
 
-# Each hook goes when SGLang plans a draft-extend step of these releases with one launch itself.
-def _hooks(names: Names) -> tuple[Hook, ...]:
+# Each hook goes when SGLang itself plans a draft-extend step of these releases with one launch.
+def _hooks(names: SglangNames) -> tuple[Hook, ...]:
     return (
         Hook(
             f"{names.backend}.__init__",
@@ -223,7 +216,7 @@ def _hooks(names: Names) -> tuple[Hook, ...]:
     )
 
 
-def _needs(names: Names) -> tuple[Call | Fields, ...]:
+def _needs(names: SglangNames) -> tuple[Requirement, ...]:
     return (
         Call(f"{names.backend}.{names.set_prefill_impl}", ("self", "forward_batch")),
         Call(f"{names.backend}._compute_flashmla_metadata", ("self", "cache_seqlens", "seq_len_q")),
@@ -247,31 +240,3 @@ def _needs(names: Names) -> tuple[Call | Fields, ...]:
             ),
         ),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Armed:
-    """With what draft-extend backends are taken over.
-
-    Attributes:
-        asked_for: the implementation, or "auto".
-        check_every: eager steps from one shadow check to the next, 0 for none. Ragged replays have none:
-            SGLang leaves rows of theirs unfilled, and asks the device for how many there are.
-        names: SGLang's.
-        accepted: the field with the accepted tokens, None where nothing is replayed ragged.
-    """
-
-    asked_for: str
-    check_every: int
-    names: Names
-    accepted: str | None
-
-
-_armed: Armed | None = None
-_taken_over: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def arm(names: Names, accepted: str | None, backend: str, check_every: int) -> None:
-    """From now on draft-extend backends are taken over."""
-    global _armed
-    _armed = Armed(backend, check_every, names, accepted)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 
-CTX_LENS = "paged_mqa_ctx_lens_2d"  # a field of the metadata object since 0.5.13
-_SHARED_FIELDS = (
+from sglang_nsa_plugin.adapters import fields
+
+# Fields of the metadata object that kept their names, beside the outputs of a fill.
+_OTHER_FIELDS = (
     "page_size",
-    "cache_seqlens_int32",
     "max_seq_len_q",
     "max_seq_len_k",
     "cu_seqlens_q",
-    "cu_seqlens_k",
-    "page_table_1",
-    "real_page_table",
     "flashmla_metadata",
-    "paged_mqa_schedule_metadata",
     "seq_lens_sum",
     "page_table_1_flattened",
     "topk_indices_offset",
@@ -26,11 +23,16 @@ _SHARED_FIELDS = (
 )
 
 
-class Names:
-    """The names of one generation, by what they name."""
+class SglangNames:
+    """The names of one generation, by what they name.
 
-    def __init__(self, prefix: str, backend: str) -> None:
+    Attributes:
+        outputs: the metadata fields that a fill writes, by our names.
+    """
+
+    def __init__(self, prefix: str, backend: str, outputs: dict[str, str]) -> None:
         self.prefix = prefix
+        self.outputs = outputs
         self.package = f"sglang.srt.layers.attention.{prefix}"
         self.module = f"{self.package}_backend"
         self.backend = f"{self.module}.{backend}"
@@ -38,31 +40,22 @@ class Names:
         self.index_topk = f"{prefix}_index_topk"
         self.decode_impl = f"{prefix}_decode_impl"
         self.set_prefill_impl = f"set_{prefix}_prefill_impl"
-        self.cache_seqlens = f"{prefix}_cache_seqlens_int32"
-        self.cu_seqlens_q = f"{prefix}_cu_seqlens_q"
-        self.cu_seqlens_k = f"{prefix}_cu_seqlens_k"
-        self.extend_seq_lens_list = f"{prefix}_extend_seq_lens_list"
-        self.seqlens_expanded = f"{prefix}_seqlens_expanded"
-        self.max_seqlen_q = f"{prefix}_max_seqlen_q"
+        self.nsa_cu_seqlens_q = f"{prefix}_cu_seqlens_q"
+        self.nsa_max_seqlen_q = f"{prefix}_max_seqlen_q"
+        self.nsa_extend_seq_lens_list = f"{prefix}_extend_seq_lens_list"
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields of the metadata object in every release of the generation."""
-        return (
-            *_SHARED_FIELDS,
-            self.cache_seqlens,
-            self.cu_seqlens_q,
-            self.cu_seqlens_k,
-            self.extend_seq_lens_list,
-            self.seqlens_expanded,
-            self.max_seqlen_q,
-        )
+        written = [field for name, field in self.outputs.items() if name != "ctx_lens"]
+        renamed = (self.nsa_cu_seqlens_q, self.nsa_max_seqlen_q, self.nsa_extend_seq_lens_list)
+        return (*written, *_OTHER_FIELDS, *renamed)
 
 
-NSA = Names("nsa", "NativeSparseAttnBackend")  # 0.5.11 and 0.5.12
-DSA = Names("dsa", "DeepseekSparseAttnBackend")  # 0.5.13 and 0.5.14
+NSA = SglangNames("nsa", "NativeSparseAttnBackend", fields.NSA)  # 0.5.11 and 0.5.12
+DSA = SglangNames("dsa", "DeepseekSparseAttnBackend", fields.DSA)  # 0.5.13 and 0.5.14
 
 
-def names_of_generation() -> Names:
+def names_of_generation() -> SglangNames:
     """Those of the installed SGLang."""
     return NSA if importlib.util.find_spec(DSA.module) is None else DSA

@@ -1,7 +1,8 @@
-"""A table row for each place of SGLang that an adapter hooks or calls, and how it is checked.
+"""A table row for each place of SGLang that the plugin hooks or calls, and how it is looked up.
 
-An adapter fits a release when every row does: the target exists and has the parameters, fields or
-attributes that the adapter uses. Versions are never compared.
+A table fits a release when every row does: the target exists and has the parameters, fields or
+attributes that the plugin uses. Versions are never compared. Hooks go through SGLang's HookRegistry and
+nothing else.
 """
 
 from __future__ import annotations
@@ -18,14 +19,19 @@ from typing import Any
 class Hook:
     """One AROUND hook: ``replacement(original, *args, **kwargs)`` takes the place of ``target``.
 
-    The target must have these parameters and no others: SGLang may hand over any of them. ``also`` are
-    the parameters that the target has in other releases, where the replacement serves those too.
+    Attributes:
+        target: the dotted path of a function or method.
+        parameters: those of the target. It must have no others, since SGLang may hand over any of them.
+        replacement: what is called instead.
+        also: the parameters that the target has in other releases, where the replacement serves those.
+        and_more: whether the target may have further parameters, which the replacement hands through.
     """
 
     target: str
     parameters: tuple[str, ...]
     replacement: Callable[..., Any]
     also: tuple[tuple[str, ...], ...] = ()
+    and_more: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,35 +58,34 @@ class Sets:
     names: tuple[str, ...]
 
 
-Row = Hook | Call | Fields | Sets
+Requirement = Hook | Call | Fields | Sets
 
 
-def misfits(rows: Iterable[Row]) -> list[str]:
-    """What the installed SGLang lacks, one sentence a row; empty when everything fits."""
-    return [problem for row in rows if (problem := _misfit(row)) is not None]
+def misfits(requirements: Iterable[Requirement]) -> list[str]:
+    """What the installed SGLang lacks, one sentence for each row; empty when everything fits."""
+    return [problem for row in requirements if (problem := _why_unfit(row)) is not None]
 
 
-def _misfit(row: Row) -> str | None:
+def _why_unfit(row: Requirement) -> str | None:
     try:
         target = pkgutil.resolve_name(row.target)
     except (ImportError, AttributeError) as error:
         return f"{row.target} is missing ({error})"
     if isinstance(row, Fields):
         if not dataclasses.is_dataclass(target):
-            return f"{row.target} is no dataclass"
+            return f"{row.target} is not a dataclass"
         present = {field.name for field in dataclasses.fields(target)}
         missing = [name for name in row.names if name not in present]
         return f"{row.target} has no field {', '.join(missing)}" if missing else None
     if not inspect.isroutine(target):
-        return f"{row.target} is no function"
+        return f"{row.target} is not a function"
     if isinstance(row, Sets):
         missing = [name for name in row.names if name not in _attributes_set(target)]
         return f"{row.target} sets no attribute {', '.join(missing)}" if missing else None
     names = tuple(inspect.signature(target).parameters)
-    if isinstance(row, Hook):
-        accepted, compared = (row.parameters, *row.also), names
-    else:
-        accepted, compared = (row.parameters,), names[: len(row.parameters)]
+    accepted = (row.parameters, *row.also) if isinstance(row, Hook) else (row.parameters,)
+    takes_more = isinstance(row, Call) or row.and_more
+    compared = names[: len(row.parameters)] if takes_more else names
     if compared not in accepted:
         expected = " or ".join(f"({', '.join(parameters)})" for parameters in accepted)
         return f"{row.target} takes ({', '.join(names)}), expected {expected}"
@@ -93,28 +98,40 @@ def _attributes_set(method: Callable[..., Any]) -> set[str]:
     return {each.argval for each in instructions if each.opname == "STORE_ATTR"}
 
 
-_installed: dict[str, object] = {}  # target: what stands there since our hook was applied
+_before: dict[str, object] = {}  # target: the function that was there when we registered our hook
 
 
-def install(hooks: Iterable[Hook]) -> list[str]:
-    """Applies the hooks through SGLang's HookRegistry; returns the targets that did not take theirs.
-
-    The registry applies hooks once a target: one that another plugin patched earlier is skipped.
-    Installing twice changes nothing.
-    """
+def register(hooks: Iterable[Hook]) -> None:
+    """Hands the hooks to SGLang's HookRegistry, each target once; SGLang applies them later."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
     source = HookSource(plugin_name="nsa", dist_name="sglang-nsa-plugin")
-    new = [hook for hook in hooks if hook.target not in _installed]
-    before = {hook.target: pkgutil.resolve_name(hook.target) for hook in new}
-    for hook in new:
-        HookRegistry.register(hook.target, hook.replacement, HookType.AROUND, source=source)
-    HookRegistry.apply_hooks()
-    after = {target: pkgutil.resolve_name(target) for target in before}
-    _installed.update({t: now for t, now in after.items() if now is not before[t]})
-    return [target for target, now in after.items() if now is before[target]]
+    for hook in hooks:
+        if hook.target not in _before:
+            _before[hook.target] = _function(hook.target)
+            HookRegistry.register(hook.target, hook.replacement, HookType.AROUND, source=source)
 
 
-def installed() -> list[str]:
-    """The targets at which a hook of ours stands."""
-    return sorted(_installed)
+def why_not_applied(hooks: Iterable[Hook]) -> str | None:
+    """Which of the registered hooks did not take, or None. To be asked after SGLang applied them.
+
+    The registry applies hooks once per target: a target that another plugin patched before is skipped.
+    """
+    registered = [hook.target for hook in hooks if hook.target in _before]
+    skipped = [target for target in registered if not _is_applied(target)]
+    return f"another plugin patched {', '.join(skipped)} before" if skipped else None
+
+
+def applied(hooks: Iterable[Hook]) -> list[str]:
+    """The targets of these hooks at which the plugin's hook is in force."""
+    return sorted(hook.target for hook in hooks if hook.target in _before and _is_applied(hook.target))
+
+
+def _is_applied(target: str) -> bool:
+    return _function(target) is not _before[target]
+
+
+def _function(target: str) -> object:
+    """The function at the target; of a class method the one it wraps: each look-up binds it anew."""
+    found = pkgutil.resolve_name(target)
+    return getattr(found, "__func__", found)

@@ -1,38 +1,31 @@
 """SGLang 0.5.15 to 0.5.23: the fill is recorded inside the captured draft-extend graph.
 
-At capture the runner calls ``init_forward_metadata_in_graph`` on its backend, which DSA leaves empty:
-there the fill and the tables that SGLang derives from it are recorded. At replay only
+At capture the runner calls ``init_forward_metadata_in_graph`` on its backend, which DSA leaves empty.
+The fill, and the tables that SGLang derives from it, are recorded there. At replay
 ``forward_metadata`` is pointed at the captured tensors; the host launches nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from sglang_nsa_plugin import dispatch
-from sglang_nsa_plugin.adapters import hooks
-from sglang_nsa_plugin.adapters.captured_fill import BackendFills, is_capturing
+from sglang_nsa_plugin.adapters import fields, hooks
+from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Adapter, Request, Takeover
+from sglang_nsa_plugin.adapters.captured_fill import BackendFills, CaptureError, is_capturing
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Sets
-from sglang_nsa_plugin.adapters.outcome import (
-    START_ERRORS,
-    CaptureError,
-    decline,
-    decline_after,
-    take_over,
-)
 from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.state import STATE
 
 NAME = "in-graph"
-ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend whose draft-extend fill is ours
-READY = "_nsa_draft_extend_ready"  # on the same one: its fill's `ready`
-RETIRED = "_nsa_retired_fill"  # on one that was handed back
-# The name of the event that frees req_to_token for the scheduler, from 0.5.18 on and before.
+ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend that the plugin took over: its BackendFills
+FAST_PATH = "_nsa_draft_extend_fast_path"  # on the same backend: `fast_path` of its BackendFills
+RETIRED = "_nsa_retired_fill"  # on a backend that was handed back: its former BackendFills
+# The name of the event that frees req_to_token for the scheduler: since 0.5.18, and before.
 FENCE_EVENTS = ("shared_read_done_event", "war_fastpath_read_done_event")
 # Set by the backend's constructor, so no class can be asked for them.
 BACKEND_ATTRIBUTES = (
@@ -53,52 +46,46 @@ _RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraf
 def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
     """The factory's product is the one backend that draft-extend graphs are captured with."""
     product = original(factory)
-    if _asked_for is None:
+    request = _takeover.request
+    if request is None:
         return product
     backend = product[1] if isinstance(product, tuple) else product
-    refusal = uncovered(backend, factory.draft_model_runner)
-    if refusal is None:
-        _take_over(backend, _asked_for)
+    why_not = why_unsupported(backend, factory.draft_model_runner)
+    if why_not is None:
+        _take_over(backend, request)
     else:
-        decline(_asked_for, refusal)
+        _takeover.outcome.step_aside(request.backend, why_not)
     return product
 
 
-def _take_over(backend: Any, asked_for: str) -> None:
+def _take_over(backend: Any, request: Request) -> None:
     try:
-        choice = dispatch.choose(asked_for, backend.req_to_token.device)
+        choice = dispatch.choose(request.backend, backend.req_to_token.device)
         (mode,) = _draft_extend_modes()
-        fill = BackendFills(backend, mode, choice, _check_every)
-    except START_ERRORS as error:
-        _give_up(error)
+        fills = BackendFills(backend, mode, choice, request.check_every, _takeover.outcome)
+    except SET_UP_ERRORS as error:
+        _takeover.fail(error)
         return
-    setattr(backend, ATTRIBUTE, fill)
-    setattr(backend, READY, fill.ready)
-    _taken_over.add(backend)
-    take_over(choice, fill.remainder_last is not None)
-
-
-def _give_up(error: Exception) -> None:
-    """Hands every backend back to SGLang, or ends the start where the fill was asked for by name."""
-    global _asked_for
-    assert _asked_for is not None  # nothing is taken over before
-    decline_after(_asked_for, error)
-    _asked_for = None
-    for backend in list(_taken_over):
-        hand_back(backend)
+    setattr(backend, ATTRIBUTE, fills)
+    setattr(backend, FAST_PATH, fills.fast_path)
+    _takeover.add(backend)
+    _takeover.outcome.report_active(NAME, choice, fills.remainder_last is not None)
 
 
 def hand_back(backend: Any) -> None:
     """SGLang fills this backend from now on, whatever graphs of it were captured."""
-    _taken_over.discard(backend)
-    vars(backend).pop(READY, None)
-    fill = vars(backend).pop(ATTRIBUTE, None)
-    if fill is not None:
-        fill.retire()
-        setattr(backend, RETIRED, fill)  # graphs hold its addresses
+    _takeover.discard(backend)
+    vars(backend).pop(FAST_PATH, None)
+    fills = vars(backend).pop(ATTRIBUTE, None)
+    if fills is not None:
+        fills.retire()
+        setattr(backend, RETIRED, fills)  # graphs hold its addresses
 
 
-def uncovered(backend: Any, model_runner: Any) -> str | None:
+_takeover = Takeover(hand_back)
+
+
+def why_unsupported(backend: Any, model_runner: Any) -> str | None:
     """Why this configuration stays with SGLang, or None when the adapter covers it."""
     missing = [name for name in BACKEND_ATTRIBUTES if not hasattr(backend, name)]
     if missing:
@@ -131,20 +118,20 @@ def _draft_extend_modes() -> list[Any]:
 def _init_cuda_graph_state(
     original: Callable[..., Any], backend: Any, max_bs: int, max_num_tokens: int
 ) -> Any:
-    fill = getattr(backend, ATTRIBUTE, None)
-    if fill is None:
+    fills = getattr(backend, ATTRIBUTE, None)
+    if fills is None:
         return original(backend, max_bs, max_num_tokens)
-    fill.forget()
+    fills.forget()
     with _as_without_speculation(backend):
         return original(backend, max_bs, max_num_tokens)
 
 
 @contextlib.contextmanager
 def _as_without_speculation(backend: Any) -> Iterator[None]:
-    """SGLang leaves out the token-wide page table where nothing reads it, but never with speculation.
+    """SGLang leaves ``page_table_1`` out where nothing reads it, but never with speculation.
 
-    That is for backends whose graphs hold target-verify or draft-decode. Those of draft-extend read it
-    no more than decode graphs do: all other conditions, the top-k's kernel among them, stay SGLang's.
+    It keeps the table for graphs of target-verify and draft-decode. Draft-extend graphs read it no more
+    than decode graphs do. All other conditions, such as the choice of the top-k kernel, stay SGLang's.
     """
     draft_tokens = backend.speculative_num_draft_tokens
     backend.speculative_num_draft_tokens = None
@@ -157,19 +144,19 @@ def _as_without_speculation(backend: Any) -> Iterator[None]:
 def _out_graph(
     original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool = False
 ) -> Any:
-    """Before a replay: points the backend at the captured tensors, or has SGLang fill.
+    """Before a replay: points the backend at the captured tensors, or lets SGLang fill.
 
-    One function that looks at one tuple: other work takes all of the CPU's caches between two replays,
-    so that each function called from here would cost some 0.2 µs, and each object on the way some 0.1.
-    Memory that moved under the same tensor object is not looked for: three addresses would cost 2 µs, no
-    release of SGLang moves it, and with the shadow check on, every replay is admitted anew.
+    The fast path is inline and compares objects by identity. Between two replays other work evicts the
+    CPU's caches, so each function called from here would cost some 0.2 µs, and each object touched some
+    0.1 µs. Memory that moved under the same tensor object is not looked for: comparing three addresses
+    would cost 2 µs, no release of SGLang moves memory, and the shadow check validates every replay.
     """
-    ready = getattr(backend, READY, None)  # first: every step of every other backend comes by
-    if ready is None:
+    fast_path = getattr(backend, FAST_PATH, None)  # first: all other backends' steps come here, too
+    if fast_path is None:
         return original(backend, forward_batch, in_capture=in_capture)
-    known = ready.get(forward_batch.batch_size)
-    if known is not None:
-        mode, seq_lens, req_pool_indices, req_to_token, metadata = known
+    hit = fast_path.get(forward_batch.batch_size)
+    if hit is not None:
+        mode, seq_lens, req_pool_indices, req_to_token, metadata = hit
         if (
             forward_batch.forward_mode is mode
             and forward_batch.seq_lens is seq_lens
@@ -181,58 +168,58 @@ def _out_graph(
             backend.forward_metadata = metadata
             STATE.replays += 1
             return None
-    return _admitted(original, backend, forward_batch, in_capture)
+    return _slow_path(original, backend, forward_batch, in_capture)
 
 
-def _admitted(original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool) -> Any:
-    """The same for a batch that is not known yet, or whose replay has more to do."""
-    fill: BackendFills = getattr(backend, ATTRIBUTE)
-    if in_capture or forward_batch.forward_mode is not fill.mode:
+def _slow_path(original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool) -> Any:
+    """Validates a batch whose objects are new, or whose replay has more to do."""
+    fills: BackendFills = getattr(backend, ATTRIBUTE)
+    if in_capture or forward_batch.forward_mode is not fills.mode:
         return original(backend, forward_batch, in_capture=in_capture)
-    captured = fill.captured.get(forward_batch.batch_size)
-    if captured is None or not fill.admits(captured, forward_batch):
+    captured = fills.captured.get(forward_batch.batch_size)
+    if captured is None or not fills.validate(captured, forward_batch):
         return original(backend, forward_batch)
-    # All that this call can do here; it takes longer than everything else in a replay.
+    # Called only where it can change something: it takes longer than the rest of a replay.
     if backend.use_mha or backend.enable_auto_select_prefill_impl:
         backend.set_dsa_prefill_impl(forward_batch=None)
     backend.forward_metadata = captured.metadata
     STATE.replays += 1
-    if fill.checked is not None:
-        fill.checked.plan(forward_batch, original)
+    if fills.shadowed is not None:
+        fills.shadowed.plan(forward_batch, original)
     return None
 
 
 def _in_graph(original: Callable[..., Any], backend: Any, forward_batch: Any) -> Any:
-    fill = getattr(backend, ATTRIBUTE, None)
-    if fill is None or forward_batch.forward_mode is not fill.mode:
+    fills = getattr(backend, ATTRIBUTE, None)
+    if fills is None or forward_batch.forward_mode is not fills.mode:
         return original(backend, forward_batch)
     capturing = is_capturing()
     try:
-        fill.record(forward_batch)
-    except START_ERRORS as error:
+        fills.record(forward_batch)
+    except SET_UP_ERRORS as error:
         if capturing:
             raise CaptureError(forward_batch.batch_size, error) from error
-        _give_up(error)
+        _takeover.fail(error)
         return original(backend, forward_batch)
     return None
 
 
 def _execute(original: Callable[..., Any], runner: Any, *batch: Any, **more: Any) -> Any:
-    """Publishes the end of the read inside the replay, behind which the scheduler may overwrite.
+    """Publishes the event after which the scheduler may overwrite ``req_to_token``.
 
-    Up to 0.5.21 SGLang publishes an event recorded before the replay, where its own fill has been
-    enqueued: too early for a fill in the graph. Later releases publish none for DSA, and the scheduler
-    waits for the whole forward. Behind the fill, the draft model reads only the tables that it filled,
-    as in target-verify, where SGLang itself publishes an event from inside the graph.
+    Up to 0.5.21 SGLang publishes an event recorded before the replay, after which its own fill is done:
+    too early for a fill in the graph. Later releases publish none for DSA, and the scheduler waits for
+    the whole forward. After the fill the draft model reads only the tables that it wrote. SGLang's
+    target-verify publishes an event from inside the graph in the same way.
     """
     output = original(runner, *batch, **more)
-    fill = getattr(runner.draft_extend_attn_backend, ATTRIBUTE, None)
-    read_done = None if fill is None else fill.read_done(runner.bs)
+    fills = getattr(runner.draft_extend_attn_backend, ATTRIBUTE, None)
+    read_done = None if fills is None else fills.read_done(runner.bs)
     if read_done is not None:
         model_runner = runner.model_runner
         name = _fence_event(model_runner)
-        assert name is not None  # asked for when the backend was taken over
-        # SGLang's KV canary, a debugging aid, reads req_to_token in the graph behind the fill.
+        assert name is not None  # required when the backend was taken over
+        # SGLang's KV canary, a debugging aid, reads req_to_token in the graph after the fill.
         has_canary = getattr(model_runner, "canary_manager", None) is not None
         setattr(model_runner, name, None if has_canary else read_done)
     return output
@@ -243,7 +230,7 @@ def _fence_event(model_runner: Any) -> str | None:
 
 
 # Each hook goes when SGLang's DSA backend records its own draft-extend fill in the graph.
-HOOKS = (
+_HOOKS = (
     Hook(f"{_FACTORY}._create_dsa_prefill_backend", ("self",), _create_backend),
     Hook(
         f"{_BACKEND}.init_cuda_graph_state",
@@ -263,27 +250,14 @@ HOOKS = (
         also=(("self", "forward_batch"),),  # up to 0.5.19
     ),
 )
-NEEDS = (
+_NEEDS = (
     Call(f"{_BACKEND}.set_dsa_prefill_impl", ("self", "forward_batch")),
     Call(f"{_BACKEND}._refresh_paged_mqa_schedule_metadata", ("self", "metadata", "seqlens_32_2d")),
     Call(f"{_BACKEND}._build_topk_v2_plan", ("self", "seqlens_expanded")),
     Call(f"{_BACKEND}._compute_flashmla_metadata", ("self", "cache_seqlens", "seq_len_q")),
     Fields(
         _METADATA,
-        (
-            "page_size",
-            "cache_seqlens_int32",
-            "cu_seqlens_k",
-            "dsa_seqlens_expanded",
-            "dsa_cache_seqlens_int32",
-            "dsa_cu_seqlens_k",
-            "page_table_1",
-            "real_page_table",
-            "paged_mqa_schedule_metadata",
-            "paged_mqa_ctx_lens_2d",
-            "topk_v2_plan",
-            "flashmla_metadata",
-        ),
+        ("page_size", *fields.DSA.values(), fields.TOPK_PLAN, fields.FLASHMLA),
     ),
     Call(f"{_FORWARD_BATCH}.ForwardMode.is_draft_extend_v2", ("self",)),
     Fields(
@@ -296,21 +270,13 @@ NEEDS = (
     Sets(f"{_RUNNER}.execute", ("bs",)),
 )
 
-_asked_for: str | None = None
-_check_every = 0
-_taken_over: weakref.WeakSet[Any] = weakref.WeakSet()
+ADAPTER = Adapter(NAME, _HOOKS, _NEEDS, _takeover)
 
 
 def is_generation() -> bool:
-    """Whether this SGLang captures DSA's draft-extend in CUDA graphs, 0.5.15 and later.
+    """Whether this SGLang captures DSA's draft-extend in CUDA graphs, as 0.5.15 and later do.
 
-    The top-k plan came with the graphs. Where it is missing for another reason, the eager adapter
-    does not fit either, and says what is missing.
+    The top-k plan came with the graphs. Where it is missing for another reason, the eager adapter does
+    not fit either, and says what is missing.
     """
-    return not hooks.misfits([Fields(_METADATA, ("topk_v2_plan",))])
-
-
-def arm(backend: str, check_every: int) -> None:
-    """From now on draft-extend backends are taken over, with this implementation or "auto"."""
-    global _asked_for, _check_every
-    _asked_for, _check_every = backend, check_every
+    return not hooks.misfits([Fields(_METADATA, (fields.TOPK_PLAN,))])

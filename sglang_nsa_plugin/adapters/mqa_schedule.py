@@ -1,4 +1,4 @@
-"""Whether the fill can make DeepGEMM's schedule for paged MQA logits, found out at start-up."""
+"""Finds out at start-up whether the fill can make DeepGEMM's schedule for paged MQA logits."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ROWS = (30, 512)  # of the ragged batches; DeepGEMM compiles one kernel for each
 def remainder_last(backend: Any, bind: Callable[[FillArgs], Callable[[], None]]) -> bool | None:
     """The ``mqa_remainder_last`` with which ``bind`` writes what the installed DeepGEMM writes.
 
-    DeepGEMM's releases and architectures deal out the segments that do not divide evenly in different
-    ways. None where neither way is its own, and on the CPU, where SGLang makes no schedule: then the
-    schedule is left to DeepGEMM.
+    Which processors take the segments that do not divide evenly depends on DeepGEMM's release and on the
+    architecture. None where neither way gives DeepGEMM's schedule, and on the CPU, where SGLang makes
+    none: then the schedule is left to DeepGEMM.
     """
     if backend.req_to_token.device.type != "cuda":
         return None
@@ -42,7 +42,7 @@ def _batches(backend: Any) -> list[torch.Tensor]:
 
 
 def _of_deep_gemm(backend: Any, lengths: torch.Tensor) -> torch.Tensor:
-    """By SGLang's own call, which hands the schedule to whatever has none."""
+    """The schedule by SGLang's own call, which sets it on an object that has none."""
     metadata = SimpleNamespace(paged_mqa_schedule_metadata=None)
     backend._refresh_paged_mqa_schedule_metadata(metadata, lengths.view(-1, 1))
     schedule: torch.Tensor = metadata.paged_mqa_schedule_metadata

@@ -1,99 +1,139 @@
-"""Who fills draft-extend metadata, as it was decided: noted in the state and said in the log, once."""
+"""Who fills draft-extend metadata in this process: one outcome with three states, logged on change."""
 
 from __future__ import annotations
 
 import logging
 import textwrap
+from enum import Enum
 from importlib.metadata import version
 
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.dispatch import BackendUnavailableError, Choice
+from sglang_nsa_plugin.shadow import Difference
 from sglang_nsa_plugin.state import STATE
 
 logger = logging.getLogger(__name__)
 
-# What setting up a fill may raise where it cannot run; torch's out-of-memory error is a RuntimeError.
-START_ERRORS = (RuntimeError, ValueError, TypeError)
+WAITING = "waiting for the draft-extend backend"
 
 
-class CaptureError(RuntimeError):
-    """The fill failed while SGLang captures a graph, which is broken by that."""
+class Phase(Enum):
+    """The states of an outcome, and what leads from one to the other.
 
-    def __init__(self, batch_size: int, error: Exception) -> None:
-        super().__init__(
-            f"the draft-extend fill of batch size {batch_size} failed inside SGLang's capture: "
-            f"{type(error).__name__}: {error}. Start with {options.FLAG} off to serve with SGLang's "
-            "own fill"
+    idle: SGLang fills, and the reason says why. The start of every process, and the state to which a
+    server comes that asks for nothing, is not supported, or whose fill could not be set up.
+
+    active: the plugin fills the backends that it took over, from the first one on.
+
+    failed: the shadow check found a difference. SGLang fills every step, which is counted as a
+    fallback, for the life of the process.
+    """
+
+    IDLE = "idle"
+    ACTIVE = "active"
+    FAILED = "failed"
+
+
+class Outcome:
+    """The one place where it is decided; :data:`STATE` mirrors it for reports."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.IDLE
+        self.reason = STATE.reason
+        self.adapter: str | None = None
+        self.backend: str | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a shadow check of this process has found a difference."""
+        return self.phase is Phase.FAILED
+
+    def report_waiting(self, adapter: str) -> None:
+        """The hooks of this adapter are in place, and SGLang has not made its backend yet."""
+        if self.phase is Phase.IDLE:
+            self._set(Phase.IDLE, WAITING, adapter)
+
+    def report_active(self, adapter: str, choice: Choice, makes_schedule: bool | None = None) -> None:
+        """The plugin fills a backend's metadata from now on.
+
+        ``makes_schedule`` says whether the same launch makes DeepGEMM's schedule, or DeepGEMM itself;
+        None where no fill ever does. A server may have several such backends, of adaptive speculation
+        for example: the first is logged.
+        """
+        if self.phase is not Phase.IDLE:
+            return
+        self._set(Phase.ACTIVE, choice.reason, adapter, choice.name)
+        schedule = ""
+        if makes_schedule is not None:
+            STATE.mqa_schedule = choice.name if makes_schedule else "DeepGEMM"
+            schedule = f"; MQA schedule by {STATE.mqa_schedule}"
+        logger.info(
+            "sglang-nsa-plugin %s: adapter %s, implementation %s: %s%s",
+            version("sglang-nsa-plugin"),
+            adapter,
+            choice.name,
+            choice.reason,
+            schedule,
         )
 
-
-def take_over(choice: Choice, makes_schedule: bool | None = None) -> None:
-    """Notes and logs the implementation that fills a backend's metadata.
-
-    ``makes_schedule`` says whether the same launch makes DeepGEMM's schedule, or DeepGEMM itself; None
-    where no fill ever does. A server may have several such backends, of adaptive speculation for
-    example: they say it once.
-    """
-    if STATE.backend is not None:
-        return
-    STATE.backend, STATE.reason = choice.name, choice.reason
-    schedule = ""
-    if makes_schedule is not None:
-        STATE.mqa_schedule = choice.name if makes_schedule else "DeepGEMM"
-        schedule = f"; MQA schedule by {STATE.mqa_schedule}"
-    logger.info(
-        "sglang-nsa-plugin %s: adapter %s, implementation %s: %s%s",
-        version("sglang-nsa-plugin"),
-        STATE.adapter,
-        choice.name,
-        choice.reason,
-        schedule,
-    )
-
-
-def step_aside(reason: str) -> None:
-    """Notes and logs that SGLang fills the metadata itself."""
-    STATE.adapter, STATE.backend, STATE.reason = None, None, reason
-    STATE.captures.clear()
-    logger.info(
-        "sglang-nsa-plugin %s: not used: %s; SGLang fills draft-extend metadata itself",
-        version("sglang-nsa-plugin"),
-        reason,
-    )
-
-
-def decline(asked_for: str, reason: str) -> None:
-    """Steps aside where the backend was left to the plugin.
-
-    Raises:
-        BackendUnavailableError: the backend was asked for by name.
-    """
-    if asked_for != options.DEFAULT:
-        raise BackendUnavailableError(
-            f"{options.FLAG} {asked_for} was asked for by name and cannot be used: {reason}. "
-            f"Use 'auto' or 'off' to serve with SGLang's own fill"
-        )
-    step_aside(reason)
-
-
-def decline_after(asked_for: str, error: Exception) -> None:
-    """Declines because the fill could not be set up.
-
-    Raises:
-        BackendUnavailableError: the backend was asked for by name.
-    """
-    if isinstance(error, BackendUnavailableError):  # says it all
-        raise error
-    why = textwrap.shorten(str(error), 300)
-    decline(asked_for, f"the fill could not be set up: {type(error).__name__}: {why}")
-
-
-def count_fallback(reason: str) -> None:
-    """Counts a draft-extend step that SGLang fills although the adapter is there; logs the first."""
-    if not STATE.fallbacks[reason]:
-        logger.warning(
-            "sglang-nsa-plugin: a draft-extend step goes through SGLang's own fill: %s; further ones "
-            "are counted, not logged",
+    def report_idle(self, reason: str) -> None:
+        """SGLang fills the metadata itself; the same reason is logged once."""
+        if self.phase is Phase.IDLE and self.reason == reason:
+            return
+        if not self.has_failed:
+            self._set(Phase.IDLE, reason)
+            STATE.captures.clear()
+        logger.info(
+            "sglang-nsa-plugin %s: not used: %s; SGLang fills draft-extend metadata itself",
+            version("sglang-nsa-plugin"),
             reason,
         )
-    STATE.fallbacks[reason] += 1
+
+    def step_aside(self, asked_for: str, why_not: str) -> None:
+        """Becomes idle where the choice of a backend was left to the plugin.
+
+        Raises:
+            BackendUnavailableError: the backend was asked for by name.
+        """
+        if asked_for != options.DEFAULT:
+            raise BackendUnavailableError(
+                f"{options.FLAG} {asked_for} was asked for by name and cannot be used: {why_not}. "
+                f"Use 'auto' or 'off' to serve with SGLang's own fill"
+            )
+        self.report_idle(why_not)
+
+    def step_aside_after(self, asked_for: str, error: Exception) -> None:
+        """The same after an error while a fill was set up.
+
+        Raises:
+            BackendUnavailableError: the backend was asked for by name.
+        """
+        if isinstance(error, BackendUnavailableError):  # its message is complete
+            raise error
+        what = textwrap.shorten(str(error), 300)
+        self.step_aside(asked_for, f"the fill could not be set up: {type(error).__name__}: {what}")
+
+    def fail(self, difference: Difference) -> None:
+        """The shadow check found this difference."""
+        self.phase = Phase.FAILED
+        STATE.mismatches += difference.count
+        STATE.first_mismatch = str(difference)
+        logger.error(
+            "sglang-nsa-plugin %s: the shadow check found a difference: %s. SGLang %s, adapter %s, "
+            "implementation %s. From now on this process serves through SGLang's own fill; please "
+            "report this line",
+            version("sglang-nsa-plugin"),
+            difference,
+            version("sglang"),
+            self.adapter,
+            self.backend,
+        )
+
+    def _set(
+        self, phase: Phase, reason: str, adapter: str | None = None, backend: str | None = None
+    ) -> None:
+        self.phase, self.reason, self.adapter, self.backend = phase, reason, adapter, backend
+        STATE.adapter, STATE.backend, STATE.reason = adapter, backend, reason
+
+
+OUTCOME = Outcome()

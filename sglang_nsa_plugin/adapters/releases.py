@@ -1,6 +1,6 @@
-"""Which SGLang releases the adapters were compared with, value by value.
+"""The SGLang releases whose own fill the adapters were compared with, value by value.
 
-Nothing is decided by this list: an adapter fits a release by what that release has.
+The list decides nothing: an adapter fits a release by what that release has.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ TESTED = (
 )
 
 
-def untested(version: str) -> str | None:
-    """What to tell whoever serves with this SGLang, or None when it is a tested release."""
-    if version.partition("+")[0] in TESTED:  # behind a plus: who built it
+def why_untested(version: str) -> str | None:
+    """A warning for a server with this SGLang, or None when the release is tested."""
+    if version.partition("+")[0] in TESTED:  # after the plus: who built it
         return None
     newer = _key(version) > _key(TESTED[-1])
     what = f"newer than any tested release ({TESTED[-1]})" if newer else "not a tested release"
     return (
         f"SGLang {version} is {what}: everything the plugin uses fits; compare its fill with SGLang's "
-        "own by --nsa-metadata-check 1"
+        "own by starting with --nsa-metadata-check 1"
     )
 
 

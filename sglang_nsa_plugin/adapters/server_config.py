@@ -1,4 +1,4 @@
-"""SGLang's configuration as it was decided, whichever way a release keeps it."""
+"""SGLang's resolved configuration, wherever a release keeps it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def resolved(server_args: Any) -> Any:
-    """A view of the arguments with SGLang's decisions in it.
+    """The server arguments with SGLang's decisions in them, such as a model's attention backend.
 
-    Up to 0.5.18 SGLang writes its decisions, such as the attention backend of a model, into the
-    arguments; later releases leave those as the user gave them and keep decisions beside them.
+    Up to 0.5.18 SGLang writes its decisions into the arguments. Later releases leave the arguments as the
+    user gave them and keep the decisions elsewhere.
     """
     try:
         from sglang.srt.arg_groups.overrides import resolved_view

@@ -1,1 +1,1 @@
-"""The commands verify, demo and bench, and what they share."""
+"""The commands ``verify``, ``demo`` and ``bench``."""

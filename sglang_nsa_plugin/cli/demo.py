@@ -1,4 +1,4 @@
-"""``sglang-nsa-plugin demo``: SGLang's real backend, filled by the plugin, compared value by value."""
+"""``sglang-nsa-plugin demo``: the plugin fills SGLang's real backend; every value is compared."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ DRAFT_TOKENS = 4
 
 
 def run(steps: int, seed: int, json_path: str | None) -> int:
-    """Runs the demo, prints a table and a verdict; returns 0 when every value was equal."""
+    """Prints the facts, a table and the verdict; returns 0 when every value is equal."""
     console = terminal.console()
     with terminal.progress(console) as progress:
-        result = _discover_and_compare(steps, seed, progress)
+        result = _load_and_compare(steps, seed, progress)
     _print(console, result)
     if json_path:
         Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
@@ -34,69 +34,73 @@ def run(steps: int, seed: int, json_path: str | None) -> int:
 def _device() -> Any:
     """The GPU, or the CPU with Triton's interpreter for SGLang's own kernels.
 
-    The interpreter's switch is read when Triton is imported, which SGLang does.
+    Triton reads the interpreter's switch when it is imported, and importing SGLang imports Triton.
     """
     import torch
 
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     os.environ["TRITON_INTERPRET"] = "1"
-    warnings.filterwarnings(
-        "ignore", module=r"sglang\."
-    )  # a line for each of its parts that wants a GPU
+    # SGLang warns once for each of its parts that needs a GPU.
+    warnings.filterwarnings("ignore", module=r"sglang\.")
     return torch.device("cpu")
 
 
-def _discover_and_compare(steps: int, seed: int, progress: Progress) -> dict[str, Any]:
+def _load_and_compare(steps: int, seed: int, progress: Progress) -> dict[str, Any]:
     task = progress.add_task("loading SGLang", total=None)
-    device = _device()  # before SGLang, and with it Triton, is imported
-    _discover()
+    device = _device()  # before SGLang is imported, and Triton with it
+    _load_plugin()
 
     from sglang_nsa_plugin.adapters import hooks
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.adapters.install import adapter_for_installed
+    from sglang_nsa_plugin.harness.diff import Diff
     from sglang_nsa_plugin.harness.installed import pair_for_installed
     from sglang_nsa_plugin.state import record
 
     pair = pair_for_installed(device, BATCH_SIZES, draft_tokens=DRAFT_TOKENS)
-    comparison = Comparison()
+    diff = Diff()
     progress.update(task, description="draft-extend steps")
     for bs in progress.track(_random_batches(pair, steps, seed), total=steps, task_id=task):
-        pair.step(bs, comparison)
+        pair.step(bs, diff)
     state = record()
-    ours = state["replays"] + state["launches"]
-    passed = comparison.first is None and ours == steps and not state["fallbacks"]
+    by_plugin = state["replays"] + state["launches"]
+    passed = diff.first is None and by_plugin == steps and not state["fallbacks"]
     return {
         "sglang": version("sglang"),
         "torch": version("torch"),
         "transformers": version("transformers"),
         "device": _device_name(device),
         "cuda_graphs": device.type == "cuda" and bool(state["captures"]),
-        "hook_targets": hooks.installed(),
+        "hook_targets": hooks.applied(adapter_for_installed().hooks),
         "state": state,
         "steps": steps,
         "seed": seed,
-        "compared": dict(comparison.compared),
-        "different": dict(comparison.different),
-        "first_difference": comparison.first,
+        "compared": dict(diff.compared),
+        "different": dict(diff.different),
+        "first_difference": diff.first,
         "verdict": "equal" if passed else "different",
     }
 
 
-def _discover() -> None:
-    """SGLang's own loader finds the plugin, or this ends the command."""
+def _load_plugin() -> None:
+    """Has SGLang's own loader load the plugin.
+
+    Raises:
+        RuntimeError: SGLang did not load it.
+    """
     from sglang.srt.plugins import load_plugins
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     load_plugins()
     if "sglang.srt.server_args.ServerArgs.add_cli_args" not in HookRegistry._patched:
         raise RuntimeError(
-            "SGLang did not load the plugin; SGLANG_PLUGINS must be unset or contain nsa, got "
+            "SGLang did not load the plugin: SGLANG_PLUGINS must be unset or contain nsa, got "
             f"{os.environ.get('SGLANG_PLUGINS')!r}"
         )
 
 
 def _random_batches(pair: Any, steps: int, seed: int) -> Iterator[int]:
-    """Writes random batches into the pair's inputs, one after the other; yields the size of each."""
+    """Writes one random batch after another into the pair's inputs and yields the graph's batch size."""
     import torch
 
     from sglang_nsa_plugin.harness.inputs import random_step
@@ -122,7 +126,7 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     terminal.print_facts(
         console,
         [
-            ("sglang-nsa-plugin", f"{state['version']}, found by SGLang's load_plugins()"),
+            ("sglang-nsa-plugin", f"{state['version']}, loaded by SGLang's load_plugins()"),
             ("SGLang", f"{result['sglang']}, torch {result['torch']}"),
             ("device", f"{result['device']}, {graphs}"),
             ("adapter", state["adapter"]),
@@ -130,13 +134,13 @@ def _print(console: Console, result: dict[str, Any]) -> None:
         ],
     )
     console.print()
-    console.print(_compared(result))
+    console.print(_comparison_table(result))
     console.print()
     terminal.print_verdict(console, _verdict(result), result["verdict"] == "equal")
 
 
-def _compared(result: dict[str, Any]) -> Table:
-    table = Table(title="SGLang's own fill against the plugin's, by tensor", title_justify="left")
+def _comparison_table(result: dict[str, Any]) -> Table:
+    table = Table(title="the plugin's fill compared with SGLang's own", title_justify="left")
     table.add_column("tensor")
     table.add_column("values compared", justify="right")
     table.add_column("different", justify="right")
@@ -148,10 +152,11 @@ def _compared(result: dict[str, Any]) -> Table:
 def _verdict(result: dict[str, Any]) -> str:
     total = sum(result["compared"].values())
     if result["verdict"] == "equal":
-        return f"EQUAL: {total:,} values in {result['steps']:,} steps, none different"
+        return f"EQUAL: all {total:,} values of {result['steps']:,} steps"
     state = result["state"]
+    different = sum(result["different"].values())
     return (
-        f"DIFFERENT: {sum(result['different'].values()):,} of {total:,} values; first: "
-        f"{result['first_difference']}; ours {state['replays'] + state['launches']} of "
-        f"{result['steps']}, fallbacks {state['fallbacks']}"
+        f"DIFFERENT: {different:,} of {total:,} values, the first: {result['first_difference']}; the plugin "
+        f"filled {state['replays'] + state['launches']} of {result['steps']} steps, fallbacks: "
+        f"{state['fallbacks']}"
     )

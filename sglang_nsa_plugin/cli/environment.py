@@ -1,4 +1,7 @@
-"""What ``verify`` finds on a machine, as plain values: versions, the GPU, whether SGLang loads us."""
+"""What ``verify`` reports about a machine, as plain values.
+
+Versions, the GPU, whether SGLang loads the plugin, and whether the adapter fits the installed SGLang.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,16 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
 from sglang_nsa_plugin import options
+from sglang_nsa_plugin.cli.source_stubs import stubbed
 
 GROUP, NAME = "sglang.srt.plugins", "nsa"
 VARIABLE = "SGLANG_PLUGINS"
 
 
 def machine() -> dict[str, Any]:
-    """Versions and the GPU; ``no_gpu`` says why torch has none, ``no_gpu_remedy`` what to do about it.
+    """Versions and the GPU.
 
-    Both are None where torch has a GPU.
+    ``no_gpu`` says why torch has no GPU and ``no_gpu_remedy`` what to do; both are None where it has one.
     """
     import torch
 
@@ -47,7 +51,7 @@ def distribution(name: str) -> str | None:
 
 
 def _nvidia_smi() -> tuple[str | None, str | None]:
-    """Driver and first GPU as the driver's own tool tells them."""
+    """The driver's version and the first GPU's name, as nvidia-smi reports them."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None, None
@@ -61,7 +65,7 @@ def _nvidia_smi() -> tuple[str | None, str | None]:
 
 
 def _no_gpu(driver: str | None) -> tuple[str | None, str | None]:
-    """Why torch has no NVIDIA GPU, and the one thing to do on a machine that has one."""
+    """Why torch has no NVIDIA GPU, and what to do on a machine that has one."""
     import torch
 
     if torch.version.hip is not None:
@@ -80,18 +84,31 @@ def _no_gpu(driver: str | None) -> tuple[str | None, str | None]:
 
 
 def sglang() -> dict[str, Any]:
-    """The release that is installed and whether it is a tested one."""
+    """The installed release and whether it is a tested one."""
     from sglang_nsa_plugin.adapters import releases
 
-    found = distribution("sglang")
-    tested = found is not None and releases.untested(found) is None
-    return {"version": found, "tested": tested, "newest_tested": releases.TESTED[-1]}
+    installed = distribution("sglang")
+    tested = installed is not None and releases.why_untested(installed) is None
+    return {"version": installed, "tested": tested, "newest_tested": releases.TESTED[-1]}
+
+
+def adapter_fit() -> dict[str, Any]:
+    """The adapter for the installed SGLang, and its ``misfits``: an empty list when it fits.
+
+    Read from SGLang's source; SGLang is not imported.
+    """
+    from sglang_nsa_plugin.adapters import hooks
+    from sglang_nsa_plugin.adapters.install import adapter_for_installed
+
+    with stubbed("sglang"):
+        adapter = adapter_for_installed()
+        return {"name": adapter.name, "misfits": hooks.misfits(adapter.requirements)}
 
 
 def discovery() -> dict[str, Any]:
-    """Whether SGLang's ``load_plugins()`` takes us: by the entry point and by SGLANG_PLUGINS.
+    """Whether SGLang's ``load_plugins()`` loads the plugin: the entry point and SGLANG_PLUGINS decide.
 
-    ``problem`` is what keeps it from that, and ``remedy`` what to do; both None when it takes us.
+    ``problem`` says why it does not and ``remedy`` what to do; both are None when it does.
     """
     installed = {point.name: point.value for point in entry_points(group=GROUP)}
     given = os.environ.get(VARIABLE)
@@ -100,8 +117,8 @@ def discovery() -> dict[str, Any]:
         problem = f"the entry point {NAME} of group {GROUP} is not installed"
         remedy = "install the plugin with pip into this Python"
     elif given and NAME not in _names(given):
-        problem = f"{VARIABLE} is {given!r}, which {_without_us(_names(given), set(installed))}"
-        remedy = f"set {VARIABLE}={','.join([*_known(given, installed), NAME])} or unset it"
+        problem = f"{VARIABLE} is {given!r}, which {_why_not_selected(_names(given), set(installed))}"
+        remedy = f"set {VARIABLE}={','.join([*_installed_names(given, installed), NAME])} or unset it"
     return {
         "plugins": sorted(installed),
         "variable": given,
@@ -112,15 +129,15 @@ def discovery() -> dict[str, Any]:
 
 
 def _names(given: str) -> list[str]:
-    """As SGLang reads the variable: an empty one is no list, one of blanks is an empty list."""
+    """The plugins that SGLANG_PLUGINS selects, split as SGLang splits it."""
     return [name.strip() for name in given.split(",") if name.strip()]
 
 
-def _known(given: str, installed: dict[str, str]) -> list[str]:
+def _installed_names(given: str, installed: dict[str, str]) -> list[str]:
     return [name for name in _names(given) if name in installed]
 
 
-def _without_us(names: list[str], installed: set[str]) -> str:
+def _why_not_selected(names: list[str], installed: set[str]) -> str:
     unknown = [name for name in names if name not in installed]
     if difflib.get_close_matches(NAME, [name.lower() for name in unknown]):
         return f"misspells {NAME}"
@@ -130,9 +147,9 @@ def _without_us(names: list[str], installed: set[str]) -> str:
 
 
 def setting() -> dict[str, str | None]:
-    """The backend that the environment asks for; ``problem`` when a variable cannot be read."""
+    """The backend that the environment asks for; ``problem`` when a variable has no valid value."""
     try:
-        options.check_environment()
+        options.validate_environment()
     except SystemExit as error:
         return {"backend": None, "problem": str(error).removeprefix("sglang-nsa-plugin: ")}
     return {"backend": options.backend_of(object()), "problem": None}

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-# What a machine or a caller can cause: a kernel that cannot run (BackendUnavailableError,
-# LibraryUnavailableError and torch's own are RuntimeErrors), something not installed, a file that cannot
-# be written. Anything else is a defect, and its traceback is wanted.
+# Errors that the machine or the caller can cause: a kernel that cannot run (BackendUnavailableError,
+# LibraryUnavailableError and torch's own errors are RuntimeErrors), a package that is not installed, a file
+# that cannot be written. Any other error is a defect and keeps its traceback.
 EXPECTED = (RuntimeError, ImportError, OSError)
-INTERRUPTED = 130  # as shells tell a program that Ctrl-C ended
+INTERRUPTED = 130  # the exit code by which shells recognise Ctrl-C
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code, 0 only when everything was as it should be."""
+    """Runs the command and returns its exit code: 0 for success only."""
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
@@ -28,20 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         if arguments.debug:
             raise
-        print(f"sglang-nsa-plugin {arguments.command}: {in_words(error)}", file=sys.stderr)
+        print(f"sglang-nsa-plugin {arguments.command}: {one_line(error)}", file=sys.stderr)
         return 1
     return code
 
 
-def in_words(error: Exception) -> str:
-    """The error in one line."""
+def one_line(error: Exception) -> str:
+    """The error message in one line."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0]
-        what = {"sglang": "SGLang"}.get(package, package)
-        said = f"{what} is not installed in this Python: {error}"
+        name = "SGLang" if package == "sglang" else package
+        message = f"{name} is not installed in this Python: {error}"
     else:
-        said = " ".join(str(error).split()) or type(error).__name__
-    return f"{said} (--debug shows where)"
+        message = " ".join(str(error).split()) or type(error).__name__
+    return f"{message} (--debug shows where)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,11 +63,11 @@ def _add_verify(commands: Commands) -> None:
     verify = _command(
         commands,
         "verify",
-        help="say what would fill the metadata on this machine, in under 20 seconds",
-        description="Says what is installed, whether SGLang would load the plugin and its adapter fits, "
-        "fills once with each implementation, compares and times it, and ends with a verdict. Needs no "
-        "model. Exit code 0 when nothing stands in the way of the best implementation for this machine: "
-        "the CUDA kernel, or its CPU twin where there is no GPU to serve with.",
+        help="check this machine: which kernel would fill the metadata (20 s at most)",
+        description="Prints what is installed, whether SGLang would load the plugin, and whether the "
+        "adapter fits this SGLang. Then runs one fill with each implementation, compares the values, times "
+        "it, and prints a verdict. Needs no model. The exit code is 0 when the best implementation for this "
+        "machine would be active: the CUDA kernel, or its CPU twin on a machine without a GPU.",
         epilog="example: sglang-nsa-plugin verify --json | jq -r .verdict",
     )
     verify.add_argument(
@@ -75,7 +75,7 @@ def _add_verify(commands: Commands) -> None:
         nargs="?",
         const="-",
         metavar="FILE",
-        help="also write the result as JSON; without FILE, print nothing else",
+        help="also write the result to FILE as JSON; without FILE, print only the JSON",
     )
     verify.set_defaults(run=_verify)
 
@@ -84,15 +84,16 @@ def _add_demo(commands: Commands) -> None:
     demo = _command(
         commands,
         "demo",
-        help="fill SGLang's own draft-extend backend and compare every value with its own fill",
-        description="Lets SGLang discover the plugin, drives its real backend class through random "
-        "draft-extend steps, and compares every tensor with SGLang's own fill. Uses CUDA graphs and "
-        "the CUDA kernel on a GPU, the compiled CPU twin elsewhere. Exit code 0 when all are equal.",
+        help="fill SGLang's real backend and compare every value with SGLang's own fill",
+        description="Lets SGLang load the plugin, runs SGLang's real attention backend through random "
+        "draft-extend steps, and compares every tensor with SGLang's own fill. Needs no model. With a GPU "
+        "it uses CUDA graphs and the CUDA kernel, without one the CPU twin. The exit code is 0 when all "
+        "values are equal.",
         epilog="example: sglang-nsa-plugin demo --steps 500 --seed 7",
     )
-    demo.add_argument("--steps", type=_positive, default=400, help="random batches (default: 400)")
-    demo.add_argument("--seed", type=int, default=0, help="of the random batches (default: 0)")
-    demo.add_argument("--json", metavar="FILE", help="also write the result as JSON")
+    demo.add_argument("--steps", type=_positive, default=400, help="number of random batches (default: 400)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the random batches (default: 0)")
+    demo.add_argument("--json", metavar="FILE", help="also write the result to FILE as JSON")
     demo.set_defaults(run=_demo)
 
 
@@ -100,20 +101,20 @@ def _add_bench(commands: Commands) -> None:
     bench = _command(
         commands,
         "bench",
-        help="time one fill in every way, SGLang's own and ours, in the same run",
-        description="Fills the same tensors with SGLang's own path and kernel, with each implementation "
-        "of the plugin, with its CUDA graph and with the Python fill of SGLang 0.5.9, over requests, "
-        "contexts, widths and draft tokens. Compares all values, then times host and GPU in alternating "
-        "rounds. Takes about three minutes. Without a GPU it times the CPU twin, which says nothing "
-        "about a GPU.",
+        help="time one fill: SGLang's own, the plugin's and each kernel, in one run",
+        description="Fills the same tensors with SGLang's own code, with SGLang's kernel alone, with the "
+        "plugin's CUDA graph, with each implementation of the plugin, and with the Python code of SGLang "
+        "0.5.9. Varies the requests, the context, the table's width and the draft tokens. Compares all "
+        "values first, then times host and GPU in alternating rounds. Takes about three minutes. Without a "
+        "GPU it times the CPU twin, which tells nothing about a GPU.",
         epilog="example: sglang-nsa-plugin bench --quick --json bench.json",
     )
-    bench.add_argument("--quick", action="store_true", help="few cases, in less than a minute")
-    bench.add_argument("--json", metavar="FILE", help="also write the result as JSON")
+    bench.add_argument("--quick", action="store_true", help="fewer cases; takes less than a minute")
+    bench.add_argument("--json", metavar="FILE", help="also write the result to FILE as JSON")
     bench.add_argument(
         "--plot",
         metavar="FILE",
-        help="also draw µs over requests, as PNG or SVG (needs sglang-nsa-plugin[bench])",
+        help="also plot µs over requests to FILE, PNG or SVG (needs sglang-nsa-plugin[bench])",
     )
     bench.set_defaults(run=_bench)
 
@@ -121,7 +122,7 @@ def _add_bench(commands: Commands) -> None:
 def _command(
     commands: Commands, name: str, help: str, description: str, epilog: str
 ) -> argparse.ArgumentParser:
-    """A subcommand, which takes --debug as well as the program before it."""
+    """A subcommand. --debug is accepted before its name and after it."""
     command = commands.add_parser(name, help=help, description=description, epilog=epilog)
     command.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"

@@ -1,4 +1,4 @@
-"""One real fill by each implementation: compared with the torch reference, then timed."""
+"""One fill of realistic size by each implementation: compared with the torch reference, then timed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from sglang_nsa_plugin.kernels import cuda
 from sglang_nsa_plugin.kernels import torch as reference
 
 REQUESTS, DRAFT_TOKENS, CONTEXT, PAGE, TOPK = 8, 4, 8_192, 64, 2_048
-# A fill is timed so many times, or as often as fits into the time.
-TIMES, ENOUGH_NS = 20, 300_000_000
-# Best first; the CPU twin serves nothing and stands last.
+# A fill is repeated this often when it is timed, but not for longer than this.
+REPEATS, TIME_LIMIT_NS = 20, 300_000_000
+# The best implementation first. The CPU twin, which no server uses, comes last.
 NAMES = ("cuda", "triton", "torch", "cpu")
 
 
-def check(name: str, no_gpu: str | None) -> dict[str, Any]:
-    """What came of one implementation, on the GPU where there is one.
+def run(name: str, no_gpu: str | None) -> dict[str, Any]:
+    """The outcome of one implementation, on the GPU where there is one.
 
-    ``reason`` says why it cannot run or was found wrong; without one, ``us`` is the time of a fill.
+    ``reason`` says why it cannot run or that its values are wrong. Where it is None, ``us`` is the time of
+    one fill in microseconds.
     """
     on_gpu = name in ("cuda", "triton") or (name == "torch" and no_gpu is None)
     outcome: dict[str, Any] = {"name": name, "on": "GPU" if on_gpu else "CPU", "us": None}
@@ -35,31 +36,32 @@ def check(name: str, no_gpu: str | None) -> dict[str, Any]:
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     outcome["reason"] = dispatch.why_unavailable(name, device)
     if outcome["reason"] is None:
-        outcome.update(_fill(name, device))
+        outcome.update(_compared_and_timed(name, device))
     return outcome
 
 
-def _fill(name: str, device: torch.device) -> dict[str, Any]:
+def _compared_and_timed(name: str, device: torch.device) -> dict[str, Any]:
     expected, actual = _case(device), _case(device)
     reference.fill(expected)
     fill = dispatch.choose(name, device).bind(actual)
     fill()
     for output, tensor in actual.outputs().items():
         if not torch.equal(tensor, expected.outputs()[output]):
-            why_not = f"it filled {output} with other values than the torch reference; please report it"
-            return {"reason": why_not}
+            return {
+                "reason": f"its {output} differs from the torch reference: please report this as a bug"
+            }
     return {"us": round(_microseconds(fill, device), 1)}
 
 
 def _microseconds(fill: Any, device: torch.device) -> float:
-    """Of one fill among many in a row, the device's work and the host's."""
+    """Mean time of back-to-back fills, until the device has finished the last one."""
     _wait(device)
-    begin, times = time.perf_counter_ns(), 0
-    while times < TIMES and time.perf_counter_ns() - begin < ENOUGH_NS:
+    begin, count = time.perf_counter_ns(), 0
+    while count < REPEATS and time.perf_counter_ns() - begin < TIME_LIMIT_NS:
         fill()
-        times += 1
+        count += 1
     _wait(device)
-    return (time.perf_counter_ns() - begin) / 1000 / times
+    return (time.perf_counter_ns() - begin) / 1000 / count
 
 
 def _wait(device: torch.device) -> None:
@@ -68,7 +70,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _case(device: torch.device) -> FillArgs:
-    """Eight requests of up to 8,192 tokens as a draft-extend step has them; the same at every call."""
+    """A draft-extend step of eight requests of up to 8,192 tokens; the same values at every call."""
     inputs = make_inputs(device, REQUESTS, REQUESTS + 1, CONTEXT, PAGE)
     rng = torch.Generator().manual_seed(0)
     random_step(inputs, rng, REQUESTS, REQUESTS, DRAFT_TOKENS, CONTEXT)

@@ -1,7 +1,7 @@
-"""A package imported as an outline: classes, fields, parameters and the attributes that methods set.
+"""Imports a package as stubs: its classes, fields, parameters, and the attributes that methods set.
 
-Importing SGLang's attention backend takes seconds, prints, and starts a CUDA context on a GPU host.
-Whether an adapter fits is a question about names and parameters, and the source answers it at once.
+Importing SGLang's attention backend takes seconds, prints warnings, and starts a CUDA context on a GPU
+host. Whether an adapter fits is a question about names and parameters, and the source is enough for that.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @contextlib.contextmanager
-def outline(package: str) -> Iterator[None]:
-    """Inside, importing ``package`` or a module of it gives its outline; nothing of it runs."""
-    hidden = _take(package)
+def stubbed(package: str) -> Iterator[None]:
+    """Inside the block, ``package`` and its modules are imported as stubs; none of their code runs.
+
+    Modules that were imported before are put back at the end.
+    """
+    real = _remove(package)
     finder = _Finder(package)
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-        _take(package)
-        sys.modules.update(hidden)
+        _remove(package)
+        sys.modules.update(real)
 
 
-def _take(package: str) -> dict[str, ModuleType]:
-    """Removes the package's modules from those that are loaded, and returns them."""
+def _remove(package: str) -> dict[str, ModuleType]:
+    """Removes the package's modules from ``sys.modules`` and returns them."""
     names = [name for name in sys.modules if _belongs(name, package)]
     return {name: sys.modules.pop(name) for name in names}
 
@@ -70,20 +73,20 @@ class _Loader(SourceFileLoader):
         self._package = package
 
     def exec_module(self, module: ModuleType) -> None:
-        whole = ast.parse(self.get_data(self.path), self.path)
+        source = ast.parse(self.get_data(self.path), self.path)
         imports = [
             node
-            for node in whole.body
+            for node in source.body
             if isinstance(node, ast.ImportFrom) and _belongs(node.module or "", self._package)
         ]
-        module.__dict__["__getattr__"] = _Names(module.__name__, imports)
-        kept = [*ast.parse("import dataclasses").body, *_statements(whole.body, imports)]
-        outlined = ast.fix_missing_locations(ast.Module(kept, type_ignores=[]))
-        exec(compile(outlined, self.path, "exec"), module.__dict__)
+        module.__dict__["__getattr__"] = _ImportedNames(module.__name__, imports)
+        statements = [*ast.parse("import dataclasses").body, *_statements(source.body, imports)]
+        stubs = ast.fix_missing_locations(ast.Module(statements, type_ignores=[]))
+        exec(compile(stubs, self.path, "exec"), module.__dict__)
 
 
-class _Names:
-    """Names that a module has from another one of the package, imported when asked for."""
+class _ImportedNames:
+    """A module's ``__getattr__``: what it imports from the package is imported at first use."""
 
     def __init__(self, module: str, imports: list[ast.ImportFrom]) -> None:
         self._module = module
@@ -101,7 +104,7 @@ class _Names:
 
 
 def _statements(body: list[ast.stmt], imports: list[ast.ImportFrom]) -> Iterator[ast.stmt]:
-    """Functions and classes, and the imports of what classes inherit from."""
+    """The module's functions and classes, and imports of the base classes."""
     classes = [node for node in body if isinstance(node, ast.ClassDef)]
     bases = {base.id for node in classes for base in node.bases if isinstance(base, ast.Name)}
     known = {node.name for node in classes}
@@ -138,7 +141,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.stmt:
 
 
 def _class(node: ast.ClassDef, known: set[str]) -> ast.stmt:
-    """Dataclass fields get a default, so that they may stand in any order."""
+    """Every dataclass field gets a default, so that any order of fields is valid."""
     is_dataclass = any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
     node.decorator_list = [ast.parse("dataclasses.dataclass", mode="eval").body] if is_dataclass else []
     node.bases = [base for base in node.bases if isinstance(base, ast.Name) and base.id in known]

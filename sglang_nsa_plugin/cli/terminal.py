@@ -1,6 +1,6 @@
-"""How the commands look: plain text, a bar while one waits, facts in two columns, a verdict.
+"""What the commands print with: a console, progress bars, facts in two columns, a verdict.
 
-Colour and bars appear on a terminal alone; NO_COLOR takes the colour away there, too.
+Only a terminal gets colours and bars; NO_COLOR switches the colours off.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from rich.table import Table
 
 
 def console() -> Console:
-    """Standard output; text is written as it is, not searched for markup or numbers."""
+    """Standard output. Text is printed as it is: no markup, no highlighted numbers."""
     return Console(markup=False, highlight=False)
 
 
 def progress(console: Console) -> Progress:
-    """Bars that are gone in the end; nothing at all where the output is no terminal.
+    """Transient progress bars; silent when standard output is not a terminal.
 
-    What SGLang logs meanwhile stands above the bar, or where standard error was sent.
+    Log lines of SGLang appear above the bar, or go to the file that standard error was redirected to.
     """
     return Progress(
         console=console,
@@ -32,7 +32,7 @@ def progress(console: Console) -> Progress:
 
 
 def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
-    """Names and values in two columns; long values go on below themselves."""
+    """Names and values in two columns; a long value wraps inside its column."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""``sglang-nsa-plugin verify``: what is here, a fill by each implementation, and what follows."""
+"""``sglang-nsa-plugin verify``: what is installed, one fill by each implementation, a verdict."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sglang_nsa_plugin.cli import environment, terminal
 
 STDOUT = "-"
 KERNELS = {"cuda": "CUDA", "triton": "Triton", "torch": "PyTorch"}
-WAYS = {
+WHERE = {
     "in-graph": "in the draft-extend graph of",
     "eager": "in one launch before each draft-extend step of",
 }
 
 
 def run(json_path: str | None) -> int:
-    """Checks everything, prints it and a verdict; returns 0 when nothing stands in the way."""
+    """Prints the facts, the fills and the verdict; returns 0 when the best kernel would be active."""
     console = terminal.console()
-    result = _find(console)
+    result = _examine(console)
     if json_path == STDOUT:
         print(json.dumps(result, indent=2))
     else:
@@ -34,18 +34,18 @@ def run(json_path: str | None) -> int:
     return 0 if result["works"] else 1
 
 
-def _find(console: Console) -> dict[str, Any]:
+def _examine(console: Console) -> dict[str, Any]:
     begin = time.monotonic()
     with terminal.progress(console) as progress:
-        task = progress.add_task("looking around", total=None)
-        from sglang_nsa_plugin.cli import fit, one_fill  # torch comes with them and takes seconds
+        task = progress.add_task("reading versions", total=None)
+        from sglang_nsa_plugin.cli import one_fill  # imports torch, which takes seconds
 
         machine, sglang = environment.machine(), environment.sglang()
-        adapter = fit.ask() if sglang["version"] is not None else None
+        adapter = environment.adapter_fit() if sglang["version"] is not None else None
         progress.update(task, description="filling", total=len(one_fill.NAMES))
         implementations = {}
         for name in one_fill.NAMES:
-            implementations[name] = one_fill.check(name, machine["no_gpu"])
+            implementations[name] = one_fill.run(name, machine["no_gpu"])
             progress.advance(task)
     result = {
         **machine,
@@ -56,16 +56,16 @@ def _find(console: Console) -> dict[str, Any]:
         "implementations": implementations,
         "seconds": round(time.monotonic() - begin, 1),
     }
-    problem = obstacle(result)
+    problem = why_not_active(result)
     return {**result, "works": problem is None, "verdict": problem or success(result)}
 
 
-def obstacle(result: dict[str, Any]) -> str | None:
-    """What keeps the best kernel of this machine from being active, and the one thing to do."""
+def why_not_active(result: dict[str, Any]) -> str | None:
+    """Why the best kernel of this machine would not be active and what to do about it, or None."""
     sglang, discovery, adapter = result["sglang"], result["discovery"], result["adapter"]
     if sglang["version"] is None:
         newest = sglang["newest_tested"]
-        return f"Not active: SGLang is not installed here: pip install sglang=={newest}"
+        return f"Not active: SGLang is not installed in this Python: pip install sglang=={newest}"
     if not discovery["loads"]:
         return f"Not active: {discovery['problem']}: {discovery['remedy']}"
     if result["setting"]["problem"] is not None:
@@ -78,10 +78,10 @@ def obstacle(result: dict[str, Any]) -> str | None:
             f"({'; '.join(adapter['misfits'])}): use a tested release, such as "
             f"{sglang['newest_tested']}, or a newer sglang-nsa-plugin"
         )
-    return _kernel_obstacle(result)
+    return _why_not_best(result)
 
 
-def _kernel_obstacle(result: dict[str, Any]) -> str | None:
+def _why_not_best(result: dict[str, Any]) -> str | None:
     best = "cuda" if has_gpu(result) else "cpu"
     reasons = {name: outcome["reason"] for name, outcome in result["implementations"].items()}
     if reasons[best] is None:
@@ -97,29 +97,29 @@ def _kernel_obstacle(result: dict[str, Any]) -> str | None:
 
 
 def has_gpu(result: dict[str, Any]) -> bool:
-    """Whether the machine has an NVIDIA GPU, be it one that torch does not see."""
+    """Whether the machine has an NVIDIA GPU, even one that torch does not see."""
     return result["no_gpu"] is None or result["driver"] is not None
 
 
 def success(result: dict[str, Any]) -> str:
-    """The verdict where nothing stands in the way."""
+    """The verdict when the best kernel would be active."""
     release = f"SGLang {result['sglang']['version']}"
     adapter, asked = result["adapter"]["name"], result["setting"]["backend"]
     if not has_gpu(result):
         return (
-            f"No GPU, nothing to serve with: {result['no_gpu']}. The CPU twin works, and the {adapter} "
-            f"adapter fits {release}"
+            f"No GPU to serve with: {result['no_gpu']}. The CPU twin works, and the {adapter} adapter fits "
+            f"{release}"
         )
     kernel = "cuda" if asked == options.DEFAULT else asked
     why = "" if asked == options.DEFAULT else f" (asked for by {options.VARIABLE})"
     check = "" if result["sglang"]["tested"] else f", not a tested release: add {options.CHECK_FLAG} 1"
-    return f"Active kernel: {KERNELS[kernel]}{why}, {WAYS[adapter]} {release}{check}"
+    return f"Active kernel: {KERNELS[kernel]}{why}, {WHERE[adapter]} {release}{check}"
 
 
 def _print(console: Console, result: dict[str, Any]) -> None:
     terminal.print_facts(console, _facts(result))
     console.print()
-    console.print(_fills(result))
+    console.print(_fill_table(result))
     console.print()
     terminal.print_verdict(console, result["verdict"], result["works"])
 
@@ -163,29 +163,28 @@ def _loads(discovery: dict[str, Any]) -> str:
 def _backend(setting: dict[str, str | None]) -> str:
     if setting["problem"] is not None:
         return setting["problem"]
-    flag = f"a server's {options.FLAG} overrides it"
-    return f"{setting['backend']}; {flag}"
+    return f"{setting['backend']}; a server's {options.FLAG} overrides it"
 
 
 def _adapter(adapter: dict[str, Any] | None) -> str:
     if adapter is None:
-        return "not asked: SGLang is not installed"
+        return "none: SGLang is not installed"
     misfits = "; ".join(adapter["misfits"])
     return f"{adapter['name']}, does not fit: {misfits}" if misfits else f"{adapter['name']}, fits"
 
 
-def _fills(result: dict[str, Any]) -> Table:
+def _fill_table(result: dict[str, Any]) -> Table:
     from sglang_nsa_plugin.cli import one_fill
 
     table = Table(
         title=f"one fill: {one_fill.REQUESTS} requests of up to {one_fill.CONTEXT:,} tokens",
         title_justify="left",
     )
-    for column in ("kernel", "on", "against the torch reference"):
+    for column in ("kernel", "on", "compared with torch"):
         table.add_column(column)
     table.add_column("µs", justify="right")
     for outcome in result["implementations"].values():
         us = "-" if outcome["us"] is None else f"{outcome['us']:,.1f}"
-        said = "equal" if outcome["reason"] is None else f"cannot run: {outcome['reason']}"
-        table.add_row(outcome["name"], outcome["on"], said, us)
+        compared = "equal" if outcome["reason"] is None else f"cannot run: {outcome['reason']}"
+        table.add_row(outcome["name"], outcome["on"], compared, us)
     return table

@@ -1,4 +1,4 @@
-"""What the rigs of all releases share: inputs, settings, a model runner, SGLang's own backend."""
+"""SGLang's backend in a stub process: what is the same for all releases."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from sglang_nsa_plugin.harness.inputs import Inputs, make_inputs, table_width
 class HarnessBackend(ABC):
     """SGLang's own draft-extend backend around a minimal model runner: no server, no model.
 
-    backend is made by SGLang's own code, so hooks on it fire. inputs may be another rig's, to compare
-    two backends on one batch. Making a rig publishes its settings and server_args as this process's
-    SGLang configuration, in place of what was there. index_kpool is the model's pooling of indexer
-    keys, which releases from 0.5.20 on know.
+    SGLang's code makes ``backend``, so hooks on it run. Making one replaces this process's SGLang
+    configuration by these settings and ``server_args``.
+
+    Args:
+        inputs: those of another HarnessBackend, to compare two backends on one batch; None makes new ones.
+        index_kpool: the model's pooling of indexer keys, which 0.5.20 and later know.
     """
 
     def __init__(
@@ -40,9 +42,9 @@ class HarnessBackend(ABC):
         self.draft_tokens = draft_tokens
         self.index_topk = index_topk
         self.page_size = page_size
-        process_stubs.check_device(self.device, decode_impl)
+        process_stubs.validate_device(self.device, decode_impl)
         if inputs is not None and inputs.page_size != page_size:
-            raise ValueError(f"inputs: page_size must be the rig's, {page_size}, got {inputs.page_size}")
+            raise ValueError(f"inputs: page_size must be {page_size}, got {inputs.page_size}")
         if inputs is None:
             width = table_width(context_len, draft_tokens, page_size)
             inputs = make_inputs(self.device, max_bs, pool_size, width, page_size)
@@ -72,12 +74,12 @@ class HarnessBackend(ABC):
 
     @abstractmethod
     def stub_process(self) -> contextlib.AbstractContextManager[None]:
-        """To be entered around calls of SGLang's code; changes nothing on CUDA but the topology."""
+        """To be entered around calls of SGLang's code. On CUDA it changes only the topology."""
 
     @abstractmethod
     def _backend_settings(self, decode_impl: str) -> dict[str, str]:
-        """The server arguments that choose the attention backend, as this release spells them."""
+        """The server arguments that choose the attention backend, under this release's names."""
 
     @abstractmethod
     def _make_backend(self) -> Any:
-        """The backend of :attr:`model_runner`, by SGLang's own code."""
+        """Makes the backend of :attr:`model_runner` by SGLang's own code."""

@@ -1,8 +1,7 @@
-"""SGLang's own NSA/DSA backend of 0.5.11 to 0.5.14 around a minimal model runner: no server, no model.
+"""SGLang's own NSA/DSA backend of 0.5.11 to 0.5.14, which plans draft-extend steps eagerly.
 
-There draft-extend steps are planned eagerly, or replayed ragged in 0.5.11 and 0.5.12. On CPU tensors
-Triton's interpreter runs the one kernel that SGLang needs, and the tables that CUDA libraries make stay
-None.
+0.5.11 and 0.5.12 also replay ragged graphs. On CPU tensors Triton's interpreter runs the one kernel that
+SGLang needs, and the tables that CUDA libraries make stay None.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from unittest import mock
 
 import torch
 
-from sglang_nsa_plugin.adapters.eager_names import Names, names_of_generation
+from sglang_nsa_plugin.adapters.eager_names import SglangNames, names_of_generation
 from sglang_nsa_plugin.harness.backend import HarnessBackend
 from sglang_nsa_plugin.harness.process_stubs import on_cpu
 
-DP_SIZE = 2  # of the data-parallel ranks that a batch with global_num_tokens belongs to
+DP_SIZE = 2  # data-parallel ranks of a batch with global_num_tokens
 
 
 class EagerBackend(HarnessBackend):
-    """A :class:`HarnessBackend` whose backend is made by its constructor, as a draft worker makes it."""
+    """A :class:`HarnessBackend` made by the backend's constructor, as a draft worker makes it."""
 
     @functools.cached_property
-    def names(self) -> Names:
-        """How this release spells what it renamed."""
+    def names(self) -> SglangNames:
+        """This release's names for what was renamed."""
         return names_of_generation()
 
     def stub_process(self) -> contextlib.AbstractContextManager[None]:
-        """To be entered around calls of SGLang's code; changes nothing on CUDA but the topology."""
+        """To be entered around calls of SGLang's code. On CUDA it changes only the topology."""
         return _stub_process(self.device, self.names)
 
     def _backend_settings(self, decode_impl: str) -> dict[str, str]:
@@ -68,16 +67,16 @@ class EagerBackend(HarnessBackend):
             extend_prefix_lens_cpu=[max(length - n, 0) for length in seq_lens_cpu.tolist()],
             global_num_tokens_cpu=global_num_tokens,
         )
-        batch.req_to_token_pool = self.model_runner.req_to_token_pool  # where 0.5.12 and before look
+        batch.req_to_token_pool = self.model_runner.req_to_token_pool  # where 0.5.12 and earlier look
         return batch
 
     def plan(self, batch: Any) -> None:
-        """Plans a step as SGLang's worker does, hooks and all."""
+        """Plans a step as SGLang's worker does, with the hooks."""
         with self.stub_process():
             self.backend.init_forward_metadata(batch)
 
     def sglang_plan(self, batch: Any) -> None:
-        """SGLang's own code for the same, past any hooks on the class."""
+        """The same by SGLang's own code, without the hooks on the class."""
         original = inspect.unwrap(type(self.backend).init_forward_metadata)
         with self.stub_process():
             original(self.backend, batch)
@@ -99,12 +98,12 @@ class EagerBackend(HarnessBackend):
             )
 
     def replay(self, bs: int, accepted: torch.Tensor) -> None:
-        """Calls the backend as the runner does before it replays a ragged graph, hooks and all."""
+        """Calls the backend, with its hooks, as the runner does before it replays a ragged graph."""
         with self.stub_process():
             self.backend.init_forward_metadata_replay_cuda_graph(**self._replay_arguments(bs, accepted))
 
     def sglang_replay(self, bs: int, accepted: torch.Tensor) -> None:
-        """SGLang's own code for the same, past any hooks on the class."""
+        """The same by SGLang's own code, without the hooks on the class."""
         original = inspect.unwrap(type(self.backend).init_forward_metadata_replay_cuda_graph)
         with self.stub_process():
             original(self.backend, **self._replay_arguments(bs, accepted))
@@ -122,7 +121,7 @@ class EagerBackend(HarnessBackend):
         }
 
     def _zeros(self, tokens: int) -> torch.Tensor:
-        """One for each token: what planning does not read."""
+        """int64 zeros, one for each token: a field that planning does not read."""
         return torch.zeros(tokens, dtype=torch.int64, device=self.device)
 
 
@@ -133,7 +132,7 @@ def _ragged_mode() -> Any:
 
 
 @contextlib.contextmanager
-def _stub_process(device: torch.device, names: Names) -> Iterator[None]:
+def _stub_process(device: torch.device, names: SglangNames) -> Iterator[None]:
     """What a launched process or a GPU would supply to SGLang's backend.
 
     Everywhere: attention TP and CP of size 1, rank 0 of DP. On the CPU also: the compute capability

@@ -1,9 +1,8 @@
-"""SGLang's own draft-extend metadata code around a minimal model runner: no server, no model.
+"""SGLang's own DSA backend of 0.5.15 and later, whose draft-extend runs in a CUDA graph.
 
-For releases with `dsa_backend` whose draft-extend runs in a CUDA graph (0.5.15 and later), on CUDA
-tensors with everything real, and on CPU tensors with SGLang's own torch path: there Triton's
-interpreter runs the one kernel that it needs, and the DeepGEMM schedule, the top-k plan and the
-FlashMLA metadata stay None.
+On CUDA tensors everything is real. On CPU tensors SGLang takes its torch path: Triton's interpreter runs
+the one kernel that it needs, and the DeepGEMM schedule, the top-k plan and the FlashMLA metadata stay
+None.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from sglang_nsa_plugin.harness.inputs import PADDED_SEQ_LEN
 
 
 class GraphBackend(HarnessBackend):
-    """A :class:`HarnessBackend` whose backend is made by SGLang's DraftBackendFactory, so that hooks on it fire."""
+    """A :class:`HarnessBackend` that SGLang's DraftBackendFactory makes, so hooks on the factory run."""
 
     def stub_process(self) -> contextlib.AbstractContextManager[None]:
-        """To be entered around calls of SGLang's code; changes nothing on CUDA but the topology."""
+        """To be entered around calls of SGLang's code. On CUDA it changes only the topology."""
         return process_stubs.stub_process(self.device)
 
     def _backend_settings(self, decode_impl: str) -> dict[str, str]:
-        sglang_kernel.fused_fill()  # older releases have other backends: better told here than by a missing name
+        sglang_kernel.fused_fill()  # raises for older releases, which have other backends
         return {
             "attention_backend": "dsa",
             "dsa_prefill_backend": decode_impl,
@@ -36,7 +35,7 @@ class GraphBackend(HarnessBackend):
         }
 
     def _make_backend(self) -> Any:
-        """By the method with which SGLang makes the one of its draft-extend graphs."""
+        """By the method with which SGLang makes the backend of its draft-extend graphs."""
         from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
         arguments = {
@@ -63,7 +62,7 @@ class GraphBackend(HarnessBackend):
         """The ForwardBatch of a capture: the first bs entries of the static buffers."""
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-        self._check_bs(bs)
+        self._validate_bs(bs)
         seq_lens = self.inputs.seq_lens[:bs]
         return ForwardBatch(
             forward_mode=_draft_extend_mode(),
@@ -81,8 +80,8 @@ class GraphBackend(HarnessBackend):
         )
 
     def replay_view(self, bs: int) -> SimpleNamespace:
-        """What execute() hands to the backend: the whole static buffers, no host lengths."""
-        self._check_bs(bs)
+        """The batch that execute() hands to the backend: the whole static buffers, no host lengths."""
+        self._validate_bs(bs)
         return SimpleNamespace(
             batch_size=bs,
             forward_mode=_draft_extend_mode(),
@@ -98,24 +97,24 @@ class GraphBackend(HarnessBackend):
         )
 
     def replay(self, bs: int) -> None:
-        """Call the backend, hooks and all, as execute() does before a replay."""
+        """Calls the backend, with its hooks, as execute() does before a replay."""
         with self.stub_process():
             self.backend.init_forward_metadata_out_graph(self.replay_view(bs))
 
     def sglang_fill(self, bs: int) -> None:
-        """SGLang's own fill into decode_cuda_graph_metadata[bs], past any hooks on the class."""
+        """SGLang's own fill into decode_cuda_graph_metadata[bs], without the hooks on the class."""
         if bs not in self.backend.decode_cuda_graph_metadata:
             raise ValueError(f"bs: call capture_setup({bs}) first, nothing is captured for {bs}")
         original = inspect.unwrap(type(self.backend).init_forward_metadata_out_graph)
         with self.stub_process():
             original(self.backend, self.replay_view(bs))
 
-    def _check_bs(self, bs: int) -> None:
+    def _validate_bs(self, bs: int) -> None:
         if not 1 <= bs <= self.max_bs:
-            raise ValueError(f"bs: must lie in 1..{self.max_bs}, the rig's max_bs, got {bs}")
+            raise ValueError(f"bs: must lie in 1..{self.max_bs}, the backend's max_bs, got {bs}")
 
     def _tokens(self, bs: int) -> torch.Tensor:
-        """int64 zeros, one per token of the batch: per-token fields that a fill does not read."""
+        """int64 zeros, one for each token of the batch: a field that a fill does not read."""
         return torch.zeros(bs * self.draft_tokens, dtype=torch.int64, device=self.device)
 
     def _per_request(self, bs: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The backend of the installed SGLang beside an untouched one, whichever adapter it has."""
+"""A backend that the plugin took over beside an untouched one, whichever adapter SGLang has."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class BackendPair(ABC, Generic[AnyBackend]):
     """A taken-over backend and an untouched one over the same inputs.
 
     Args:
-        device: where the tensors lie.
-        batch_sizes: the largest is as many requests as the inputs hold; graphs have one of them.
-        backend: implementation to fill with, as ``--nsa-metadata-backend``.
-        check_every: as ``--nsa-metadata-check``.
-        rig: further arguments of :class:`HarnessBackend`.
+        device: of all tensors.
+        batch_sizes: the sizes that graphs are captured for; the inputs hold the largest.
+        backend: the implementation, as in ``--nsa-metadata-backend``.
+        check_every: as in ``--nsa-metadata-check``.
+        harness: further arguments of :class:`HarnessBackend`.
     """
 
-    make_rig: ClassVar[Callable[..., Any]]
+    make_backend: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,
@@ -34,19 +34,19 @@ class BackendPair(ABC, Generic[AnyBackend]):
         batch_sizes: Iterable[int],
         backend: str = "auto",
         check_every: int = 0,
-        **rig: Any,
+        **harness: Any,
     ) -> None:
         self.batch_sizes = sorted(batch_sizes)
         activate_plugin(backend, check_every)
-        self.ours: AnyBackend = self.make_rig(device, max_bs=self.batch_sizes[-1], **rig)
+        self.ours: AnyBackend = self.make_backend(device, max_bs=self.batch_sizes[-1], **harness)
         self.inputs = self.ours.inputs
-        self.theirs: AnyBackend = self.make_rig(device, inputs=self.inputs, **rig)
+        self.theirs: AnyBackend = self.make_backend(device, inputs=self.inputs, **harness)
         self._hand_back(self.theirs.backend)
 
     def stub_process(self) -> contextlib.AbstractContextManager[None]:
-        """What SGLang's code lacks outside a launched process, for calls that are timed."""
+        """What SGLang's code lacks outside a launched process. To be entered around its code."""
         return self.ours.stub_process()
 
     @abstractmethod
     def _hand_back(self, backend: Any) -> None:
-        """Makes a backend that the plugin took over SGLang's own again."""
+        """Gives a backend that the plugin took over back to SGLang."""

@@ -1,7 +1,7 @@
-"""What SGLang's attention backends ask of a launched process, supplied without server, model or GPU.
+"""What SGLang's attention backends need from a launched process, without a server, a model or a GPU.
 
-A configuration, a draft model runner of DeepSeek-V3.2's geometry, and on the CPU stand-ins for what a
-CUDA device would answer.
+A configuration, a draft model runner with DeepSeek-V3.2's geometry, and on the CPU stubs for what a CUDA
+device would answer.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 from sglang_nsa_plugin import options, plugin
 from sglang_nsa_plugin.harness.inputs import Inputs
 
-# Values of decode_impl with which making the backend or its metadata takes a CUDA library.
+# Values of decode_impl for which the backend or its metadata needs a CUDA library.
 NEEDS_CUDA = ("flashmla_kv", "trtllm")
 
 
 def parameters(function: Callable[..., Any]) -> set[str]:
-    """The names of a function's parameters, of which releases have different ones."""
+    """The names of a function's parameters, which differ between releases."""
     return set(inspect.signature(function).parameters)
 
 
@@ -38,8 +38,8 @@ def activate_plugin(backend: str, check_every: int) -> None:
     plugin.activate(server_args)
 
 
-def check_device(device: torch.device, decode_impl: str) -> None:
-    """SGLang chooses its path by what the process sees, not by the tensors: the two must agree."""
+def validate_device(device: torch.device, decode_impl: str) -> None:
+    """SGLang chooses its path by the GPUs of the process, not by the tensors: the two must agree."""
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: must be cpu or cuda, got {device}")
     if (device.type == "cuda") != torch.cuda.is_available():
@@ -49,7 +49,7 @@ def check_device(device: torch.device, decode_impl: str) -> None:
             "empty CUDA_VISIBLE_DEVICES and use cpu"
         )
     if device.type == "cpu":
-        check_interpreter()
+        validate_interpreter()
         if decode_impl in NEEDS_CUDA:
             raise ValueError(
                 f"decode_impl: {', '.join(NEEDS_CUDA)} call CUDA libraries, got {decode_impl} "
@@ -57,8 +57,8 @@ def check_device(device: torch.device, decode_impl: str) -> None:
             )
 
 
-def missing_for(decode_impl: str) -> str | None:
-    """What this decode implementation lacks here, or None. In 0.5.23 FlashMLA has its own package."""
+def why_unavailable(decode_impl: str) -> str | None:
+    """Which package this decode implementation lacks here, or None. 0.5.23 has FlashMLA in its own package."""
     if decode_impl != "flashmla_kv":
         return None
     try:
@@ -68,8 +68,8 @@ def missing_for(decode_impl: str) -> str | None:
     return None
 
 
-def check_interpreter() -> None:
-    """Triton decides while it is imported whether kernels, its own functions too, are compiled."""
+def validate_interpreter() -> None:
+    """Triton decides on import whether kernels, including its own functions, are interpreted."""
     from triton.language import cumsum
     from triton.runtime.jit import JITFunction
 
@@ -85,9 +85,9 @@ def check_interpreter() -> None:
 def stub_process(device: torch.device) -> Iterator[None]:
     """What a launched process or a GPU would supply to SGLang's backend.
 
-    Everywhere: attention TP of size 1, which is otherwise read from torch.distributed. On the CPU
-    also: the compute capability 9.0, which the constructor asks for; no top-k plan, which a CUDA
-    kernel makes; the launcher of the one Triton kernel, which asserts CUDA tensors.
+    Everywhere: attention TP of size 1, which is otherwise read from torch.distributed. On the CPU also:
+    the compute capability 9.0, which the constructor asks for; no top-k plan, which needs a CUDA kernel;
+    and a launcher of the one Triton kernel that accepts CPU tensors.
     """
     from sglang.srt.environ import envs
     from sglang.srt.layers.attention import dsa_backend
@@ -106,7 +106,7 @@ def stub_process(device: torch.device) -> Iterator[None]:
 
 
 def on_cpu(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """The launcher of an interpreted kernel, to which alone CPU tensors look like CUDA tensors."""
+    """A launcher of an interpreted kernel, inside which CPU tensors look like CUDA tensors."""
 
     @functools.wraps(launcher)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -117,7 +117,7 @@ def on_cpu(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def publish_server_args(**fields: Any) -> Any:
-    """A ServerArgs with these fields, made this process's configuration."""
+    """Makes a ServerArgs with these fields this process's configuration."""
     from sglang.srt import server_args as module
 
     context: Any = None

@@ -30,14 +30,12 @@ def sglang_fused_fill(
     device = inputs.seq_lens.device
     launch = fill
     if device.type == "cpu":
-        process_stubs.check_interpreter()
+        process_stubs.validate_interpreter()
         launch = process_stubs.on_cpu(fill)
     rows = bs * draft_tokens
-    wide = metadata.page_table_1
-    # Renamed in 0.5.22.
-    page = (
-        "real_page_size" if "real_page_size" in process_stubs.parameters(fill) else "physical_page_size"
-    )
+    page_table_1 = metadata.page_table_1
+    is_renamed = "real_page_size" in process_stubs.parameters(fill)  # since 0.5.22
+    page = "real_page_size" if is_renamed else "physical_page_size"
     launch(
         seq_lens=inputs.seq_lens[:bs],
         extend_seq_lens=torch.full((bs,), draft_tokens, dtype=torch.int32, device=device),
@@ -45,14 +43,14 @@ def sglang_fused_fill(
         req_to_token=inputs.req_to_token,
         cache_seqlens=metadata.cache_seqlens_int32,
         cu_seqlens_k=metadata.cu_seqlens_k,
-        page_table_1=wide,
+        page_table_1=page_table_1,
         seqlens_expanded=metadata.dsa_seqlens_expanded,
         dsa_cache_seqlens=metadata.dsa_cache_seqlens_int32,
         dsa_cu_seqlens_k=metadata.dsa_cu_seqlens_k,
         real_page_table=metadata.real_page_table,
         bs=bs,
         total_len=rows,
-        max_seqlen_k=(inputs.req_to_token if wide is None else wide).shape[1],
+        max_seqlen_k=(inputs.req_to_token if page_table_1 is None else page_table_1).shape[1],
         dsa_index_topk=index_topk,
         max_extend_len=draft_tokens,
         max_total_len=rows,

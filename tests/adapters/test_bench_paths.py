@@ -27,30 +27,30 @@ def stepped():
     case = Case(REQUESTS, LENGTH)
     cases.write_lengths(pair.inputs, case)
     assert run._step(pair, REQUESTS) > 0
-    return pair, fills, case, paths.sglang_values(pair, REQUESTS)
+    return pair, fills, paths.sglang_values(pair, REQUESTS)
 
 
 @pytest.mark.parametrize("tables", [BOTH, PAGED])
 def test_every_path_writes_sglangs_values(stepped, tables):
     from sglang_nsa_plugin.cli.bench import paths
 
-    pair, fills, case, sglang = stepped
+    pair, fills, sglang = stepped
     calls = paths.direct(fills, REQUESTS, tables)
     assert list(calls) == ["cpu", "torch", *(["original"] if tables == BOTH else [])]
     args = fills.args(REQUESTS, tables)
-    values = paths.compare(calls, args, sglang, case)
+    values = paths.compare(calls, args, sglang)
     rows, pages = REQUESTS * DRAFT_TOKENS, -(-LENGTH // 64)
     lengths = REQUESTS + (REQUESTS + 1) + rows + rows + (rows + 1)
     cells = rows * (pages + (LENGTH if tables == BOTH else 0))
     assert values == len(calls) * (lengths + cells)
-    paths = paths.with_sglang(pair, fills, REQUESTS, tables)
-    assert "original" not in paths.gpu
-    assert "sglang_kernel" in paths.gpu
-    for path in (*paths.host.values(), *paths.gpu.values()):
+    timed = paths.with_sglang(pair, fills, REQUESTS, tables)
+    assert "original" not in timed.gpu
+    assert "sglang_kernel" in timed.gpu
+    for path in (*timed.host.values(), *timed.gpu.values()):
         with pair.stub_process():
             path()
     recorded = paths.recorded_tables(pair, REQUESTS)
-    assert ("ours" in paths.gpu) == ("sglang" in paths.host) == (tables == recorded)
+    assert ("ours" in timed.gpu) == ("sglang" in timed.host) == (tables == recorded)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_every_path_writes_sglangs_values(stepped, tables):
 def test_a_wrong_value_is_named_and_not_timed(stepped, name):
     from sglang_nsa_plugin.cli.bench import paths
 
-    _, fills, case, sglang = stepped
+    _, fills, sglang = stepped
     args = fills.args(REQUESTS, BOTH)
     calls = paths.direct(fills, REQUESTS, BOTH)
 
@@ -68,17 +68,17 @@ def test_a_wrong_value_is_named_and_not_timed(stepped, name):
         args.outputs()[name].view(-1)[-1 if name.endswith(("lens", "_k")) else 0] += 1
 
     with pytest.raises(paths.DifferentValuesError, match=rf"planted filled other values: {name}\["):
-        paths.compare({"cpu": calls["cpu"], "planted": wrong}, args, sglang, case)
+        paths.compare({"cpu": calls["cpu"], "planted": wrong}, args, sglang)
 
 
 def test_the_kernel_of_sglang_leaves_the_wide_table_alone(stepped):
-    pair, _, _, sglang = stepped
-    for wide in (True, False):
+    pair, _, sglang = stepped
+    for is_written in (True, False):
         sglang["page_table_1"].fill_(-7)
         sglang["real_page_table"].fill_(-7)
         with pair.stub_process():
-            pair.sglang_kernel(REQUESTS, wide)()
-        assert bool((sglang["page_table_1"][:, :LENGTH] == -7).all()) != wide
+            pair.sglang_kernel(REQUESTS, is_written)()
+        assert bool((sglang["page_table_1"][:, :LENGTH] == -7).all()) != is_written
         assert (sglang["real_page_table"][:, 0] != -7).all()
 
 

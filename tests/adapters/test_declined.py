@@ -36,7 +36,7 @@ def test_configurations_that_stay_with_sglang(pair, monkeypatch, backend, server
 
     for name, value in backend.items():
         monkeypatch.setattr(pair.ours.backend, name, value, raising=False)
-    assert in_graph.uncovered(pair.ours.backend, model_runner(**server_args)) == said
+    assert in_graph.why_unsupported(pair.ours.backend, model_runner(**server_args)) == said
 
 
 def model_runner(**server_args: object) -> SimpleNamespace:
@@ -50,7 +50,7 @@ def test_a_runner_whose_fence_is_unknown_stays_with_sglang(pair):
     """Nothing else could tell the scheduler when the read inside the replay has ended."""
     from sglang_nsa_plugin.adapters import in_graph
 
-    said = in_graph.uncovered(pair.ours.backend, SimpleNamespace(server_args=SimpleNamespace()))
+    said = in_graph.why_unsupported(pair.ours.backend, SimpleNamespace(server_args=SimpleNamespace()))
     assert said == (
         "the model runner has none of shared_read_done_event, war_fastpath_read_done_event, "
         "which the scheduler waits on"
@@ -86,20 +86,20 @@ def test_a_pooled_index_stays_with_sglang(pair):
 def test_sglangs_resolved_arguments_are_asked(fields, reason):
     """From 0.5.19 on the arguments stay as the user gave them; SGLang's decisions lie beside them."""
     skip_unless_captured()
-    from sglang_nsa_plugin import adapters
+    from sglang_nsa_plugin.adapters import install
     from sglang_nsa_plugin.harness import process_stubs
 
     sparse = {"attention_backend": "dsa", "speculative_algorithm": "EAGLE"}
     published = process_stubs.publish_server_args(**{**sparse, **fields})
     as_a_child_gets_them = pickle.loads(pickle.dumps(published))
-    assert adapters.nothing_to_fill(as_a_child_gets_them) == reason
+    assert install.why_idle(as_a_child_gets_them) == reason
 
 
 def test_hip_stays_with_sglang(pair, monkeypatch):
     from sglang_nsa_plugin.adapters import in_graph
 
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert in_graph.uncovered(pair.ours.backend, model_runner()) == "HIP is not covered"
+    assert in_graph.why_unsupported(pair.ours.backend, model_runner()) == "HIP is not covered"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_draft_extend_must_be_one_forward_mode(pair, monkeypatch, names, got):
     from sglang_nsa_plugin.adapters import in_graph
 
     monkeypatch.setattr(ForwardMode, "is_draft_extend_v2", lambda mode: mode.name in names)
-    said = in_graph.uncovered(pair.ours.backend, model_runner())
+    said = in_graph.why_unsupported(pair.ours.backend, model_runner())
     assert said == f"one ForwardMode must be draft-extend, got {got}"
 
 
@@ -120,5 +120,5 @@ def test_a_backend_without_what_the_fill_reads_stays_with_sglang(pair, monkeypat
     from sglang_nsa_plugin.adapters import in_graph
 
     monkeypatch.delattr(pair.ours.backend, "dsa_index_topk")
-    said = in_graph.uncovered(pair.ours.backend, model_runner())
+    said = in_graph.why_unsupported(pair.ours.backend, model_runner())
     assert said == "DeepseekSparseAttnBackend has no attribute dsa_index_topk"

@@ -15,7 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("sglang")
 
-from sglang_nsa_plugin.adapters import eager_names, in_graph
+from sglang_nsa_plugin.adapters import eager_names, fields, in_graph
+from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
+from sglang_nsa_plugin.adapters.outcome import OUTCOME
+from sglang_nsa_plugin.shadow import Difference
 
 pytestmark = [
     pytest.mark.skipif(
@@ -60,9 +63,9 @@ def random_batch(pair, generator, raw_bs=None, bs=None):
 
 def step_and_expect_equal(pair, bs, global_num_tokens=None):
     """Lengths below the number of draft tokens are raised to it, as a server has them."""
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
-    result = Comparison()
+    result = Diff()
     pair.step(bs, result, global_num_tokens)
     assert result.first is None, result.first
     return pair.ours.backend.forward_metadata
@@ -70,8 +73,8 @@ def step_and_expect_equal(pair, bs, global_num_tokens=None):
 
 def lengths_of(metadata):
     """seqlens_expanded, cache_seqlens and their running sums, as lists."""
-    fields = (NAMES.seqlens_expanded, NAMES.cache_seqlens, NAMES.cu_seqlens_k)
-    return [getattr(metadata, field).tolist() for field in fields]
+    names = ("seqlens_expanded", "nsa_cache_seqlens", "nsa_cu_seqlens_k")
+    return [tensor.tolist() for tensor in fields.read(metadata, NAMES.outputs, names).values()]
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -100,11 +103,11 @@ def test_every_field_equals_sglangs(backend, rig, state):
 @pytest.mark.parametrize("draft_tokens", range(1, 7))
 def test_requests_shorter_than_their_rows(draft_tokens):
     """F1: rows before the first token get length 0, not a negative one."""
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
     pair = make_pair(draft_tokens=draft_tokens, index_topk=5)
     pair.inputs.seq_lens.copy_(torch.tensor([0, 1, 2, 3, 4, 5, 6, 100]))
-    result = Comparison()
+    result = Diff()
     pair.plan_both(pair.ours.batch(8), result)
     assert result.first is None, result.first
     expanded, clamped, sums = lengths_of(pair.ours.backend.forward_metadata)
@@ -143,8 +146,9 @@ def test_tensors_stay_and_each_step_has_an_object_of_its_own(pair):
         seen.append(step_and_expect_equal(pair, bs))
     assert len({id(metadata) for metadata in seen}) == 4
     for first, second in ((seen[0], seen[2]), (seen[1], seen[3])):
-        for field in (NAMES.seqlens_expanded, NAMES.cache_seqlens, NAMES.cu_seqlens_k, "cu_seqlens_k"):
-            assert getattr(first, field).data_ptr() == getattr(second, field).data_ptr()
+        for name in fields.LENGTHS:
+            tensors = [getattr(each, NAMES.outputs[name]) for each in (first, second)]
+            assert tensors[0].data_ptr() == tensors[1].data_ptr()
     assert len({metadata.page_table_1.data_ptr() for metadata in seen}) == 1
     assert len({metadata.real_page_table.data_ptr() for metadata in seen}) == 1
 
@@ -209,26 +213,30 @@ def test_inference_mode_as_in_a_server(pair):
 
 
 def fallback_batch(pair, reason):
-    from sglang_nsa_plugin.adapters import eager_fill
-
     batch = pair.ours.batch(4)
-    if reason == eager_fill.OTHER_WIDTH:
+    if reason is FallbackReason.OTHER_ROWS_PER_REQUEST:
         # as in the metadata of a backend that was made for another number of draft tokens
         pair.ours.backend.speculative_num_draft_tokens = DRAFT_TOKENS + 1
-    elif reason == eager_fill.OTHER_SIZES:
+    elif reason is FallbackReason.OTHER_SIZES:
         batch.extend_seq_lens = batch.extend_seq_lens[:3]
-    elif reason == eager_fill.NO_HOST_LENGTHS:
+    elif reason is FallbackReason.NO_HOST_LENGTHS:
         batch.seq_lens_cpu = None
     else:
         batch.batch_size = 0
     return batch
 
 
-@pytest.mark.parametrize("reason", ["NO_REQUESTS", "NO_HOST_LENGTHS", "OTHER_SIZES", "OTHER_WIDTH"])
+@pytest.mark.parametrize(
+    "reason",
+    [
+        FallbackReason.NO_REQUESTS,
+        FallbackReason.NO_HOST_LENGTHS,
+        FallbackReason.OTHER_SIZES,
+        FallbackReason.OTHER_ROWS_PER_REQUEST,
+    ],
+    ids=lambda reason: reason.name,
+)
 def test_other_batches_go_to_sglang_and_are_counted(pair, state, caplog, monkeypatch, reason):
-    from sglang_nsa_plugin.adapters import eager_fill
-
-    reason = getattr(eager_fill, reason)
     planned = []
     monkeypatch.setattr(
         type(pair.ours.backend), "set_" + NAMES.prefix + "_prefill_impl", lambda *_: planned.append(1)
@@ -239,11 +247,11 @@ def test_other_batches_go_to_sglang_and_are_counted(pair, state, caplog, monkeyp
         try:
             pair.ours.plan(batch)
         except AssertionError:  # SGLang's own answer to a batch without lengths on the host
-            assert reason == eager_fill.NO_HOST_LENGTHS
-        assert state.fallbacks == {reason: count}
-    assert len(planned) == (0 if reason == eager_fill.NO_HOST_LENGTHS else 2)  # by SGLang
+            assert reason is FallbackReason.NO_HOST_LENGTHS
+        assert state.fallbacks == {reason.value: count}
+    assert len(planned) == (0 if reason is FallbackReason.NO_HOST_LENGTHS else 2)  # by SGLang
     assert state.launches == 0
-    said = [r for r in caplog.records if reason in r.getMessage()]
+    said = [r for r in caplog.records if reason.value in r.getMessage()]
     assert len(said) == 1
     assert said[0].levelname == "WARNING"
 
@@ -251,12 +259,12 @@ def test_other_batches_go_to_sglang_and_are_counted(pair, state, caplog, monkeyp
 def test_other_modes_go_to_sglang(pair, state):
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
     random_batch(pair, torch.Generator().manual_seed(7), raw_bs=4)
     batch = pair.ours.batch(4)
     batch.forward_mode = ForwardMode.DECODE
-    result = Comparison()
+    result = Diff()
     pair.plan_both(batch, result)
     assert result.first is None, result.first
     assert state.launches == 0
@@ -348,8 +356,8 @@ def test_a_backend_without_an_attribute_is_declined(pair):
     from sglang_nsa_plugin.adapters import eager
 
     del pair.theirs.backend.real_page_size
-    refusal = eager.uncovered(pair.theirs.backend, pair.theirs.model_runner, NAMES)
-    assert refusal == f"{type(pair.theirs.backend).__name__} has no attribute real_page_size"
+    why_not = eager.why_unsupported(pair.theirs.backend, pair.theirs.model_runner, NAMES)
+    assert why_not == f"{type(pair.theirs.backend).__name__} has no attribute real_page_size"
 
 
 def test_the_take_over_is_logged_once(state, caplog):
@@ -413,7 +421,6 @@ def test_a_checked_step_serves_our_tensors():
 
 
 def test_a_difference_is_told_and_sglang_plans_from_then_on(state, caplog):
-    from sglang_nsa_plugin.adapters.shadow_check import DIFFERENT
 
     pair = make_pair(check_every=2)
     fill = pair.ours.backend._nsa_draft_extend_fill
@@ -431,8 +438,8 @@ def test_a_difference_is_told_and_sglang_plans_from_then_on(state, caplog):
         pair.ours.plan(pair.ours.batch(4))
     assert state.launches == 2
     assert state.mismatches == 1
-    assert state.first_mismatch.startswith(f"{NAMES.seqlens_expanded}[0, 5]")
-    assert state.fallbacks == {DIFFERENT: 3}
+    assert state.first_mismatch.startswith(f"{NAMES.outputs['seqlens_expanded']}[0, 5]")
+    assert state.fallbacks == {FallbackReason.DIFFERENCE_FOUND.value: 3}
     assert len([r for r in caplog.records if "the shadow check found a diff" in r.getMessage()]) == 2
     step_and_expect_equal(pair, 4)
 
@@ -456,13 +463,13 @@ def accepted_of(pair, generator, raw_bs, bs):
     ids=str,
 )
 def test_ragged_replays_equal_sglangs(backend, rig, state):
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
     pair = make_pair(backend, **rig)
     generator = torch.Generator().manual_seed(9)
     for bs in (2, 4, 8):
         pair.capture_setup(bs)
-    result = Comparison()
+    result = Diff()
     for i in range(24):
         bs = (2, 4, 8)[i % 3]
         raw_bs = int(torch.randint(1, bs + 1, (), generator=generator))
@@ -476,7 +483,6 @@ def test_ragged_replays_equal_sglangs(backend, rig, state):
 @replays_ragged
 def test_ragged_replays_say_that_they_are_not_checked_and_end_with_a_difference(state, caplog):
     from sglang_nsa_plugin.adapters.ragged_fill import UNCHECKED
-    from sglang_nsa_plugin.adapters.shadow_check import DIFFERENT
 
     pair = make_pair(check_every=1)
     pair.capture_setup(4)
@@ -485,9 +491,15 @@ def test_ragged_replays_say_that_they_are_not_checked_and_end_with_a_difference(
     for _ in range(2):
         pair.ours.replay(4, accepted)
     assert len([r for r in caplog.records if UNCHECKED in r.getMessage()]) == 1
-    state.first_mismatch = "an eager step's"
+    OUTCOME.fail(
+        Difference(1, "cu_seqlens_k", row=0, column=1, ours=3, theirs=4, batch_size=2, length=None)
+    )
     pair.ours.replay(4, accepted)
-    assert (state.launches, state.checks, state.fallbacks) == (2, 0, {DIFFERENT: 1})
+    assert (state.launches, state.checks, state.fallbacks) == (
+        2,
+        0,
+        {FallbackReason.DIFFERENCE_FOUND.value: 1},
+    )
 
 
 @replays_ragged
@@ -508,7 +520,7 @@ def test_a_ragged_replay_is_one_launch_and_asks_the_device_for_nothing(pair, mon
     pair.capture_setup(4)
     random_batch(pair, torch.Generator().manual_seed(11), raw_bs=4)
     accepted = torch.tensor([1, 4, 2, 3], dtype=torch.int32)
-    pair.ours.replay(4, accepted)  # checks the tensors
+    pair.ours.replay(4, accepted)  # validates the tensors
     arguments = pair.ours._replay_arguments(4, accepted)
 
     def asked(tensor, *_):
@@ -542,26 +554,22 @@ def test_ragged_metadata_and_addresses_never_change(pair):
 @replays_ragged
 def test_a_graph_with_too_few_table_rows_goes_to_sglang(pair, state):
     """SGLang's page table has steps + 1 rows a request; a tree of drafts has more tokens than that."""
-    from sglang_nsa_plugin.adapters.ragged_fill import OTHER_ROWS
-
     pair.capture_setup(4)
     random_batch(pair, torch.Generator().manual_seed(13), raw_bs=4)
     metadata = pair.ours.backend.decode_cuda_graph_metadata[4]
     object.__setattr__(metadata, "page_table_1", metadata.page_table_1[:12])
     pair.ours.replay(4, torch.tensor([1, 2, 1, 3], dtype=torch.int32))
-    assert state.fallbacks == {OTHER_ROWS: 1}
+    assert state.fallbacks == {FallbackReason.OTHER_TABLE_ROWS.value: 1}
     assert pair.ours.backend.forward_metadata is metadata  # by SGLang
 
 
 @replays_ragged
 def test_a_ragged_batch_without_a_length_for_each_request_goes_to_sglang(pair, state):
-    from sglang_nsa_plugin.adapters.eager_fill import OTHER_SIZES
-
     pair.capture_setup(4)
     random_batch(pair, torch.Generator().manual_seed(14), raw_bs=4)
     with pytest.raises(RuntimeError, match="repeat"):  # SGLang's own answer
         pair.ours.replay(4, torch.tensor([1, 2, 1], dtype=torch.int32))
-    assert state.fallbacks == {OTHER_SIZES: 1}
+    assert state.fallbacks == {FallbackReason.OTHER_SIZES.value: 1}
     assert state.launches == 0
 
 
@@ -639,11 +647,11 @@ def test_a_new_field_of_the_metadata_is_declined(pair, monkeypatch):
     """It would be left empty in silence."""
     from sglang_nsa_plugin.adapters import eager
 
-    fields = type(make_metadata(pair)).__dataclass_fields__
-    monkeypatch.setitem(fields, "new_plan", fields["seq_lens_sum"])
-    monkeypatch.setattr(fields["seq_lens_sum"], "name", "new_plan")
-    refusal = eager.uncovered(pair.ours.backend, pair.ours.model_runner, NAMES)
-    assert refusal == f"{NAMES.metadata} has further fields: new_plan"
+    of_class = type(make_metadata(pair)).__dataclass_fields__
+    monkeypatch.setitem(of_class, "new_plan", of_class["seq_lens_sum"])
+    monkeypatch.setattr(of_class["seq_lens_sum"], "name", "new_plan")
+    why_not = eager.why_unsupported(pair.ours.backend, pair.ours.model_runner, NAMES)
+    assert why_not == f"{NAMES.metadata} has further fields: new_plan"
 
 
 def make_metadata(pair):

@@ -43,8 +43,10 @@ def test_installing_twice_changes_nothing():
     """P3: the scheduler is made once, but nothing breaks when the adapter is asked for again."""
     program = f"""{ACTIVATE}
 from sglang_nsa_plugin.adapters import hooks
+from sglang_nsa_plugin.adapters.install import adapter_for_installed
 import pkgutil
-before = {{target: pkgutil.resolve_name(target) for target in hooks.installed()}}
+targets = hooks.applied(adapter_for_installed().hooks)
+before = {{target: pkgutil.resolve_name(target) for target in targets}}
 plugin.activate(SimpleNamespace(**json.loads(sys.argv[1])))
 print(bool(before) and all(pkgutil.resolve_name(t) is was for t, was in before.items()))
 """

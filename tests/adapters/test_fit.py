@@ -1,4 +1,4 @@
-"""``verify`` tells from SGLang's source what an adapter finds when SGLang is imported."""
+"""``verify`` finds out from SGLang's source whether the adapter fits; SGLang is not imported."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ import sys
 import pytest
 from isolated import run, run_fresh
 
-from sglang_nsa_plugin.adapters import in_graph
-from sglang_nsa_plugin.cli import fit, source_stubs
+from sglang_nsa_plugin.adapters import hooks, in_graph
+from sglang_nsa_plugin.cli import environment, source_stubs
 
 of_graphs = pytest.mark.skipif(
     not in_graph.is_generation(), reason="this SGLang does not capture DSA's draft-extend in graphs"
 )
 IMPORTED = """
 import json
-from sglang_nsa_plugin.adapters import eager, hooks, in_graph
-adapter = in_graph if in_graph.is_generation() else eager.of_generation()
-misfits = hooks.misfits((*adapter.HOOKS, *adapter.NEEDS))
-print(json.dumps({"name": adapter.NAME, "misfits": misfits}))
+from sglang_nsa_plugin.adapters import hooks
+from sglang_nsa_plugin.adapters.install import adapter_for_installed
+adapter = adapter_for_installed()
+print(json.dumps({"name": adapter.name, "misfits": hooks.misfits(adapter.requirements)}))
 """
-OUTLINED = """
+FROM_STUBS = """
 import json, sys
-from sglang_nsa_plugin.cli import fit
-answer = fit.ask()
+from sglang_nsa_plugin.cli import environment
+answer = environment.adapter_fit()
 print(json.dumps([answer, [name for name in sys.modules if name.startswith("sglang.")]]))
 """
 
 
 def test_the_source_says_what_the_import_says():
     imported = json.loads(run(IMPORTED).stdout.splitlines()[-1])
-    outlined, left = json.loads(run_fresh(OUTLINED).stdout)
-    assert outlined == imported
-    assert outlined["misfits"] == []
+    from_stubs, left = json.loads(run_fresh(FROM_STUBS).stdout)
+    assert from_stubs == imported
+    assert from_stubs["misfits"] == []
     assert left == []
 
 
@@ -41,7 +41,7 @@ def test_modules_that_are_loaded_stay():
     import sglang
 
     before = {name: module for name, module in sys.modules.items() if name.startswith("sglang.")}
-    fit.ask()
+    environment.adapter_fit()
     after = {name: module for name, module in sys.modules.items() if name.startswith("sglang.")}
     assert sys.modules["sglang"] is sglang
     assert after == before
@@ -83,12 +83,13 @@ def test_what_changed_is_named(there, instead, misfit, monkeypatch):
         return read(loader, path).replace(there.encode(), instead.encode())
 
     monkeypatch.setattr(source_stubs._Loader, "get_data", changed)
-    misfits = fit.ask()["misfits"]
-    assert any(misfit in said for said in misfits), misfits
+    misfits = environment.adapter_fit()["misfits"]
+    assert any(misfit in found for found in misfits), misfits
 
 
 def test_the_hooks_of_the_plugin_itself_are_left_alone():
     """Asking installs nothing."""
-    armed = in_graph._asked_for
-    fit.ask()
-    assert in_graph._asked_for is armed
+    request, registered = in_graph.ADAPTER.takeover.request, dict(hooks._before)
+    environment.adapter_fit()
+    assert in_graph.ADAPTER.takeover.request is request
+    assert hooks._before == registered

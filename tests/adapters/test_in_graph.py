@@ -25,9 +25,9 @@ def pair():
 
 
 def step_and_expect_equal(pair, bs):
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
-    result = Comparison()
+    result = Diff()
     pair.step(bs, result)
     assert result.first is None, result.first
     return result
@@ -52,24 +52,24 @@ def test_every_value_equals_sglangs_fill(backend, rig, state):
         step_and_expect_equal(pair, random_batch(pair, generator))
     assert state.adapter == "in-graph"
     assert state.backend == {"auto": "cpu", "torch": "torch"}[backend]
-    assert state.captures == set(BATCH_SIZES)
+    assert set(pair.fills().captured) == set(BATCH_SIZES)
     assert state.replays == 30
     assert not state.fallbacks
 
 
 def test_equals_sglangs_cuda_kernel_in_tritons_interpreter(pair):
     """F1: on CUDA SGLang fills with one Triton kernel, which also clamps rows of padded requests."""
-    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
+    from sglang_nsa_plugin.harness.diff import Diff, compare_captured
     from sglang_nsa_plugin.harness.sglang_kernel import sglang_fused_fill
 
     generator = torch.Generator().manual_seed(2)
-    result = Comparison()
+    result = Diff()
     for raw_bs in (1, 2, 3, 5):
         bs = random_batch(pair, generator, raw_bs)
         pair.replay(bs)
         theirs = pair.theirs.backend.decode_cuda_graph_metadata[bs]
         sglang_fused_fill(theirs, pair.inputs, bs, DRAFT_TOKENS, 2048, 64)
-        compare(pair.ours.backend.decode_cuda_graph_metadata[bs], theirs, result)
+        compare_captured(pair.ours.backend.decode_cuda_graph_metadata[bs], theirs, result)
     assert result.first is None, result.first
 
 
@@ -92,19 +92,19 @@ def test_draft_extend_lengths_include_the_draft_tokens(pair):
     assert metadata.dsa_seqlens_expanded.tolist() == [97, 98, 99, 100]
 
 
-def test_accepted_tokens_do_not_change_the_metadata(pair):
-    """F13: the width is static; how many drafts were accepted is used behind the forward."""
+def test_accepted_tokens_do_not_change_the_metadata(pair, monkeypatch):
+    """F13: every request has as many rows as draft tokens; accepted drafts matter after the forward.
+
+    Capture and replay read one tensor of accepted tokens, as the runner's do.
+    """
+    shared = pair.ours._spec_info(BATCH_SIZES[-1])
+    monkeypatch.setattr(pair.ours, "_spec_info", lambda bs: shared)
+    for bs in BATCH_SIZES:
+        pair._replays[bs] = pair._capture(bs)
     bs = random_batch(pair, torch.Generator().manual_seed(4), raw_bs=4)
-    metadata = pair.ours.backend.decode_cuda_graph_metadata[bs]
-    filled = []
     for accepted in (1, 4):
-        view = pair.ours.replay_view(bs)
-        view.spec_info.num_accept_tokens.fill_(accepted)
-        with pair.stub_process():
-            pair.ours.backend.init_forward_metadata_out_graph(view)
-        pair._replays[bs]()
-        filled.append(metadata.dsa_seqlens_expanded.clone())
-    assert torch.equal(*filled)
+        shared.num_accept_tokens.fill_(accepted)
+        step_and_expect_equal(pair, bs)
 
 
 def test_metadata_object_and_addresses_never_change(pair):
@@ -122,8 +122,9 @@ def test_metadata_object_and_addresses_never_change(pair):
 @pytest.mark.parametrize("name", ["seq_lens", "req_pool_indices"])
 def test_replaced_inputs_go_through_sglang(pair, state, caplog, name):
     """F19: a graph that would read the captured tensors must not write over SGLang's values."""
-    from sglang_nsa_plugin.adapters.captured_fill import INPUTS_REPLACED
+    from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
 
+    replaced = FallbackReason.INPUTS_REPLACED.value
     generator = torch.Generator().manual_seed(6)
     bs = random_batch(pair, generator)
     for count in (1, 2):
@@ -134,11 +135,11 @@ def test_replaced_inputs_go_through_sglang(pair, state, caplog, name):
         captured.fill_(1)  # what the captured fill would read
         with pair.stub_process():
             pair.ours.backend.init_forward_metadata_out_graph(view)
-        pair._replays[bs]()
+        pair.replay_graph(bs)
         captured.copy_(kept)
         expect_equal_after_sglang_fill(pair, bs)
-        assert state.fallbacks == {INPUTS_REPLACED: count}
-    said = [r for r in caplog.records if INPUTS_REPLACED in r.getMessage()]
+        assert state.fallbacks == {replaced: count}
+    said = [r for r in caplog.records if replaced in r.getMessage()]
     assert len(said) == 1
     assert said[0].levelname == "WARNING"
 
@@ -225,13 +226,12 @@ def test_replaced_inputs_of_one_batch_size_are_news_to_the_others(pair, state):
 
 
 def expect_equal_after_sglang_fill(pair, bs):
-    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
+    from sglang_nsa_plugin.harness.diff import Diff
 
-    result = Comparison()
+    diff = Diff()
     pair.theirs.sglang_fill(bs)
-    ours, theirs = (rig.backend.decode_cuda_graph_metadata[bs] for rig in (pair.ours, pair.theirs))
-    compare(ours, theirs, result)
-    assert result.first is None, result.first
+    pair.compare(bs, diff)
+    assert diff.first is None, diff.first
 
 
 def test_a_view_of_the_captured_memory_is_accepted(pair, state):
@@ -264,7 +264,7 @@ def test_a_known_batch_size_is_looked_at_all_the_same(pair, change):
     bs = random_batch(pair, torch.Generator().manual_seed(13), raw_bs=2)
     step_and_expect_equal(pair, bs)
     backend, view, seen = pair.ours.backend, pair.ours.replay_view(bs), []
-    assert getattr(backend, in_graph.READY)[bs]
+    assert getattr(backend, in_graph.FAST_PATH)[bs]
     if change == "another mode":
         view.forward_mode = ForwardMode.TARGET_VERIFY
     elif change == "req_to_token":
@@ -288,7 +288,7 @@ def test_a_known_batch_size_leaves_prefills_impl_as_sglang_would(pair):
 def test_a_replay_enters_one_function_of_ours(pair):
     """The CPU's caches hold nothing of a replay, so each function more costs a part of its host time."""
     bs = random_batch(pair, torch.Generator().manual_seed(10))
-    step_and_expect_equal(pair, bs)  # looks at the tensors once
+    step_and_expect_equal(pair, bs)  # validates the tensors once
     view, entered = pair.ours.replay_view(bs), []
 
     def profile(frame, event, _):
@@ -347,7 +347,7 @@ def test_a_batch_size_without_a_graph_stays_with_sglang(pair, state):
     """SGLang plans such a step eagerly; the adapter hooks nothing there; a stray call is SGLang's."""
     from sglang_nsa_plugin.adapters import in_graph
 
-    assert not any(hook.target.endswith(".init_forward_metadata") for hook in in_graph.HOOKS)
+    assert not any(hook.target.endswith(".init_forward_metadata") for hook in in_graph.ADAPTER.hooks)
     view = pair.ours.replay_view(2)
     view.batch_size = BATCH_SIZES[-1] + 1
     seen = []
@@ -369,7 +369,10 @@ def test_server_info_carries_the_record(state):
 
     from sglang_nsa_plugin import plugin
 
-    output = plugin._add_record(GetInternalStateReqOutput(internal_state={"a": 1}), None)
+    def original(scheduler, asked):
+        return GetInternalStateReqOutput(internal_state={"a": asked})
+
+    output = plugin._get_internal_state(original, None, 1)
     record = output.internal_state["nsa_metadata"]
     assert output.internal_state["a"] == 1
     assert record["replays"] == 0
@@ -379,7 +382,7 @@ def test_server_info_carries_the_record(state):
 @pytest.mark.parametrize("is_written", [True, False])
 def test_plans_that_sglang_left_unwritten_are_not_compared(pair, monkeypatch, is_written):
     """There is no plan on the CPU; from 0.5.21 on a GPU's may hold whatever the memory held."""
-    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
+    from sglang_nsa_plugin.harness.diff import Diff, compare_captured
 
     topk = pytest.importorskip("sglang.kernels.ops.attention.dsv4.topk")
     monkeypatch.setattr(topk, "topk_v2_plan_is_written", lambda lengths: is_written, raising=False)
@@ -388,6 +391,19 @@ def test_plans_that_sglang_left_unwritten_are_not_compared(pair, monkeypatch, is
         SimpleNamespace(**{**vars(one), "topk_v2_plan": torch.full((5, 2), count, dtype=torch.int32)})
         for count, one in enumerate(metadata)
     ]
-    result = Comparison()
-    compare(*with_plans, result)
+    result = Diff()
+    compare_captured(*with_plans, result)
     assert bool(result.different["topk_v2_plan"]) == is_written
+
+
+def test_only_what_is_recorded_in_a_graph_counts_as_captured(pair, state, monkeypatch):
+    """A warm-up runs the same fill without recording it."""
+    from sglang_nsa_plugin.adapters import captured_fill
+    from sglang_nsa_plugin.state import record
+
+    assert (record()["in_graph"], record()["captures"]) == (False, [])
+    monkeypatch.setattr(captured_fill, "is_capturing", lambda: True)
+    for bs in (4, 2):
+        with pair.stub_process():
+            pair.ours.backend.init_forward_metadata_in_graph(pair.ours.capture_batch(bs))
+    assert (record()["in_graph"], record()["captures"]) == (True, [2, 4])

@@ -271,7 +271,7 @@ HookRegistry.register(target, lambda original, *a, **k: original(*a, **k), HookT
         ),
         (
             "dsa_backend.DSAMetadata = type('DSAMetadata', (), {'topk_v2_plan': None})",
-            "DSAMetadata is no dataclass",
+            "DSAMetadata is not a dataclass",
         ),
         (
             "runner.EAGLEDraftExtendCudaGraphRunner.__init__ = lambda self, eagle_worker: None",
@@ -315,6 +315,6 @@ def test_an_untested_release_that_fits_is_served_with_one_warning(version, said)
     done = run(f"import sglang\nsglang.__version__ = {version!r}\n{ACTIVATE}", json.dumps(SPARSE))
     assert json.loads(last_line(done))["record"]["adapter"] in ("in-graph", "eager")
     warnings = [line for line in done.stdout.splitlines() if "tested release" in line]
-    advice = "everything the plugin uses fits; compare its fill with SGLang's own by"
-    expected = f"sglang-nsa-plugin: SGLang {version} {said}: {advice} --nsa-metadata-check 1"
+    advice = "compare its fill with SGLang's own by starting with --nsa-metadata-check 1"
+    expected = f"sglang-nsa-plugin: SGLang {version} {said}: everything the plugin uses fits; {advice}"
     assert warnings == ([] if said is None else [expected])

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from sglang_nsa_plugin.adapters import captured_fill, in_graph
 from sglang_nsa_plugin.harness.inputs import random_step
-from sglang_nsa_plugin.harness.graph_pair import Comparison, GraphPair, compare
+from sglang_nsa_plugin.harness.diff import Diff, compare_captured
+from sglang_nsa_plugin.harness.graph_pair import GraphPair
 from sglang_nsa_plugin.state import record
 
 rank, store, fault, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
@@ -34,7 +35,7 @@ def no_memory(*_):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 if rank == 1 and fault == "set-up":
-    captured.BackendFills.refresh_derived = no_memory
+    captured_fill.BackendFills.refresh_derived = no_memory
 if rank == 1 and fault == "take-over":
     in_graph.BackendFills = no_memory
 
@@ -49,15 +50,15 @@ class Rank(GraphPair):
         return lambda: self.ours.backend.init_forward_metadata_in_graph(batch)
 
 pair = Rank(torch.device("cpu"), (1, 4), backend, draft_tokens=4, context_len=256, pool_size=8)
-generator, result = torch.Generator().manual_seed(1), Comparison()
+generator, result = torch.Generator().manual_seed(1), Diff()
 for step in range(8):
     bs = (1, 4)[step % 2]
     random_step(pair.inputs, generator, bs, bs, 4, pair.inputs.req_to_token.shape[1])
     pair.ours.replay(bs)
-    pair._replays[bs]()
+    pair.replay_graph(bs)
     pair.theirs.sglang_fill(bs)
     ours, theirs = (one.backend.decode_cuda_graph_metadata[bs] for one in (pair.ours, pair.theirs))
-    compare(ours, theirs, result)
+    compare_captured(ours, theirs, result)
     for lengths in (ours.dsa_seqlens_expanded, ours.cache_seqlens_int32):
         both = [torch.empty_like(lengths) for _ in range(2)]
         dist.all_gather(both, lengths)

@@ -26,7 +26,7 @@ class Batch(SimpleNamespace):
 @pytest.fixture
 def pair():
     pair = make_pair()
-    for captured in pair._taken_over().captured.values():
+    for captured in pair.fills().captured.values():
         captured.read_done = mock.Mock()  # an event, on a GPU
     return pair
 
@@ -91,7 +91,7 @@ def buffers(inputs) -> Batch:
 
 
 def replay(pair, bs):
-    pair._replays[bs]()
+    pair.replay_graph(bs)
     rows = torch.zeros(bs * DRAFT_TOKENS, 2)
     return SimpleNamespace(next_token_logits=rows, hidden_states=rows)
 
@@ -138,18 +138,18 @@ def wait_of_the_scheduler(model_runner):
 
 
 def test_every_value_equals_sglangs_fill_behind_the_runner(pair, runner):
-    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
+    from sglang_nsa_plugin.harness.diff import Diff, compare_captured
     from sglang_nsa_plugin.state import STATE
 
     generator = torch.Generator().manual_seed(1)
-    result, replays = Comparison(), STATE.replays
+    result, replays = Diff(), STATE.replays
     for raw_bs in (1, 2, 3, 4, 5, 8, 3):
         output = execute(pair, runner, generator, raw_bs)
         pair.theirs.sglang_fill(runner.bs)
         ours, theirs = (
             r.backend.decode_cuda_graph_metadata[runner.bs] for r in (pair.ours, pair.theirs)
         )
-        compare(ours, theirs, result)
+        compare_captured(ours, theirs, result)
         assert output.next_token_logits.shape[0] in (raw_bs, raw_bs * DRAFT_TOKENS)
     assert result.first is None, result.first
     assert STATE.replays - replays == 7
@@ -158,7 +158,7 @@ def test_every_value_equals_sglangs_fill_behind_the_runner(pair, runner):
 def test_the_scheduler_waits_for_the_read_inside_the_replay(pair, runner):
     """Behind the fill and not before the replay; and once: the next wait has no event."""
     execute(pair, runner, torch.Generator().manual_seed(2), raw_bs=3)
-    assert wait_of_the_scheduler(runner.model_runner) is pair._captured(4).read_done
+    assert wait_of_the_scheduler(runner.model_runner) is pair.captured(4).read_done
     assert wait_of_the_scheduler(runner.model_runner) == "the whole forward"
 
 

@@ -102,7 +102,7 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
 
 def serve_and_expect_sglangs_values(pair, captured, bs):
     """One step as the runner does it, with a graph that holds the fill where one was recorded."""
-    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
+    from sglang_nsa_plugin.harness.diff import Diff, compare_captured
 
     pair.ours.replay(bs)
     kept = pair.inputs.seq_lens.clone()
@@ -111,9 +111,9 @@ def serve_and_expect_sglangs_values(pair, captured, bs):
         captured[bs].run()
     pair.inputs.seq_lens.copy_(kept)
     pair.theirs.sglang_fill(bs)
-    result = Comparison()
+    result = Diff()
     ours, theirs = (one.backend.decode_cuda_graph_metadata[bs] for one in (pair.ours, pair.theirs))
-    compare(ours, theirs, result)
+    compare_captured(ours, theirs, result)
     assert result.first is None, result.first
     assert pair.ours.backend.forward_metadata is ours
 
@@ -175,7 +175,7 @@ def test_an_error_of_the_program_is_not_stepped_aside_from(state, monkeypatch):
 def test_an_error_inside_sglangs_capture_ends_the_start_with_advice(state, monkeypatch):
     """The capture is broken by then, and no other fill could go on with it."""
     from sglang_nsa_plugin.adapters import in_graph
-    from sglang_nsa_plugin.adapters.outcome import CaptureError
+    from sglang_nsa_plugin.adapters.captured_fill import CaptureError
 
     monkeypatch.setattr(in_graph, "is_capturing", lambda: True)
     fail_in_bind(monkeypatch, OUT_OF_MEMORY)

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sglang", reason="needs SGLang with its GPU packages")
 
-from sglang_nsa_plugin.adapters import eager_names, in_graph  # noqa: E402
+from sglang_nsa_plugin.adapters import eager_names, fields, in_graph  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,11 +55,11 @@ def plans_schedule() -> bool:
 
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
 def test_every_field_equals_sglangs(decode_impl):
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
     from sglang_nsa_plugin.state import STATE
 
     pair = pair_for_installed(decode_impl)
-    result, launches = Comparison(), STATE.launches
+    result, launches = Diff(), STATE.launches
     generator = torch.Generator().manual_seed(1)
     for _ in range(100):
         pair.step(random_batch(pair, generator), result)
@@ -73,20 +73,20 @@ def test_every_field_equals_sglangs(decode_impl):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_other_implementations(backend):
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
     pair = pair_for_installed(backend=backend)
-    result, generator = Comparison(), torch.Generator().manual_seed(2)
+    result, generator = Diff(), torch.Generator().manual_seed(2)
     for _ in range(10):
         pair.step(random_batch(pair, generator), result)
     assert result.first is None, result.first
 
 
 def test_long_contexts():
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
     pair = pair_for_installed(context_len=163_840, pool_size=17)
-    result, generator = Comparison(), torch.Generator().manual_seed(3)
+    result, generator = Diff(), torch.Generator().manual_seed(3)
     for _ in range(10):
         pair.step(random_batch(pair, generator), result)
     assert result.first is None, result.first
@@ -94,10 +94,10 @@ def test_long_contexts():
 
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
 def test_rows_of_dp_padding(decode_impl):
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
     pair = pair_for_installed(decode_impl)
-    result, generator = Comparison(), torch.Generator().manual_seed(4)
+    result, generator = Diff(), torch.Generator().manual_seed(4)
     for others in (0, 8, 64):
         bs = random_batch(pair, generator)
         pair.step(bs, result, [bs * DRAFT_TOKENS, others])
@@ -128,7 +128,7 @@ def test_the_next_step_does_not_reach_into_the_running_one():
         assert not torch.equal(tensor, getattr(pair.ours.backend.forward_metadata, name)), name
 
 
-LENGTHS = ("cache_seqlens_int32", "cu_seqlens_k", NAMES.seqlens_expanded, NAMES.cu_seqlens_k)
+LENGTHS = [NAMES.outputs[name] for name in fields.LENGTHS if name != "nsa_cache_seqlens"]
 
 
 def launches_of(call) -> list[str]:
@@ -193,14 +193,14 @@ def accepted_of(generator, bs):
 @replays_ragged
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
 def test_ragged_replays_equal_sglangs(decode_impl):
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
     pair = pair_for_installed(decode_impl)
     generator = torch.Generator().manual_seed(8)
     for bs in (1, 2, 8):
         random_batch(pair, generator, bs)
         pair.capture_setup(bs)
-    result = Comparison()
+    result = Diff()
     for i in range(30):
         bs = random_batch(pair, generator, (1, 2, 8)[i % 3])
         pair.ragged_step(bs, accepted_of(generator, bs), result)
@@ -221,7 +221,7 @@ def test_a_ragged_schedule_is_made_over_all_captured_rows():
     pair.ours.replay(8, accepted_of(generator, 8))
     metadata = pair.ours.backend.decode_cuda_graph_metadata[8]
     schedule = schedule_of(importlib.import_module(NAMES.module))
-    lengths = getattr(metadata, NAMES.seqlens_expanded)
+    lengths = getattr(metadata, NAMES.outputs["seqlens_expanded"])
     assert lengths.shape == (8 * DRAFT_TOKENS,)
     assert int(lengths.min()) == 0
     assert torch.equal(metadata.paged_mqa_schedule_metadata, schedule(lengths))

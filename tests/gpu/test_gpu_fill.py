@@ -6,6 +6,7 @@ What they write is tested by ``test_values.py`` and ``test_fuzz.py``, on a GPU t
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +26,7 @@ from sglang_nsa_plugin.kernels import cuda
 pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda", 0)
-STATIC = Case(
+UNIFORM = Case(
     seq_lens=[64, 1, 40, 0, 100],
     extend_lens=4,
     pool=9,
@@ -37,8 +38,8 @@ STATIC = Case(
     width=128,
     pages=8,
 )
-CALLS = 6  # more than a bound fill of CUDA launches plainly
-RAGGED = replace(STATIC, extend_lens=[4, 0, 2, 3, 1], rows=20, row_count=True)
+CALLS = 6  # more than the plain launches of a bound fill, after which it is a graph
+RAGGED = replace(UNIFORM, extend_lens=[4, 0, 2, 3, 1], rows=20, row_count=True)
 
 
 @pytest.fixture(params=["cuda", "triton", "torch"])
@@ -67,7 +68,7 @@ def capture(bound: Callable[[], None]) -> torch.cuda.CUDAGraph:
 # CUDA graphs
 
 
-@pytest.mark.parametrize("case", [STATIC, RAGGED], ids=["static", "ragged"])
+@pytest.mark.parametrize("case", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
 def test_replays_follow_the_inputs(backend: Backend, case: Case) -> None:
     guarded = Guarded(case, GPU)
     args = guarded.args
@@ -87,10 +88,10 @@ def test_replays_follow_the_inputs(backend: Backend, case: Case) -> None:
         ([-5, 2**31 - 1, 129, 2**40, 128], [-3, 2**31 - 1, 1, 1, 1], [9, -1, 3, 2**40, 2], 1),
         ([64, 1, 40, 0, 100], [4, 0, 2, 3, 1], [0, 1, 2, 3, 4], 1),
     ]
-    for lengths, widths, indices, enabled in rounds:
+    for lengths, extend_lens, indices, enabled in rounds:
         args.seq_lens.copy_(torch.tensor(lengths))
         if isinstance(args.extend_lens, torch.Tensor):
-            args.extend_lens.copy_(torch.tensor(widths))
+            args.extend_lens.copy_(torch.tensor(extend_lens))
         args.req_pool_indices.copy_(torch.tensor(indices))
         args.req_to_token.add_(1)
         args.enabled.fill_(enabled)
@@ -100,7 +101,7 @@ def test_replays_follow_the_inputs(backend: Backend, case: Case) -> None:
 
 
 def test_a_capture_runs_nothing(backend: Backend) -> None:
-    guarded = Guarded(STATIC, GPU)
+    guarded = Guarded(UNIFORM, GPU)
     bound = backend.bind(guarded.args)
     bound()
     torch.cuda.synchronize()
@@ -115,10 +116,10 @@ def test_a_capture_runs_nothing(backend: Backend) -> None:
 
 def test_several_graphs_share_their_inputs(backend: Backend) -> None:
     """One graph for each batch size, as SGLang captures them, over views of the same inputs."""
-    largest = Guarded(STATIC, GPU)
+    largest = Guarded(UNIFORM, GPU)
     graphs = []
     for bs in (1, 2, 5):
-        guarded = Guarded(replace(STATIC, seq_lens=STATIC.seq_lens[:bs]), GPU)
+        guarded = Guarded(replace(UNIFORM, seq_lens=UNIFORM.seq_lens[:bs]), GPU)
         inputs = {
             "seq_lens": largest.args.seq_lens[:bs],
             "req_pool_indices": largest.args.req_pool_indices[:bs],
@@ -133,11 +134,11 @@ def test_several_graphs_share_their_inputs(backend: Backend) -> None:
             guarded.check(lambda _, graph=graph: (graph.replay(), torch.cuda.synchronize()))
 
 
-# A call that comes again and again is a CUDA graph of its own
+# A bound fill that is called again and again becomes a CUDA graph of its own
 
 
 def repeated(case: Case) -> tuple[Guarded, Callable[[], None]]:
-    """A bound fill that was called often enough."""
+    """A bound fill that has been called often enough to be a graph."""
     guarded = Guarded(case, GPU)
     bound = Backend(GPU, "cuda").bind(guarded.args)
     for _ in range(CALLS):
@@ -147,7 +148,7 @@ def repeated(case: Case) -> tuple[Guarded, Callable[[], None]]:
     return guarded, bound
 
 
-@pytest.mark.parametrize("case", [STATIC, RAGGED], ids=["static", "ragged"])
+@pytest.mark.parametrize("case", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
 def test_a_repeated_call_follows_its_inputs(case: Case) -> None:
     guarded, bound = repeated(case)
     for lengths in ([3, 50, 99, 1, 0], [128, 1, 1, 64, 65]):
@@ -158,7 +159,7 @@ def test_a_repeated_call_follows_its_inputs(case: Case) -> None:
 
 @pytest.mark.unsanitized("the profiler and the tool cannot both be attached")
 def test_a_repeated_call_launches_one_graph() -> None:
-    _, bound = repeated(STATIC)
+    _, bound = repeated(UNIFORM)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     ) as profile:
@@ -169,17 +170,21 @@ def test_a_repeated_call_launches_one_graph() -> None:
 
 
 def test_a_repeated_call_is_captured_as_a_kernel() -> None:
-    guarded, bound = repeated(STATIC)
+    guarded, bound = repeated(UNIFORM)
     assert timing.graph_nodes(bound) == {"kernel": 1}
     graph = capture(bound)
     guarded.poison()
     guarded.check(lambda _: (graph.replay(), torch.cuda.synchronize()))
 
 
-def test_a_repeated_call_of_several_threads() -> None:
-    guarded, bound = repeated(STATIC)
+def test_threads_may_call_one_bound_fill_while_its_graph_is_made() -> None:
+    """That they never launch the graph at once is tested by tests/test_graph_launch.py."""
+    guarded = Guarded(UNIFORM, GPU)
+    bound = Backend(GPU, "cuda").bind(guarded.args)
+    start = threading.Barrier(4)
 
     def call() -> None:
+        start.wait()  # the first calls of all threads: plain ones, the one that makes the graph, replays
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(100):
                 bound()
@@ -194,7 +199,7 @@ def test_a_repeated_call_of_several_threads() -> None:
 
 
 def test_the_graph_of_a_call_is_made_while_another_stream_is_captured() -> None:
-    guarded = Guarded(STATIC, GPU)
+    guarded = Guarded(UNIFORM, GPU)
     bound = Backend(GPU, "cuda").bind(guarded.args)
     elsewhere, numbers = torch.cuda.Stream(), torch.zeros(8, device=GPU)
     graph = torch.cuda.CUDAGraph()
@@ -216,7 +221,7 @@ def test_the_graph_of_a_call_is_made_while_another_stream_is_captured() -> None:
 # The host
 
 
-@pytest.mark.parametrize("case", [STATIC, RAGGED], ids=["static", "ragged"])
+@pytest.mark.parametrize("case", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
 def test_a_bound_fill_never_synchronises(backend: Backend, case: Case) -> None:
     guarded = Guarded(case, GPU)
     bound = backend.bind(guarded.args)
@@ -246,7 +251,7 @@ def test_a_bound_fill_allocates_nothing(name: str) -> None:
 @pytest.mark.unsanitized("the tool waits for the kernels that it watches")
 def test_a_fill_runs_on_the_stream_that_is_current(backend: Backend, bound_on: str, calls: int) -> None:
     """When it is called, not when it was bound: it waits for a slow producer on that stream."""
-    guarded = Guarded(STATIC, GPU)
+    guarded = Guarded(UNIFORM, GPU)
     args = guarded.args
     other = torch.cuda.Stream() if bound_on == "another stream" else torch.cuda.current_stream()
     with torch.cuda.stream(other):
@@ -276,7 +281,7 @@ def test_tensors_on_another_device_than_the_current(backend: Backend) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     other = torch.device("cuda", 1)
-    guarded = Guarded(STATIC, other)
+    guarded = Guarded(UNIFORM, other)
     bound = backend.bind(guarded.args)
     guarded.check(lambda _: (bound(), torch.cuda.synchronize(other)))
     assert torch.cuda.current_device() == 0
@@ -312,7 +317,7 @@ def test_full_size(backend: Backend) -> None:
         layouts={"page_table_1": Layout(gap=0), "req_to_token": Layout(gap=0)},
     )
     guarded = backend.check(case)
-    # the same once more, where no vector fits
+    # the same at addresses where nothing can be copied as vectors
     del guarded
     odd = dict.fromkeys(("page_table_1", "req_to_token"), Layout(gap=1, offset=3))
     backend.check(replace(case, layouts=odd))
@@ -321,7 +326,7 @@ def test_full_size(backend: Backend) -> None:
 @pytest.mark.parametrize("odd", [False, True], ids=["vectors", "cells"])
 @pytest.mark.parametrize("requests", [3, 20, 70, 300])
 def test_long_tables_of_many_requests(requests: int, odd: bool) -> None:
-    """A block for each small chunk of tokens, or each large one, or blocks that share out the large."""
+    """One block for each small chunk of tokens, or for each large one, or fewer blocks than large chunks."""
     lengths = [(977 * r) % 41_000 if r % 3 else 0 for r in range(requests)]
     case = Case(
         seq_lens=lengths,
@@ -342,12 +347,12 @@ def test_long_tables_of_many_requests(requests: int, odd: bool) -> None:
 @pytest.mark.parametrize("max_blocks", [1, 2, 3, 7])
 def test_any_number_of_blocks_writes_the_same(max_blocks: int) -> None:
     lengths = [(977 * r) % 3000 for r in range(300)]
-    widths = [(r * r) % 5 for r in range(300)]
+    extend_lens = [(r * r) % 5 for r in range(300)]
     case = replace(
         RAGGED,
         seq_lens=lengths,
-        extend_lens=widths,
-        rows=sum(widths) + 300,
+        extend_lens=extend_lens,
+        rows=sum(extend_lens) + 300,
         tokens=3000,
         width=2900,
         pages=180,
@@ -366,18 +371,18 @@ def compiled_variants() -> int:
     return len(_fill_kernel.device_caches[GPU.index][0])
 
 
-def test_triton_compiles_nothing_anew_for_other_sizes() -> None:
+def test_triton_compiles_nothing_new_for_other_sizes() -> None:
     backend = Backend(GPU, "triton")
-    backend.check(STATIC)
+    backend.check(UNIFORM)
     before = compiled_variants()
     assert before > 0
-    names = (*STATIC.input_values(), *STATIC.output_shapes())
+    names = (*UNIFORM.input_values(), *UNIFORM.output_shapes())
     layouts = [Layout(gap=0), Layout(step=2, offset=1), Layout(step=16, gap=3), Layout(offset=4)]
     for i, bs in enumerate((0, 1, 2, 3, 8, 16, 17, 64, 300)):
         lengths = [(31 * r) % 140 for r in range(bs)]
         for width in (1, 2, 16, 40, 193, 1024):
             case = replace(
-                STATIC,
+                UNIFORM,
                 seq_lens=lengths,
                 extend_lens=i % 7,
                 pool=1 + 5 * i,
@@ -410,11 +415,11 @@ def without_adapting(*args: object) -> torch.Tensor:
 @pytest.mark.parametrize("bs", [0, 1, 16, 256, 700])
 @pytest.mark.parametrize("spare", [-3, 0, 1000])
 def test_ragged_lengths(function: Callable, bs: int, spare: int) -> None:
-    widths = [(r * r) % 7 - 1 for r in range(bs)]
-    needed = sum(max(q, 0) for q in widths)
+    extend_lens = [(r * r) % 7 - 1 for r in range(bs)]
+    needed = sum(max(q, 0) for q in extend_lens)
     case = Case(
         seq_lens=[(911 * r) % 5000 for r in range(bs)],
-        extend_lens=widths,
+        extend_lens=extend_lens,
         rows=max(needed + spare, 0),
         index_topk=2048,
     )

@@ -15,12 +15,12 @@ def pair_for_installed(decode_impl: str, backend: str = "auto", **rig: object):
     pytest.importorskip("sglang", reason="needs SGLang with its GPU packages")
     from sglang_nsa_plugin.adapters import in_graph
     from sglang_nsa_plugin.harness.graph_pair import GraphPair
-    from sglang_nsa_plugin.harness.process_stubs import missing_for
+    from sglang_nsa_plugin.harness.process_stubs import why_unavailable
 
     if not in_graph.is_generation():
         pytest.skip("this SGLang runs draft-extend eagerly: tests/gpu/test_gpu_eager.py")
 
-    missing = missing_for(decode_impl)
+    missing = why_unavailable(decode_impl)
     if missing is not None:
         pytest.skip(f"needs SGLang's GPU packages: {missing}")
     device = torch.device("cuda", 0)
@@ -41,11 +41,11 @@ def random_batch(pair, generator, longest=None):
 
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
 def test_every_value_equals_sglangs_fill(decode_impl):
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
     from sglang_nsa_plugin.state import STATE
 
     pair = pair_for_installed(decode_impl)
-    result, replays = Comparison(), STATE.replays
+    result, replays = Diff(), STATE.replays
     generator = torch.Generator().manual_seed(1)
     for _ in range(200):
         pair.step(random_batch(pair, generator), result)
@@ -60,10 +60,10 @@ def test_every_value_equals_sglangs_fill(decode_impl):
 
 @pytest.mark.parametrize(("topk_backend", "is_left_out"), [("sgl-kernel", True), ("flashinfer", False)])
 def test_the_wide_table_is_left_out_where_nothing_reads_it(topk_backend, is_left_out):
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
     pair = pair_for_installed("flashmla_sparse", dsa_topk_backend=topk_backend)
-    backend, result = pair.ours.backend, Comparison()
+    backend, result = pair.ours.backend, Diff()
     assert (backend.decode_cuda_graph_metadata["page_table"] is None) == is_left_out
     assert pair.theirs.backend.decode_cuda_graph_metadata["page_table"] is not None
     assert backend.speculative_num_draft_tokens == DRAFT_TOKENS
@@ -90,13 +90,13 @@ def test_nodes_of_the_recorded_refresh(decode_impl, most):
 
 def test_a_schedule_unlike_deep_gemms_stays_with_deep_gemm(monkeypatch):
     from sglang_nsa_plugin.adapters import mqa_schedule
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
     right = mqa_schedule._of_fill
     monkeypatch.setattr(mqa_schedule, "_of_fill", lambda *arguments: right(*arguments) + 1)
     pair = pair_for_installed("flashmla_sparse")
-    assert pair._taken_over().remainder_last is None
-    result = Comparison()
+    assert pair.fills().remainder_last is None
+    result = Diff()
     pair.step(random_batch(pair, torch.Generator().manual_seed(8)), result)
     assert result.first is None, result.first
     assert result.compared["paged_mqa_schedule_metadata"] > 0
@@ -104,10 +104,10 @@ def test_a_schedule_unlike_deep_gemms_stays_with_deep_gemm(monkeypatch):
 
 def test_long_contexts_reach_the_top_k_plan():
     """Lengths over 65,536 put items into the plan, which short ones leave empty."""
-    from sglang_nsa_plugin.harness.graph_pair import Comparison
+    from sglang_nsa_plugin.harness.diff import Diff
 
     pair = pair_for_installed("flashmla_sparse", context_len=163_840, pool_size=17)
-    result = Comparison()
+    result = Diff()
     generator = torch.Generator().manual_seed(2)
     for _ in range(10):
         pair.step(random_batch(pair, generator), result)
@@ -130,10 +130,11 @@ def test_metadata_addresses_never_change():
 
 def test_replaced_inputs_go_through_sglang_and_are_not_overwritten():
     """The graph still holds a fill of the captured tensors: it must not run over SGLang's values."""
-    from sglang_nsa_plugin.adapters.captured_fill import INPUTS_REPLACED
-    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
+    from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
+    from sglang_nsa_plugin.harness.diff import Diff, compare_captured
     from sglang_nsa_plugin.state import STATE
 
+    inputs_replaced = FallbackReason.INPUTS_REPLACED.value
     pair = pair_for_installed("flashmla_sparse")
     generator = torch.Generator().manual_seed(4)
     bs = random_batch(pair, generator)
@@ -141,15 +142,15 @@ def test_replaced_inputs_go_through_sglang_and_are_not_overwritten():
     replaced = pair.ours.replay_view(bs)
     replaced.seq_lens = captured.clone()
     pair.inputs.seq_lens.fill_(777)  # what the captured fill would read
-    fallbacks = STATE.fallbacks[INPUTS_REPLACED]
+    fallbacks = STATE.fallbacks[inputs_replaced]
     with pair.stub_process():
         pair.ours.backend.init_forward_metadata_out_graph(replaced)
-    pair._replays[bs]()
-    assert STATE.fallbacks[INPUTS_REPLACED] == fallbacks + 1
+    pair.replay_graph(bs)
+    assert STATE.fallbacks[inputs_replaced] == fallbacks + 1
     pair.inputs.seq_lens.copy_(captured)
     pair.theirs.sglang_fill(bs)
-    result = Comparison()
-    compare(
+    result = Diff()
+    compare_captured(
         pair.ours.backend.decode_cuda_graph_metadata[bs],
         pair.theirs.backend.decode_cuda_graph_metadata[bs],
         result,
@@ -158,14 +159,14 @@ def test_replaced_inputs_go_through_sglang_and_are_not_overwritten():
 
     pair.step(bs, result)  # and the next replay with the captured tensors is ours again
     assert result.first is None, result.first
-    assert STATE.fallbacks[INPUTS_REPLACED] == fallbacks + 1
+    assert STATE.fallbacks[inputs_replaced] == fallbacks + 1
 
 
 @pytest.mark.parametrize("fault", ["in a capture", "in the last batch size"])
 def test_an_error_while_the_fill_is_set_up_leaves_every_graph_to_sglang(fault, monkeypatch):
     """Also graphs that hold our fill; and a capture that it broke leaves nothing behind."""
     from sglang_nsa_plugin.adapters import captured_fill
-    from sglang_nsa_plugin.harness.graph_pair import Comparison, compare
+    from sglang_nsa_plugin.harness.diff import Diff, compare_captured
     from sglang_nsa_plugin.state import STATE
 
     refresh_derived = captured_fill.BackendFills.refresh_derived
@@ -184,16 +185,18 @@ def test_an_error_while_the_fill_is_set_up_leaves_every_graph_to_sglang(fault, m
     assert STATE.adapter is None
     assert STATE.reason.startswith("the fill could not be set up: ")
 
-    generator, result = torch.Generator().manual_seed(7), Comparison()
+    generator, result = torch.Generator().manual_seed(7), Diff()
     for _ in range(20):
         bs = random_batch(pair, generator)
         pair.ours.replay(bs)
         kept = pair.inputs.seq_lens.clone()
         pair.inputs.seq_lens.fill_(777)  # what a fill that still ran would read
-        pair._replays[bs]()
+        pair.replay_graph(bs)
         pair.inputs.seq_lens.copy_(kept)
         pair.theirs.sglang_fill(bs)
-        compare(*(r.backend.decode_cuda_graph_metadata[bs] for r in (pair.ours, pair.theirs)), result)
+        compare_captured(
+            *(r.backend.decode_cuda_graph_metadata[bs] for r in (pair.ours, pair.theirs)), result
+        )
     assert result.first is None, result.first
 
 
@@ -243,7 +246,7 @@ def test_fence_covers_the_read(event):
         torch.cuda._sleep(100_000_000)
         backend.init_forward_metadata_in_graph(batch)
         torch.cuda._sleep(1_000_000_000)
-    read_done = pair._captured(bs).read_done
+    read_done = pair.captured(bs).read_done
     forward, scheduler = torch.cuda.Stream(), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(forward):

@@ -339,7 +339,8 @@ def test_the_probe_makes_one_tensor_wrong_while_it_is_asked_to(tmp_path, monkeyp
 
     if not in_graph.is_generation() or torch.cuda.is_available():
         pytest.skip("needs the in-graph adapter on the CPU")
-    from sglang_nsa_plugin.harness.graph_pair import Comparison, GraphPair
+    from sglang_nsa_plugin.harness.diff import Diff
+    from sglang_nsa_plugin.harness.graph_pair import GraphPair
 
     monkeypatch.syspath_prepend(str(SERVING / "probe"))
     import nsa_probe
@@ -356,7 +357,7 @@ def test_the_probe_makes_one_tensor_wrong_while_it_is_asked_to(tmp_path, monkeyp
         done = tmp_path / "corrupted"
         while not done.is_file() or done.read_text() != text:
             time.sleep(0.05)
-        result = Comparison()
+        result = Diff()
         pair.step(2, result)
         return {name for name, count in result.different.items() if count}
 
@@ -371,7 +372,8 @@ def test_the_probe_can_do_the_least_that_a_hook_can(monkeypatch):
 
     if not in_graph.is_generation() or torch.cuda.is_available():
         pytest.skip("needs the in-graph adapter on the CPU")
-    from sglang_nsa_plugin.harness.graph_pair import Comparison, GraphPair
+    from sglang_nsa_plugin.harness.diff import Diff
+    from sglang_nsa_plugin.harness.graph_pair import GraphPair
     from sglang_nsa_plugin.state import STATE
 
     monkeypatch.syspath_prepend(str(SERVING / "probe"))
@@ -379,7 +381,7 @@ def test_the_probe_can_do_the_least_that_a_hook_can(monkeypatch):
 
     pair = GraphPair(torch.device("cpu"), (2, 3), draft_tokens=4, context_len=512, pool_size=12)
     nsa_probe.do_the_least(pair.ours.backend)
-    replays, result = STATE.replays, Comparison()
+    replays, result = STATE.replays, Diff()
     for bs in (3, 2):
         pair.inputs.seq_lens[:bs] = 100 * bs
         pair.step(bs, result)

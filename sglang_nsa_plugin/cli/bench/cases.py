@@ -125,15 +125,6 @@ class DirectFills:
         return torch.zeros(shape, dtype=torch.int32, device=self.inputs.seq_lens.device)
 
 
-def live_cells(args: FillArgs, name: str, length: int) -> tuple[slice, ...]:
-    """Where an output holds values when every request has this length."""
-    if name == "page_table_1":
-        return slice(None), slice(length)
-    if name == "real_page_table":
-        return slice(None), slice(-(-length // args.page_size))
-    return (slice(None),)
-
-
 def bytes_to_move(case: Case, draft_tokens: int, tables: str) -> dict[str, int]:
     """Bytes that a fill of this case must read and write, whoever does it.
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin import api, dispatch, self_test
+from sglang_nsa_plugin.adapters import fields
 from sglang_nsa_plugin.cli.bench import baseline_059
-from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, Case, DirectFills, live_cells
+from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, DirectFills
 from sglang_nsa_plugin.fill_args import FillArgs
-from sglang_nsa_plugin.harness.graph_pair import LENGTHS, TABLES, Comparison, GraphPair
+from sglang_nsa_plugin.harness.diff import Diff
+from sglang_nsa_plugin.harness.graph_pair import GraphPair
 
 Call = Callable[[], object]
 # sglang: its own call before a replay. ours: on the host that same call, on the GPU all that the graph
@@ -52,7 +54,7 @@ def direct(fills: DirectFills, bs: int, tables: str) -> dict[str, Call]:
 def with_sglang(pair: GraphPair, fills: DirectFills, bs: int, tables: str) -> Paths:
     """SGLang's and ours. SGLang's whole fill and ours in the graph stand where the graph's tables do."""
     ours = direct(fills, bs, tables)
-    kernel = {SGLANG_KERNEL: pair.sglang_kernel(bs, wide=tables == BOTH)}
+    kernel = {SGLANG_KERNEL: pair.sglang_kernel(bs, with_page_table_1=tables == BOTH)}
     host, gpu = {**kernel, **ours}, {**kernel, **_capturable(ours)}
     if tables == recorded_tables(pair, bs):
         host = {SGLANG: pair.sglang_before_replay(bs), OURS: pair.before_replay(bs), **host}
@@ -70,34 +72,33 @@ def _capturable(calls: Mapping[str, Call]) -> dict[str, Call]:
     return {name: call for name, call in calls.items() if name != ORIGINAL}
 
 
-def compare(
-    calls: Mapping[str, Call], args: FillArgs, expected: Mapping[str, torch.Tensor], case: Case
-) -> int:
+def compare(calls: Mapping[str, Call], args: FillArgs, expected: Mapping[str, torch.Tensor]) -> int:
     """Runs each call over poisoned outputs; how many values were compared.
 
     Raises:
         DifferentValuesError: one wrote another value than ``expected``, by name of the output.
     """
-    found = Comparison()
-    always = torch.ones((), dtype=torch.bool, device=args.device)
+    diff = Diff()
+    lengths = args.seq_lens.repeat_interleave(args.rows // args.bs)
     for path, call in calls.items():
         for output in args.outputs().values():
             output.fill_(self_test.POISON)
         call()
         for name, output in args.outputs().items():
-            cells = live_cells(args, name, case.length)
-            mine, other = output[cells], expected[name][cells]
-            found.add(name, mine, other, always.expand(mine.shape))
-        if found.first is not None:
-            raise DifferentValuesError(f"not timed, because {path} filled other values: {found.first}")
-    return sum(found.compared.values())
+            if name in fields.TABLES:
+                tokens = fields.tokens_per_column(name, args.page_size)
+                diff.add_table(name, output, expected[name], lengths, tokens)
+            else:
+                diff.add(name, output, expected[name])
+        if diff.first is not None:
+            raise DifferentValuesError(f"not timed, because {path} filled other values: {diff.first}")
+    return sum(diff.compared.values())
 
 
 def sglang_values(pair: GraphPair, bs: int) -> dict[str, torch.Tensor]:
     """SGLang's tensors of this batch size, by our names."""
     metadata = pair.theirs.backend.decode_cuda_graph_metadata[bs]
-    fields = {**LENGTHS, **{name: name for name in TABLES}}
-    return {name: getattr(metadata, field) for name, field in fields.items()}
+    return fields.read(metadata, fields.DSA, (*fields.LENGTHS, "ctx_lens", *fields.TABLES))
 
 
 def memory_bytes(metadata: Any) -> int:

@@ -25,7 +25,7 @@ from sglang_nsa_plugin.cli import terminal
 from sglang_nsa_plugin.cli.bench import cases, paths, report, timing
 from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, Case, DirectFills, Grid, Setup
 from sglang_nsa_plugin.cli.bench.paths import ORIGINAL, OURS, SGLANG, SGLANG_KERNEL
-from sglang_nsa_plugin.harness.graph_pair import Comparison
+from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.harness.inputs import Inputs, make_inputs
 from sglang_nsa_plugin.kernels import torch as torch_reference
 
@@ -114,9 +114,9 @@ def _cases(
     measure_setup: MeasureSetup,
 ) -> dict[str, Any]:
     """Every case of every set-up that can run here."""
-    from sglang_nsa_plugin.harness.process_stubs import missing_for
+    from sglang_nsa_plugin.harness.process_stubs import why_unavailable
 
-    missing = {setup.decode_impl: missing_for(setup.decode_impl) for setup in grid.setups}
+    missing = {setup.decode_impl: why_unavailable(setup.decode_impl) for setup in grid.setups}
     for impl, why_not in missing.items():
         if why_not is not None:
             progress.console.print(f"{impl} is left out: {why_not}")
@@ -143,7 +143,7 @@ def _cpu_setup(run: Run, setup: Setup) -> list[dict[str, Any]]:
             args, reference = (fills.args(case.requests, tables) for fills in (ours, expected))
             torch_reference.fill(reference)
             calls = paths.direct(ours, case.requests, tables)
-            values = paths.compare(calls, args, reference.outputs(), case)
+            values = paths.compare(calls, args, reference.outputs())
             host = timing.host_times(calls, run.grid.seconds)
             rows.append({**_described(setup, case, tables, values), **_times(host, {})})
         run.advance(f"{case.requests} requests")
@@ -183,7 +183,7 @@ def _graph_case(
         is_recorded = tables == paths.recorded_tables(pair, bs)
         with timing.counted_compiles() as compiled:
             calls = paths.direct(fills, bs, tables)
-            compared = paths.compare(calls, fills.args(bs, tables), sglang, case)
+            compared = paths.compare(calls, fills.args(bs, tables), sglang)
             timed = paths.with_sglang(pair, fills, bs, tables)
             host = timing.host_times(timed.host, run.grid.seconds / 2)
             gpu = timing.gpu_times(timed.gpu, run.grid.seconds / 2)
@@ -251,11 +251,11 @@ def _inputs(device: torch.device, setup: Setup) -> Inputs:
 
 def _step(pair: Any, bs: int) -> int:
     """One step of both, compared: how many values were."""
-    compared = Comparison()
-    pair.step(bs, compared)
-    if compared.first is not None:
-        raise paths.DifferentValuesError(f"not timed, because values differ: {compared.first}")
-    return sum(compared.compared.values())
+    diff = Diff()
+    pair.step(bs, diff)
+    if diff.first is not None:
+        raise paths.DifferentValuesError(f"not timed, because values differ: {diff.first}")
+    return sum(diff.compared.values())
 
 
 def _launches(pair: Any, bs: int) -> dict[str, int]:

@@ -1,0 +1,96 @@
+"""The one shape of an adapter, whichever generation of SGLang's code it is for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_nsa_plugin.adapters.hooks import Hook, Requirement
+from sglang_nsa_plugin.adapters.outcome import OUTCOME, Outcome
+
+# What setting up a fill may raise where it cannot run; torch's out-of-memory error is a RuntimeError.
+SET_UP_ERRORS = (RuntimeError, ValueError, TypeError)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the server asked for.
+
+    Attributes:
+        backend: the implementation, or "auto".
+        check_every: fills from one shadow check to the next; 0 for none.
+    """
+
+    backend: str
+    check_every: int
+
+
+class Takeover:
+    """The backends that an adapter fills in this process, and on whose request.
+
+    Attributes:
+        request: None while no backend is to be taken over: before :meth:`arm` and after :meth:`fail`.
+        outcome: what came of it.
+
+    Args:
+        hand_back: makes a backend SGLang's own again.
+    """
+
+    def __init__(self, hand_back: Callable[[Any], None], outcome: Outcome = OUTCOME) -> None:
+        self.request: Request | None = None
+        self.outcome = outcome
+        self._hand_back = hand_back
+        self._backends: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def arm(self, request: Request) -> None:
+        """From now on backends are taken over."""
+        self.request = request
+
+    def add(self, backend: Any) -> None:
+        """This backend is ours."""
+        self._backends.add(backend)
+
+    def discard(self, backend: Any) -> None:
+        """This backend is SGLang's again."""
+        self._backends.discard(backend)
+
+    def fail(self, error: Exception) -> None:
+        """Setting up a fill failed: hands every backend back to SGLang.
+
+        Raises:
+            BackendUnavailableError: the backend was asked for by name.
+        """
+        assert self.request is not None  # nothing is set up before
+        self.outcome.step_aside_after(self.request.backend, error)
+        self.request = None
+        for backend in list(self._backends):
+            self._hand_back(backend)
+        self._backends.clear()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How the fill is hooked into one generation of SGLang's code.
+
+    Attributes:
+        name: as it is reported and logged.
+        hooks: the methods of SGLang that are replaced. Each goes when SGLang does its part itself.
+        needs: what else of SGLang the adapter calls or reads.
+        takeover: what the hooks have taken over.
+    """
+
+    name: str
+    hooks: tuple[Hook, ...]
+    needs: tuple[Requirement, ...]
+    takeover: Takeover
+
+    def arm(self, request: Request) -> None:
+        """From now on SGLang's backends are taken over."""
+        self.takeover.arm(request)
+
+    @property
+    def requirements(self) -> tuple[Requirement, ...]:
+        """Everything that a release must have to fit."""
+        return (*self.hooks, *self.needs)

@@ -1,0 +1,33 @@
+"""Why a draft-extend step of a backend that the plugin took over goes to SGLang's own fill."""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+
+from sglang_nsa_plugin.state import STATE
+
+logger = logging.getLogger(__name__)
+
+
+class FallbackReason(Enum):
+    """The values are public: the label ``reason`` of the metric ``fallbacks_total``."""
+
+    INPUTS_REPLACED = "input tensors are not the captured ones"
+    DIFFERENCE_FOUND = "the shadow check found a difference"
+    NO_REQUESTS = "the batch has no requests"
+    NO_HOST_LENGTHS = "the batch has no sequence lengths on the host"
+    OTHER_SIZES = "the batch's tensors have other sizes than its number of requests"
+    OTHER_ROWS_PER_REQUEST = "requests do not extend by the number of draft tokens each"
+    OTHER_TABLE_ROWS = "the captured page table and lengths have different numbers of rows"
+
+
+def count_fallback(reason: FallbackReason) -> None:
+    """Counts a step that SGLang fills although the adapter is active; logs the first of each reason."""
+    if not STATE.fallbacks[reason.value]:
+        logger.warning(
+            "sglang-nsa-plugin: SGLang's own fill serves a draft-extend step: %s; further steps like it "
+            "are counted, not logged",
+            reason.value,
+        )
+    STATE.fallbacks[reason.value] += 1

@@ -1,0 +1,67 @@
+"""Chooses the adapter of the installed SGLang and puts its hooks in place."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases
+from sglang_nsa_plugin.adapters.adapter import Adapter, Request
+from sglang_nsa_plugin.adapters.server_config import resolved
+
+logger = logging.getLogger(__name__)
+
+SPARSE_ATTENTION = ("dsa", "nsa")
+_BACKEND_ARGUMENTS = (
+    "attention_backend",
+    "prefill_attention_backend",
+    "decode_attention_backend",
+    "speculative_draft_attention_backend",
+)
+
+
+def why_idle(server_args: Any) -> str | None:
+    """Why a server with these arguments has no draft-extend metadata, or None when it has."""
+    arguments = resolved(server_args)
+    if getattr(arguments, "speculative_algorithm", None) is None:
+        return "no speculative decoding, so there is no draft-extend metadata"
+    backends = {str(getattr(arguments, name, None)) for name in _BACKEND_ARGUMENTS} - {"None"}
+    if not backends.intersection(SPARSE_ATTENTION):
+        return f"attention backend {', '.join(sorted(backends))} is not NSA/DSA sparse attention"
+    return None
+
+
+def adapter_for_installed() -> Adapter:
+    """The one adapter that was written for code like that of the installed SGLang.
+
+    A generation is recognised by what SGLang has. No other adapter is tried: one that was written for
+    other code may seem to fit and fill tensors that nobody reads.
+    """
+    return in_graph.ADAPTER if in_graph.is_generation() else eager.adapter_for_installed()
+
+
+def install(request: Request) -> str | None:
+    """Puts the adapter's hooks in place and arms it; returns why not when SGLang does not fit."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    adapter = adapter_for_installed()
+    misfits = hooks.misfits(adapter.requirements)
+    if misfits:
+        return f"this SGLang does not fit the {adapter.name} adapter: {'; '.join(misfits)}"
+    hooks.register(adapter.hooks)
+    HookRegistry.apply_hooks()
+    why_not = hooks.why_not_applied(adapter.hooks)
+    if why_not is not None:
+        return why_not
+    _warn_of_untested_release()
+    adapter.arm(request)
+    adapter.takeover.outcome.report_waiting(adapter.name)
+    return None
+
+
+def _warn_of_untested_release() -> None:
+    import sglang
+
+    warning = releases.why_untested(sglang.__version__)
+    if warning is not None:
+        logger.warning("sglang-nsa-plugin: %s", warning)
