@@ -9,6 +9,8 @@ constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kSearchSteps = 8;  // of a binary search among a block's threads
+static_assert(1 << kSearchSteps == kThreads);
 
 __device__ inline int lane() { return threadIdx.x % kWarp; }
 __device__ inline int warp() { return threadIdx.x / kWarp; }
@@ -17,15 +19,11 @@ __device__ inline bool is_enabled(const Fill& fill) {
   return fill.enabled == nullptr || *fill.enabled != 0;
 }
 
-// Combines `sum` with those of the lanes before this one. `from_lane_before(sum, delta)` reads the
-// sum of the lane `delta` before this one.
-template <bool kUnroll, typename Sum, typename FromLaneBefore, typename Combine>
-__device__ inline Sum scan_warp(Sum sum, FromLaneBefore from_lane_before, Combine combine) {
-  constexpr int kTimes = kUnroll ? kWarp : 1;
-#pragma unroll kTimes
+__device__ inline uint32_t scan_warp(uint32_t sum) {
+#pragma unroll
   for (int delta = 1; delta < kWarp; delta *= 2) {
-    const Sum other = from_lane_before(sum, delta);
-    if (lane() >= delta) sum = combine(other, sum);
+    const uint32_t other = __shfl_up_sync(kAll, sum, delta);
+    if (lane() >= delta) sum += other;
   }
   return sum;
 }
@@ -34,9 +32,7 @@ __device__ inline Sum scan_warp(Sum sum, FromLaneBefore from_lane_before, Combin
 // all threads. Passes one barrier; the caller needs another one before the next scan.
 __device__ inline uint32_t scan_block(uint32_t own, uint32_t before) {
   __shared__ uint32_t of_warp[kWarps], before_of_warp[kWarps];
-  const uint32_t sum = scan_warp<true>(
-      own, [](uint32_t other, int delta) { return __shfl_up_sync(kAll, other, delta); },
-      [](uint32_t a, uint32_t b) { return a + b; });
+  const uint32_t sum = scan_warp(own);
   before = __reduce_add_sync(kAll, before);
   if (lane() == kWarp - 1) {
     of_warp[warp()] = sum;
@@ -61,7 +57,7 @@ __device__ inline uint32_t find_by_warp(const uint32_t (&ends)[kThreads], uint32
 // that is unrolled is faster, one that is not has less code.
 template <bool kUnroll, typename EndOf>
 __device__ inline uint32_t find_by_thread(uint32_t position, EndOf end_of) {
-  constexpr int kTimes = kUnroll ? kThreads : 1;
+  constexpr int kTimes = kUnroll ? kSearchSteps : 1;
   uint32_t found = 0;
 #pragma unroll kTimes
   for (uint32_t step = kThreads / 2; step > 0; step /= 2) {

@@ -21,12 +21,6 @@ __device__ Ends combine(const Ends& a, const Ends& b, int64_t rows) {
   return Ends{combine(a.sums, b.sums, rows), a.chunks + b.chunks};
 }
 
-__device__ Ends from_lane_before(const Ends& sum, int delta) {
-  const auto read = [&](uint32_t value) { return __shfl_up_sync(kAll, value, delta); };
-  return Ends{{read(sum.sums.row), read(sum.sums.lengths), read(sum.sums.clamped)},
-              read(sum.chunks)};
-}
-
 struct Tile {
   Request requests[kThreads];
   int32_t pool_rows[kThreads];
@@ -34,11 +28,19 @@ struct Tile {
   Ends of_warp[kWarps];
 };
 
-// Writes tile.ends; `carry` are the sums before the tile. Ends with a barrier.
+// Writes tile.ends; `carry` are the sums before the tile. Ends with a barrier. It stays
+// apart from scan_block: one template for both compiled to other code on sm_100 and sm_120.
 __device__ void scan_tile(const Fill& fill, const Ends& carry, const Ends& own, Tile& tile) {
-  const Ends sum = scan_warp<false>(own, from_lane_before, [&](const Ends& a, const Ends& b) {
-    return combine(a, b, fill.rows);
-  });
+  Ends sum = own;
+#pragma unroll 1
+  for (int delta = 1; delta < kWarp; delta *= 2) {
+    Ends other;
+    other.sums.row = __shfl_up_sync(kAll, sum.sums.row, delta);
+    other.sums.lengths = __shfl_up_sync(kAll, sum.sums.lengths, delta);
+    other.sums.clamped = __shfl_up_sync(kAll, sum.sums.clamped, delta);
+    other.chunks = __shfl_up_sync(kAll, sum.chunks, delta);
+    if (lane() >= delta) sum = combine(other, sum, fill.rows);
+  }
   if (lane() == kWarp - 1) tile.of_warp[warp()] = sum;
   __syncthreads();
   Ends before = carry;
