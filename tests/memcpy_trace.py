@@ -1,4 +1,4 @@
-"""Who asked for a copy: compute-sanitizer's initcheck tells the address that it read, and no more."""
+"""Prints which function asked for each copy: compute-sanitizer's initcheck reports only an address."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-# Operators that may copy with cudaMemcpy → which argument they read.
+# Operators that may call cudaMemcpy → the index of the argument that they read.
 COPIES = {aten.copy_: 1, aten._to_copy: 0, aten.clone: 0, aten._local_scalar_dense: 0}
 
 
 class MemcpyTrace(TorchDispatchMode):
     """Prints, before each copy from a device, the line that integration/gpu/sanitizers.py looks for.
 
-    As in ``copy of 0x7eff13a00200, 1064 bytes, for MODULE.FUNCTION``. What stays on the GPU is not told
-    but copied by a kernel, unless SGLang asks for it: a kernel's reads the tool sees as they are made.
-    At the source of a cudaMemcpy that is recorded into a graph it looks before the graph has written it.
-    Between types a kernel copies anyway: told, it would be blamed for a later copy at its address.
+    For example ``copy of 0x7eff13a00200, 1064 bytes, for MODULE.FUNCTION``.
+
+    A copy that stays on the GPU is made by a kernel instead and not printed, unless SGLang asks for it.
+    initcheck sees a kernel's reads when they happen, but checks the source of a cudaMemcpy node while
+    the graph is recorded, before anything has written it. A copy that converts the type is always made
+    by a kernel; if it were printed, a later copy from the same address would be attributed to it.
     """
 
     def __init__(self, device_type: str = "cuda") -> None:
@@ -38,15 +40,15 @@ class MemcpyTrace(TorchDispatchMode):
         if device == source.device and dtype != source.dtype:
             return operator(*args, **kwargs)
         asker = _asker()
-        is_made_here = operator is aten.copy_.default and device == source.device
-        if is_made_here and not source.is_floating_point() and not asker.startswith("sglang."):
+        is_device_copy = operator is aten.copy_.default and device == source.device
+        if is_device_copy and not source.is_floating_point() and not asker.startswith("sglang."):
             return copied_by_kernel(*args[:2])  # lengths, slots and pages: integers
-        print(_told(source, asker), flush=True)
+        print(_line(source, asker), flush=True)
         return operator(*args, **kwargs)
 
 
 def copied_by_kernel(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """``target.copy_(source)``, never with cudaMemcpy."""
+    """``target.copy_(source)`` without cudaMemcpy."""
     source = source.expand_as(target)
     return torch.maximum(source, source, out=target)
 
@@ -59,14 +61,14 @@ def _target_type(
     return torch.device(kwargs.get("device") or args[0].device), kwargs.get("dtype") or args[0].dtype
 
 
-def _told(source: torch.Tensor, asker: str) -> str:
+def _line(source: torch.Tensor, asker: str) -> str:
     steps = zip(source.shape, source.stride(), strict=True)
     cells = 1 + sum((size - 1) * stride for size, stride in steps)
     return f"copy of {source.data_ptr():#x}, {cells * source.element_size()} bytes, for {asker}"
 
 
 def _asker() -> str:
-    """The innermost function that is neither torch's nor of this file."""
+    """The innermost function outside torch and this file."""
     frame = sys._getframe()
     while frame.f_back is not None and _module(frame).partition(".")[0] in ("torch", __name__):
         frame = frame.f_back

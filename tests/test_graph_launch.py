@@ -21,7 +21,18 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     include = includes.split('"')[1].removeprefix("-I")
     built = tmp_path_factory.mktemp("graph_launch") / "fake"
     sources = [ROOT / "csrc" / "graph_launch.cc", ROOT / "tests" / "fake_cuda_runtime.cc"]
-    command = [compiler, "-std=c++17", "-pthread", "-I", include, "-I", ROOT / "csrc", *sources, "-o", built]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-pthread",
+        "-I",
+        include,
+        "-I",
+        ROOT / "csrc",
+        *sources,
+        "-o",
+        built,
+    ]
     subprocess.run(list(map(str, command)), check=True)
     return built
 

@@ -228,7 +228,7 @@ GPU_HOST: dict[str, Any] = {
 
 
 def verdict(**changes: Any) -> tuple[str | None, str]:
-    """Why the best kernel is not active, and the verdict otherwise, of a GPU host with changes a__b=value."""
+    """Why a GPU host's best kernel is not active, and its verdict otherwise; changes are a__b=value."""
     result = copy.deepcopy(GPU_HOST)
     for path, value in changes.items():
         *parents, last = path.split("__")

@@ -156,7 +156,7 @@ def _verdict(result: dict[str, Any]) -> str:
     state = result["state"]
     different = sum(result["different"].values())
     return (
-        f"DIFFERENT: {different:,} of {total:,} values, the first: {result['first_difference']}; the plugin "
-        f"filled {state['replays'] + state['launches']} of {result['steps']} steps, fallbacks: "
+        f"DIFFERENT: {different:,} of {total:,} values, the first: {result['first_difference']}; the "
+        f"plugin filled {state['replays'] + state['launches']} of {result['steps']} steps, fallbacks: "
         f"{state['fallbacks']}"
     )

@@ -23,7 +23,7 @@ VARIABLE = "SGLANG_PLUGINS"
 def machine() -> dict[str, Any]:
     """Versions and the GPU.
 
-    ``no_gpu`` says why torch has no GPU and ``no_gpu_remedy`` what to do; both are None where it has one.
+    ``no_gpu`` says why torch has no GPU and ``no_gpu_remedy`` what to do. Both are None if it has one.
     """
     import torch
 

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 # Errors that the machine or the caller can cause: a kernel that cannot run (BackendUnavailableError,
-# LibraryUnavailableError and torch's own errors are RuntimeErrors), a package that is not installed, a file
-# that cannot be written. Any other error is a defect and keeps its traceback.
+# LibraryUnavailableError and torch's own errors are RuntimeErrors), a package that is not installed, a
+# file that cannot be written. Any other error is a defect and keeps its traceback.
 EXPECTED = (RuntimeError, ImportError, OSError)
 INTERRUPTED = 130  # the exit code by which shells recognise Ctrl-C
 
@@ -65,9 +65,9 @@ def _add_verify(commands: Commands) -> None:
         "verify",
         help="check this machine: which kernel would fill the metadata (20 s at most)",
         description="Prints what is installed, whether SGLang would load the plugin, and whether the "
-        "adapter fits this SGLang. Then runs one fill with each implementation, compares the values, times "
-        "it, and prints a verdict. Needs no model. The exit code is 0 when the best implementation for this "
-        "machine would be active: the CUDA kernel, or its CPU twin on a machine without a GPU.",
+        "adapter fits this SGLang. Then runs one fill with each implementation, compares the values, "
+        "times it, and prints a verdict. Needs no model. The exit code is 0 when the best "
+        "implementation for this machine would be active: the CUDA kernel, or its CPU twin on a machine without a GPU.",
         epilog="example: sglang-nsa-plugin verify --json | jq -r .verdict",
     )
     verify.add_argument(
@@ -86,12 +86,14 @@ def _add_demo(commands: Commands) -> None:
         "demo",
         help="fill SGLang's real backend and compare every value with SGLang's own fill",
         description="Lets SGLang load the plugin, runs SGLang's real attention backend through random "
-        "draft-extend steps, and compares every tensor with SGLang's own fill. Needs no model. With a GPU "
-        "it uses CUDA graphs and the CUDA kernel, without one the CPU twin. The exit code is 0 when all "
-        "values are equal.",
+        "draft-extend steps, and compares every tensor with SGLang's own fill. Needs no model. With a "
+        "GPU it uses CUDA graphs and the CUDA kernel, without one the CPU twin. The exit code is 0 when "
+        "all values are equal.",
         epilog="example: sglang-nsa-plugin demo --steps 500 --seed 7",
     )
-    demo.add_argument("--steps", type=_positive, default=400, help="number of random batches (default: 400)")
+    demo.add_argument(
+        "--steps", type=_positive, default=400, help="number of random batches (default: 400)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="seed of the random batches (default: 0)")
     demo.add_argument("--json", metavar="FILE", help="also write the result to FILE as JSON")
     demo.set_defaults(run=_demo)
@@ -102,11 +104,11 @@ def _add_bench(commands: Commands) -> None:
         commands,
         "bench",
         help="time one fill: SGLang's own, the plugin's and each kernel, in one run",
-        description="Fills the same tensors with SGLang's own code, with SGLang's kernel alone, with the "
-        "plugin's CUDA graph, with each implementation of the plugin, and with the Python code of SGLang "
-        "0.5.9. Varies the requests, the context, the table's width and the draft tokens. Compares all "
-        "values first, then times host and GPU in alternating rounds. Takes about three minutes. Without a "
-        "GPU it times the CPU twin, which tells nothing about a GPU.",
+        description="Fills the same tensors with SGLang's own code, with SGLang's kernel alone, with "
+        "the plugin's CUDA graph, with each implementation of the plugin, and with the Python code of "
+        "SGLang 0.5.9. Varies the requests, the context, the table's width and the draft tokens. "
+        "Compares all values first, then times host and GPU in alternating rounds. Takes about three minutes. "
+        "Without a GPU it times the CPU twin, which tells nothing about a GPU.",
         epilog="example: sglang-nsa-plugin bench --quick --json bench.json",
     )
     bench.add_argument("--quick", action="store_true", help="fewer cases; takes less than a minute")

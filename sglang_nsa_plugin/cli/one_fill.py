@@ -23,7 +23,7 @@ NAMES = ("cuda", "triton", "torch", "cpu")
 def run(name: str, no_gpu: str | None) -> dict[str, Any]:
     """The outcome of one implementation, on the GPU where there is one.
 
-    ``reason`` says why it cannot run or that its values are wrong. Where it is None, ``us`` is the time of
+    ``reason`` says why it cannot run or that its values are wrong. If it is None, ``us`` is the time of
     one fill in microseconds.
     """
     on_gpu = name in ("cuda", "triton") or (name == "torch" and no_gpu is None)

@@ -1,7 +1,7 @@
 """Imports a package as stubs: its classes, fields, parameters, and the attributes that methods set.
 
 Importing SGLang's attention backend takes seconds, prints warnings, and starts a CUDA context on a GPU
-host. Whether an adapter fits is a question about names and parameters, and the source is enough for that.
+host. Whether an adapter fits is a question about names and parameters: the source is enough for that.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ def success(result: dict[str, Any]) -> str:
     adapter, asked = result["adapter"]["name"], result["setting"]["backend"]
     if not has_gpu(result):
         return (
-            f"No GPU to serve with: {result['no_gpu']}. The CPU twin works, and the {adapter} adapter fits "
-            f"{release}"
+            f"No GPU to serve with: {result['no_gpu']}. The CPU twin works, and the {adapter} adapter "
+            f"fits {release}"
         )
     kernel = "cuda" if asked == options.DEFAULT else asked
     why = "" if asked == options.DEFAULT else f" (asked for by {options.VARIABLE})"

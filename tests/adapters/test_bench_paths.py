@@ -128,5 +128,5 @@ def test_rows_of_a_setup_have_every_figure(stepped, monkeypatch):
     measured = dict.fromkeys(("floor_us", "launch_us", "copy_gb_s"), figure)
     report.show(console, {**about, **measured, "cases": rows})
     shown = console.export_text()
-    assert "ours, in the graph" in shown
+    assert "plugin, in graph" in shown
     assert "2 kernel, 1 event_record" in shown

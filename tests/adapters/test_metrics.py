@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from isolated import run
 
 # A scheduler whose constructor makes nothing but the collector's labels; the hooks around it are real.
@@ -16,6 +17,9 @@ from types import SimpleNamespace
 import sglang.srt.managers.scheduler as module
 
 def make(self, server_args):
+    from sglang_nsa_plugin.state import STATE
+    if getattr(server_args, "implementation", None):
+        STATE.backend = server_args.implementation  # as the capture of the graphs does
     if server_args.labels is not None:
         self.metrics_collector = SimpleNamespace(labels=server_args.labels)
 
@@ -96,11 +100,13 @@ def test_every_rank_shows_its_state_until_the_last_step(tmp_path):
     assert all(name.startswith("info ") for name in found)
 
 
-def test_info_names_version_adapter_and_implementation(tmp_path):
-    succeed(SCHEDULER, **SPARSE, labels=labels(0), PROMETHEUS_MULTIPROC_DIR=tmp_path)
+@pytest.mark.parametrize("implementation", [None, "triton"])
+def test_info_names_version_adapter_and_implementation(tmp_path, implementation):
+    arguments = {**SPARSE, "labels": labels(0), "implementation": implementation}
+    succeed(SCHEDULER, **arguments, PROMETHEUS_MULTIPROC_DIR=tmp_path)
     (info,) = (name for name in samples(tmp_path) if name.startswith("info "))
     assert re.match(r"info adapter=(in-graph|eager) ", info)
-    assert re.search(r" implementation=none .*version=\d+\.\d+\.\d+", info)
+    assert re.search(rf" implementation={implementation or 'none'} .*version=\d+\.\d+\.\d+", info)
 
 
 def test_a_server_that_the_plugin_leaves_alone_shows_that_and_no_counters(tmp_path):

@@ -1,11 +1,11 @@
-"""Fills of every kind by the CUDA kernel, and comparisons of them, for compute-sanitizer.
+"""Runs every kind of fill and comparison of the CUDA kernels under compute-sanitizer.
 
-Each fill is compared with the reference on the CPU, too.
+``compute-sanitizer --tool memcheck python tests/gpu/sanitized_fill.py``; pytest does not collect it.
+Every fill is also compared with the reference on the CPU. Prints the number of fills; the exit code is 1
+when a value differs or a comparison misses a difference.
 
-Not a test of pytest: ``compute-sanitizer --tool memcheck python tests/gpu/sanitized_fill.py``. Ends with
-the number of fills; exit code 1 when a value differs or the comparison missed a difference. With
-``--planted`` fills read what was never written and then what was given back: tools that find nothing
-there watch other kernels. Each tensor has to be an allocation of its own for that
+With ``--planted`` one fill reads memory that was never written and another reads freed memory. A tool
+that reports neither does not watch these kernels. Each tensor must be an allocation of its own for that
 (``PYTORCH_NO_CUDA_MEMORY_CACHING=1``).
 """
 
@@ -23,15 +23,17 @@ from sglang_nsa_plugin.kernels import torch as reference
 from sglang_nsa_plugin.self_test import small_case
 from sglang_nsa_plugin.shadow import Comparison, Field, Pair, Report
 
-WIDTHS = (64, 193, 1_030, 2_049)
-BATCHES = (0, 1, 3, 257)  # the last one needs two tiles of requests
+COLUMNS = (64, 193, 1_030, 2_049)
+BATCHES = (0, 1, 3, 257)  # the last one is more requests than one block takes
 DEVICE = torch.device("cuda", 0)
 
 
-def case(bs: int, width: int, q: int, ragged: bool, wide: bool, generator: torch.Generator) -> FillArgs:
-    """A random batch whose tables are ``width`` wide, with lengths from below 0 to over the width."""
+def case(
+    bs: int, columns: int, q: int, ragged: bool, both_tables: bool, generator: torch.Generator
+) -> FillArgs:
+    """A random batch over tables of ``columns`` tokens, with lengths from below 0 to more than that."""
     rows = bs * q + (5 if ragged else 0)
-    pages = -(-width // 64)
+    pages = -(-columns // 64)
 
     def numbers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=generator, dtype=dtype).to(DEVICE)
@@ -40,9 +42,9 @@ def case(bs: int, width: int, q: int, ragged: bool, wide: bool, generator: torch
         return torch.full(shape, -7, dtype=torch.int32).to(DEVICE)
 
     return FillArgs(
-        seq_lens=numbers(-3, width + 9, bs),
+        seq_lens=numbers(-3, columns + 9, bs),
         req_pool_indices=numbers(-1, 6, bs, dtype=torch.int32),
-        req_to_token=numbers(0, 1 << 30, 5, width + 3, dtype=torch.int32),
+        req_to_token=numbers(0, 1 << 30, 5, columns + 3, dtype=torch.int32),
         extend_lens=numbers(0, 2 * q, bs, dtype=torch.int32) if ragged else q,
         index_topk=37,
         page_size=64,
@@ -52,14 +54,14 @@ def case(bs: int, width: int, q: int, ragged: bool, wide: bool, generator: torch
         nsa_cache_seqlens=output(rows),
         nsa_cu_seqlens_k=output(rows + 1),
         ctx_lens=output(rows, 1),
-        page_table_1=output(rows, width) if wide else None,
+        page_table_1=output(rows, columns) if both_tables else None,
         real_page_table=output(rows, pages),
         row_count=output(1),
     )
 
 
-def check(args: FillArgs) -> bool:
-    """Fills ``args`` and compares with the reference computed on the CPU."""
+def is_correct(args: FillArgs) -> bool:
+    """Whether the fill equals the reference on the CPU, and the comparison finds a difference."""
     host = {name: tensor.cpu() for name, tensor in (args.inputs() | args.outputs()).items()}
     expected = replace(args, **host)
     cuda.bind(args)()
@@ -69,7 +71,7 @@ def check(args: FillArgs) -> bool:
 
 
 def finds_a_difference(args: FillArgs) -> bool:
-    """Compares a filled table with itself and with one wrong cell, as the shadow check does."""
+    """Whether the shadow check's comparison counts 0 in equal tables and 1 after one cell is changed."""
     report = Report(DEVICE)
     ours = args.real_page_table
     assert ours is not None
@@ -85,8 +87,8 @@ def finds_a_difference(args: FillArgs) -> bool:
 
 
 def plant(generator: torch.Generator) -> None:
-    """A fill of lengths that were never written, and one of tensors that are gone."""
-    args = case(3, 193, 4, ragged=False, wide=True, generator=generator)
+    """A fill whose lengths were never written, and one whose tensors are freed."""
+    args = case(3, 193, 4, ragged=False, both_tables=True, generator=generator)
     cuda.bind(replace(args, seq_lens=torch.empty_like(args.seq_lens)))()
     torch.cuda.synchronize()
     launch = compiled.binder()(args)  # which holds addresses only
@@ -101,9 +103,9 @@ def main() -> int:
         plant(generator)
         return 0
     cases = [small_case(DEVICE, ragged) for ragged in (False, True)]
-    kinds = itertools.product(BATCHES, WIDTHS, (1, 4), (False, True), (False, True))
+    kinds = itertools.product(BATCHES, COLUMNS, (1, 4), (False, True), (False, True))
     cases += [case(*kind, generator=generator) for kind in kinds]
-    wrong = sum(not check(args) for args in cases)
+    wrong = sum(not is_correct(args) for args in cases)
     print(f"sanitized fills: {len(cases)}, wrong: {wrong}")
     return 1 if wrong else 0
 

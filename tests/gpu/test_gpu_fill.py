@@ -326,7 +326,7 @@ def test_full_size(backend: Backend) -> None:
 @pytest.mark.parametrize("odd", [False, True], ids=["vectors", "cells"])
 @pytest.mark.parametrize("requests", [3, 20, 70, 300])
 def test_long_tables_of_many_requests(requests: int, odd: bool) -> None:
-    """One block for each small chunk of tokens, or for each large one, or fewer blocks than large chunks."""
+    """One block for each small chunk of tokens, for each large one, or for several large ones."""
     lengths = [(977 * r) % 41_000 if r % 3 else 0 for r in range(requests)]
     case = Case(
         seq_lens=lengths,

@@ -1,9 +1,9 @@
 """Wrong versions of the kernel's arithmetic, each of which the tests of the CPU twin must notice.
 
-``python tests/mutation/kernel_mutants.py [NAME ...]`` copies the repository, applies one mutant at a time
-to the copy's csrc, builds the CPU twin (a C++ compiler and CMake are enough) and runs its tests of values,
-random batches and comparisons. It prints which mutants were killed; the exit code is 1 when one survived
-that is not in SURVIVORS, or is in it and was killed.
+``python tests/mutation/kernel_mutants.py [NAME ...]`` copies the repository, applies one mutant at a
+time to the copy's csrc, builds the CPU twin (a C++ compiler and CMake are enough) and runs its tests of
+values, random batches and comparisons. It prints which mutants were killed. The exit code is 1 when one
+survived that is not in SURVIVORS, when one of SURVIVORS was killed, or when one no longer applies.
 
 The CUDA kernels include the same headers, so what is checked here is the arithmetic of both.
 """
@@ -23,7 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("csrc", "sglang_nsa_plugin", "tests", "pyproject.toml")
 TESTS = ("tests/test_values.py", "tests/test_fuzz.py", "tests/test_shadow.py")
 # test_sglangs_own_kernel interprets Triton, which takes longer than all others together.
-PYTEST = ("-q", "-x", "-k", "(cpu:cpu or test_shadow) and not sglangs_own_kernel", "--fuzz-batches", "2000")
+PYTEST = (
+    "-q",
+    "-x",
+    "-k",
+    "(cpu:cpu or test_shadow) and not sglangs_own_kernel",
+    "--fuzz-batches",
+    "2000",
+)
 TIME_LIMIT_S = 120  # a mutant may never end
 # Mutants that no test can notice, and why.
 SURVIVORS = {
@@ -115,7 +122,10 @@ def mutate(csrc: Path, mutant: Mutant) -> tuple[Path, str]:
 def build(copy: Path) -> str | None:
     """Builds the CPU twin of the copy; the compiler's words where that fails."""
     configure = ["cmake", "-S", "csrc", "-B", "build", "-DNSA_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Debug"]
-    for command in ([*configure, f"-DPython_EXECUTABLE={sys.executable}"], ["cmake", "--build", "build"]):
+    for command in (
+        [*configure, f"-DPython_EXECUTABLE={sys.executable}"],
+        ["cmake", "--build", "build"],
+    ):
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             return done.stdout + done.stderr

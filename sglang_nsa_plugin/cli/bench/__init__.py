@@ -1,1 +1,1 @@
-"""``sglang-nsa-plugin bench``: times of one fill, SGLang's and the plugin's, in one process."""
+"""``sglang-nsa-plugin bench``: times one fill by SGLang and by the plugin, in one process."""

@@ -1,7 +1,7 @@
-"""The draft-extend fill as SGLang 0.5.7 to 0.5.9 did it, re-stated from what it launches.
+"""The draft-extend fill of SGLang 0.5.7 to 0.5.9, written anew from the operations that it launches.
 
-The host knows the lengths, asks the device how many tokens each request accepted, and makes each
-request's row lengths by a ``torch.arange`` of its own. The device is waited for twice.
+The host knows the lengths, reads from the device how many tokens each request accepted, and makes the row
+lengths of each request with its own ``torch.arange``. It waits for the device twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sglang_nsa_plugin.fill_args import FillArgs
 
 
 def bind(args: FillArgs) -> Callable[[], None]:
-    """A function that fills both page tables and all lengths of ``args``, a static batch."""
+    """A function that fills both page tables and all lengths of ``args``, a uniform batch."""
     assert isinstance(args.extend_lens, int)
     host_lengths = args.seq_lens.cpu()
     accepted = torch.full((args.bs,), args.extend_lens, dtype=torch.int32, device=args.device)
@@ -34,14 +34,14 @@ def _fill(args: FillArgs, host_lengths: torch.Tensor, accepted: torch.Tensor) ->
     lengths = args.seq_lens.to(torch.int32)
     args.cache_seqlens.copy_(lengths)
     args.cu_seqlens_k.copy_(_running_sums(lengths))
-    widths = accepted.tolist()  # waits for the device
+    rows_per_request = accepted.tolist()  # waits for the device
     slots = args.req_to_token[args.req_pool_indices, :longest]
-    rows = torch.repeat_interleave(slots, accepted, dim=0)  # waits once more
+    rows = torch.repeat_interleave(slots, accepted, dim=0)  # waits for the device again
     args.page_table_1[:, :longest].copy_(rows)
     expanded = torch.cat(
         [
-            torch.arange(length - width + 1, length + 1, dtype=torch.int32, device=args.device)
-            for length, width in zip(host_lengths.tolist(), widths, strict=True)
+            torch.arange(length - q + 1, length + 1, dtype=torch.int32, device=args.device)
+            for length, q in zip(host_lengths.tolist(), rows_per_request, strict=True)
         ]
     )
     args.seqlens_expanded.copy_(expanded)

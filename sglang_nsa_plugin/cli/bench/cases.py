@@ -1,4 +1,4 @@
-"""What ``bench`` measures: grids of cases, tensors of a direct fill, bytes that a fill must move."""
+"""The cases of ``bench``: their grids, their tensors, and the bytes that a fill of one must move."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_nsa_plugin.harness.inputs import Inputs, random_step
 PAGE = 64
 INDEX_TOPK = 2_048
 BOTH, PAGED = "both", "paged"
-SECTOR = 32  # bytes that a GPU moves at least between its memory and its caches
+SECTOR = 32  # bytes: the smallest amount that a GPU reads from its memory
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setup:
-    """Cases that share their tensors: one width of req_to_token, one number of draft tokens."""
+    """Cases that share their tensors: the same width of req_to_token, the same draft tokens."""
 
     width: int = 163_904
     draft_tokens: int = 4
@@ -35,13 +35,13 @@ class Setup:
     decode_impl: str = "flashmla_sparse"
 
     def cases(self) -> list[Case]:
-        """The cases of this set-up, in the order in which they are measured."""
+        """The cases of this set-up in the order of measurement."""
         return [Case(bs, length) for bs in self.requests for length in self.lengths]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Set-ups of one run, and how long a case may be timed."""
+    """The set-ups of one run, and how long one case may be timed."""
 
     setups: tuple[Setup, ...]
     seconds: float = 0.5
@@ -60,7 +60,7 @@ FULL = Grid(
     )
 )
 QUICK = Grid((replace(_MAIN, requests=_FEW, lengths=(2_048, 32_768)),), seconds=0.2)
-# SGLang before 0.5.15 plans from the host what grows with the batch: few sizes say it.
+# Before 0.5.15 the host does the work, which grows with the batch: a few sizes are enough.
 EAGER = Grid(
     tuple(
         replace(_MAIN, requests=(1, 8, 32, 64), decode_impl=impl)
@@ -77,13 +77,13 @@ def write_slots(inputs: Inputs) -> None:
 
 
 def write_lengths(inputs: Inputs, case: Case) -> None:
-    """The batch of the case, over the slots that are there."""
+    """Writes the batch of the case over the slots that :func:`write_slots` wrote."""
     inputs.seq_lens[: case.requests].fill_(case.length)
     inputs.req_pool_indices[: case.requests].copy_(torch.arange(1, case.requests + 1))
 
 
 class DirectFills:
-    """Outputs of our own for fills without SGLang, made once for the largest batch and sliced."""
+    """Outputs for fills without SGLang, allocated once for the largest batch and sliced."""
 
     def __init__(self, inputs: Inputs, max_bs: int, draft_tokens: int) -> None:
         width = inputs.req_to_token.shape[1]
@@ -102,7 +102,7 @@ class DirectFills:
         self.real_page_table = self._numbers(rows, -(-width // PAGE))
 
     def args(self, bs: int, tables: str) -> FillArgs:
-        """The fill of the first ``bs`` requests, as a graph holds it, with both tables or one."""
+        """The arguments of a fill of the first ``bs`` requests, with both page tables or only one."""
         rows = bs * self.draft_tokens
         sizes = (bs, bs + 1, rows, rows, rows + 1)
         lengths: dict[str, Any] = {
@@ -126,14 +126,14 @@ class DirectFills:
 
 
 def bytes_to_move(case: Case, draft_tokens: int, tables: str) -> dict[str, int]:
-    """Bytes that a fill of this case must read and write, whoever does it.
+    """Bytes that any fill of this case must read and write.
 
-    Read, in sectors of 32 bytes because memory gives no less: with both tables the L slots of each
-    request's row of req_to_token, of which the page table's are some; with the page table alone one
-    sector for each page of 64 slots, 256 bytes apart. Each row counts once however many rows of
-    output it feeds. Besides, an int64 length and an int64 row index a request.
+    Read, in sectors of 32 bytes: with both tables the L slots of each request's row of req_to_token,
+    which include those of the page-64 table; with that table only, one sector for each page of 64 slots.
+    A row counts once, however many output rows it is copied to. Each request also has an int64 length and
+    an int64 row index.
 
-    Written: each live cell of each output, 4 bytes.
+    Written: 4 bytes for each live cell of each output.
     """
     bs, length = case.requests, case.length
     rows = bs * draft_tokens

@@ -1,4 +1,4 @@
-"""The ways to fill one case that ``bench`` times, each proven to write the same values first."""
+"""The ways to fill one case that ``bench`` times. Each must write the same values first."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.harness.graph_pair import GraphPair
 
 Call = Callable[[], object]
-# sglang: its own call before a replay. ours: on the host that same call, on the GPU all that the graph
-# holds. sglang_kernel: its fill kernel alone. The implementations' names: each called directly.
-# original: the fill of SGLang 0.5.7 to 0.5.9.
+# sglang: SGLang's own call before a replay. ours: the plugin's; its host time is that of the same call, its
+# GPU time that of what the graph holds. sglang_kernel: only SGLang's fill kernel. cuda, cpu, triton, torch:
+# that implementation, called directly. original: the fill of SGLang 0.5.7 to 0.5.9.
 SGLANG, OURS, SGLANG_KERNEL, ORIGINAL = "sglang", "ours", "sglang_kernel", "original"
 
 
 class DifferentValuesError(RuntimeError):
-    """A way to fill wrote other values than the one it is compared with."""
+    """A path wrote other values than the path that it is compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Paths:
-    """What is timed: calls on the host, and calls that are captured and timed on the GPU."""
+    """The calls that are timed on the host, and those that are captured and timed on the GPU."""
 
     host: dict[str, Call]
     gpu: dict[str, Call]
 
 
 def implementations(device: torch.device) -> dict[str, str | None]:
-    """Those for this device, best first, and why one cannot run here."""
+    """The implementations for this device, best first, each with why it cannot run or None."""
     return {name: dispatch.why_unavailable(name, device) for name in dispatch.CANDIDATES[device.type]}
 
 
 def direct(fills: DirectFills, bs: int, tables: str) -> dict[str, Call]:
-    """Each implementation bound to the same tensors; with both tables the original fill, too."""
+    """Each implementation bound to the same tensors, and with both tables the original fill."""
     args = fills.args(bs, tables)
-    found: dict[str, Call] = {
+    calls: dict[str, Call] = {
         name: api.bind(args, name)
         for name, why_not in implementations(args.device).items()
         if why_not is None
     }
-    return {**found, ORIGINAL: baseline_059.bind(args)} if tables == BOTH else found
+    return {**calls, ORIGINAL: baseline_059.bind(args)} if tables == BOTH else calls
 
 
 def with_sglang(pair: GraphPair, fills: DirectFills, bs: int, tables: str) -> Paths:
-    """SGLang's and ours. SGLang's whole fill and ours in the graph stand where the graph's tables do."""
+    """All paths. SGLang's whole fill and the plugin's are in the case with the graph's tables."""
     ours = direct(fills, bs, tables)
     kernel = {SGLANG_KERNEL: pair.sglang_kernel(bs, with_page_table_1=tables == BOTH)}
     host, gpu = {**kernel, **ours}, {**kernel, **_capturable(ours)}
@@ -68,15 +68,15 @@ def recorded_tables(pair: GraphPair, bs: int) -> str:
 
 
 def _capturable(calls: Mapping[str, Call]) -> dict[str, Call]:
-    """Without the original, which waits for the device."""
+    """All but the original, which waits for the device."""
     return {name: call for name, call in calls.items() if name != ORIGINAL}
 
 
 def compare(calls: Mapping[str, Call], args: FillArgs, expected: Mapping[str, torch.Tensor]) -> int:
-    """Runs each call over poisoned outputs; how many values were compared.
+    """Runs each call over poisoned outputs and returns how many values were compared.
 
     Raises:
-        DifferentValuesError: one wrote another value than ``expected``, by name of the output.
+        DifferentValuesError: a call wrote a value that differs from ``expected``.
     """
     diff = Diff()
     lengths = args.seq_lens.repeat_interleave(args.rows // args.bs)
@@ -96,13 +96,13 @@ def compare(calls: Mapping[str, Call], args: FillArgs, expected: Mapping[str, to
 
 
 def sglang_values(pair: GraphPair, bs: int) -> dict[str, torch.Tensor]:
-    """SGLang's tensors of this batch size, by our names."""
+    """SGLang's tensors of this batch size, by their names in FillArgs."""
     metadata = pair.theirs.backend.decode_cuda_graph_metadata[bs]
     return fields.read(metadata, fields.DSA, (*fields.LENGTHS, "ctx_lens", *fields.TABLES))
 
 
 def memory_bytes(metadata: Any) -> int:
-    """Bytes of the tensors of one metadata object; what lies at one address counts once."""
+    """Bytes of the tensors of one metadata object; tensors at the same address count once."""
     tensors = {tensor.data_ptr(): tensor for tensor in _tensors(metadata)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 

@@ -1,4 +1,4 @@
-"""The picture of ``bench``: microseconds over requests, one line for each path."""
+"""The plot of ``bench``: microseconds over requests, one line for each path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError(
-        f"--plot draws with matplotlib, which cannot be imported ({error}); "
+        f"--plot needs matplotlib, which cannot be imported ({error}): "
         "pip install 'sglang-nsa-plugin[bench]'"
     ) from error
 
@@ -30,15 +30,15 @@ NAMES = {"host_us": "host time", "gpu_us": "GPU time"}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draws the cases of the first set-up, a column for each context; the format is the suffix's.
+    """Plots the cases of the first set-up, one column of panels for each context, to a PNG or SVG file.
 
-    Two rows of panels: host time, and where there is a GPU its time. Lines are medians, bands reach
-    from the first to the third quartile.
+    The first row of panels shows host time, the second, with a GPU, GPU time. Lines are medians; bands
+    reach from the first to the third quartile.
     """
     rows = [row for row in result["cases"] if _is_shown(row, result["cases"][0])]
     kinds = [kind for kind in NAMES if kind in rows[0]]
     lengths = list(dict.fromkeys(row["length"] for row in rows))
-    mpl.rcParams["svg.hashsalt"] = "sglang-nsa-plugin"  # the same picture for the same figures
+    mpl.rcParams["svg.hashsalt"] = "sglang-nsa-plugin"  # equal results make equal files
     figure = Figure(figsize=(3.6 * max(2, len(lengths)), 3.0 * len(kinds) + 0.9), layout="constrained")
     panels = figure.subplots(len(kinds), len(lengths), sharex=True, sharey="row", squeeze=False)
     handles: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def _is_shown(row: dict[str, Any], first: dict[str, Any]) -> bool:
 
 
 def _panel(axes: Any, rows: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    """Lines by label: solid with both page tables, which SGLang always fills, dashed with one."""
+    """Lines by label: solid with both page tables, which SGLang always fills, dashed with only one."""
     handles = {}
     for path, title in TITLES.items():
         for tables, style, suffix in (("both", "-", ""), ("paged", "--", ", page-64 table only")):

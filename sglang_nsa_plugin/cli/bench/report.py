@@ -7,17 +7,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-NO_GPU = "no GPU: these are CPU times of the pair, no GPU figure"
-# Column titles of the paths, in the order in which they are shown.
+NO_GPU = "no GPU: these are times of the CPU twin; they tell nothing about a GPU"
+# Column titles of the paths, in the order of the columns.
 TITLES = {
     "sglang": "SGLang",
-    "ours": "ours, in the graph",
-    "sglang_kernel": "SGLang's kernel",
+    "ours": "plugin, in graph",
+    "sglang_kernel": "SGLang kernel",
     "cuda": "cuda",
     "cpu": "cpu",
     "triton": "triton",
     "torch": "torch",
-    "original": "0.5.9's Python",
+    "original": "0.5.9 Python",
 }
 DESCRIBING = ("decode_impl", "width", "draft_tokens", "tables")
 
@@ -29,12 +29,12 @@ def show(console: Console, result: dict[str, Any]) -> None:
     for row in result["cases"]:
         groups.setdefault(tuple(row[name] for name in DESCRIBING), []).append(row)
     for described, rows in groups.items():
-        title = _title(*described)
-        console.print(_times(f"host µs, {title}", rows, "host"))
+        console.print(f"\n{_title(*described)}", highlight=False)
+        console.print(_times("host µs", rows, "host"))
         if "gpu_us" in rows[0]:
-            console.print(_times(f"GPU µs, {title}", rows, "gpu"))
+            console.print(_times("GPU µs", rows, "gpu"))
         if any("nodes" in row for row in rows):
-            console.print(_counts(f"graph, {title}", [row for row in rows if "nodes" in row]))
+            console.print(_counts("graph", [row for row in rows if "nodes" in row]))
 
 
 def _heading(result: dict[str, Any]) -> str:
@@ -47,12 +47,12 @@ def _heading(result: dict[str, Any]) -> str:
     if "floor_us" in result:
         node, launch, copy = (result[name]["median"] for name in ("floor_us", "launch_us", "copy_gb_s"))
         lines.append(
-            f"measured in this run: an empty graph node {node:.2f} µs, the host's shortest launch "
-            f"{launch:.2f} µs, a copy {copy:,.0f} GB/s read and written"
+            f"limits measured in this run: an empty graph node takes {node:.2f} µs, the shortest launch "
+            f"{launch:.2f} µs of the host; a copy reads and writes {copy:,.0f} GB/s"
         )
     lines += [
-        "SGLang: its own call before a step, which always fills both page tables",
-        "median, and ratio to SGLang's own in brackets; all values compared were equal",
+        "SGLang: its own call before a step; it always fills both page tables",
+        "medians, with the ratio to SGLang in brackets; all compared values are equal",
     ]
     return "\n".join(lines)
 
@@ -65,7 +65,7 @@ def _title(decode_impl: str, width: int, draft_tokens: int, tables: str) -> str:
 def _times(title: str, rows: list[dict[str, Any]], kind: str) -> Table:
     paths = [path for path in TITLES if any(path in row[f"{kind}_us"] for row in rows)]
     shares = kind == "gpu" and "copy_share" in rows[0]
-    table = _table(title, *(TITLES[path] for path in paths), *(["MB", "of a copy"] if shares else []))
+    table = _table(title, *(TITLES[path] for path in paths), *(["MB", "of copy"] if shares else []))
     for row in rows:
         cells = [_cell(row, kind, path) for path in paths]
         if shares:
@@ -76,7 +76,7 @@ def _times(title: str, rows: list[dict[str, Any]], kind: str) -> Table:
 
 
 def _shares(row: dict[str, Any]) -> Any:
-    """The share of the copy bandwidth of the best implementation first."""
+    """Shares of the copy's bandwidth, that of the best implementation first."""
     return (row["copy_share"][path] for path in ("cuda", "triton", "torch") if path in row["copy_share"])
 
 
@@ -89,8 +89,8 @@ def _cell(row: dict[str, Any], kind: str, path: str) -> str:
 
 
 def _counts(title: str, rows: list[dict[str, Any]]) -> Table:
-    columns = ("nodes", "launches by the host", "compiles", "memory MB")
-    table = _table(f"{title}: SGLang / ours", *columns)
+    columns = ("nodes", "host launches", "compiles", "memory MB")
+    table = _table(f"{title}: SGLang / plugin", *columns)
     for row in rows:
         nodes = ", ".join(f"{count} {kind}" for kind, count in row["nodes"].items())
         pairs = [(row[name]["sglang"], row[name]["ours"]) for name in ("launches", "compiles")]

@@ -1,11 +1,13 @@
-"""``sglang-nsa-plugin bench``: SGLang's own draft-extend fill and ours, same tensors, same run.
+"""``sglang-nsa-plugin bench``: SGLang's own draft-extend fill and the plugin's, same tensors, same run.
 
-Every way to fill a case is compared by its values first and timed next to the others, in rounds, so that
-drift hits all alike. Host time is what a step pays before the forward: the call on an idle GPU, dispatch
-only, behind calls of its kind; in a server it finds less in the CPU's caches. GPU time is that of the
-launches alone: they are captured once and 21 times in CUDA graphs, and the slope between the two replays
-leaves the launch of the graph out. A release that plans draft-extend eagerly cannot be captured: there
-the GPU time is left out. Without a GPU only the implementations that run on a CPU are timed.
+The values of all paths are compared first. The paths are then timed in alternating rounds, so that drift
+affects all of them equally.
+
+Host time is what a step pays before the forward pass: one call on an idle GPU, until it returns. The caches
+are warm, because the same call has just run; in a server they are colder. GPU time is that of the launches
+only: one and 21 of them are captured in CUDA graphs, and the slope between the two replays excludes the
+graph's own launch. Releases that plan draft-extend eagerly cannot be captured and have no GPU time. Without
+a GPU only the implementations that run on a CPU are timed.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ DRAFT_TOKENS = 4
 
 
 def run(json_path: str | None, plot_path: str | None = None, quick: bool = False) -> int:
-    """Times every case, prints a table and returns 0."""
+    """Times every case, prints the tables and returns 0."""
     console = terminal.console()
     if plot_path:
-        from sglang_nsa_plugin.cli.bench import plot  # says what is missing before minutes are spent
+        from sglang_nsa_plugin.cli.bench import plot  # at once, so that a missing matplotlib costs no minutes
     begin = time.monotonic()
     with terminal.progress(console) as progress:
         result = _measured(progress, quick)
@@ -92,8 +94,8 @@ class Run:
     """What the set-ups of one run share.
 
     Attributes:
-        advance: moves the bar on by one case, and says which one that was.
-        warm: whether ours has filled once with each choice of tables, as a server's start does.
+        advance: moves the progress bar by one case; takes the description of that case.
+        warm: whether the plugin has filled once with each choice of tables, as when a server starts.
     """
 
     def __init__(self, grid: Grid, device: torch.device, advance: Callable[[str], None]) -> None:
@@ -113,20 +115,20 @@ def _cases(
     bar: TaskID,
     measure_setup: MeasureSetup,
 ) -> dict[str, Any]:
-    """Every case of every set-up that can run here."""
+    """The rows of every case of every set-up that can run here."""
     from sglang_nsa_plugin.harness.process_stubs import why_unavailable
 
     missing = {setup.decode_impl: why_unavailable(setup.decode_impl) for setup in grid.setups}
     for impl, why_not in missing.items():
         if why_not is not None:
-            progress.console.print(f"{impl} is left out: {why_not}")
+            progress.console.print(f"{impl} is skipped: {why_not}")
     setups = [setup for setup in grid.setups if missing[setup.decode_impl] is None]
     rows: list[dict[str, Any]] = []
     progress.update(bar, total=sum(len(setup.cases()) for setup in setups))
     run = Run(grid, device, lambda what: progress.update(bar, advance=1, description=what))
     for setup in setups:
         rows += measure_setup(run, setup)
-        gc.collect()  # a backend and the plugin's fill hold each other
+        gc.collect()  # a backend and the plugin's fill refer to each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return {"cases": rows}
@@ -158,7 +160,7 @@ def _graph_setup(run: Run, setup: Setup) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with pair.stub_process():
         if not run.warm:
-            for tables in (BOTH, PAGED):  # what a server compiles while it starts
+            for tables in (BOTH, PAGED):  # compiles what a server compiles when it starts
                 for call in paths.direct(fills, min(setup.requests), tables).values():
                     call()
             run.warm = True
@@ -172,7 +174,7 @@ def _graph_setup(run: Run, setup: Setup) -> list[dict[str, Any]]:
 def _graph_case(
     run: Run, setup: Setup, case: Case, pair: Any, fills: DirectFills
 ) -> list[dict[str, Any]]:
-    """Two rows, one for both page tables and one for the page-64 table alone."""
+    """Two rows: one for both page tables, one for the page-64 table only."""
     bs = case.requests
     with timing.counted_compiles() as at_first:
         values = _step(pair, bs)
@@ -198,11 +200,11 @@ def _graph_case(
 
 
 def _recorded(pair: Any, bs: int) -> dict[str, Any]:
-    """What does not depend on the lengths: nodes of the graph, launches of the host, memory."""
+    """What does not depend on the lengths: graph nodes, host launches, memory."""
     planned = {SGLANG: pair.sglang_before_replay(bs), OURS: pair.before_replay(bs)}
     return {
         "nodes": timing.graph_nodes(pair.recording(bs)),
-        # by the nodes that the calls make: a profiler would slow down what is timed after it
+        # counted as graph nodes: a profiler would slow down what is timed after it
         "launches": {name: sum(timing.graph_nodes(call).values()) for name, call in planned.items()},
         "memory_bytes": {
             SGLANG: paths.memory_bytes(pair.theirs.backend.decode_cuda_graph_metadata[bs]),
@@ -212,7 +214,7 @@ def _recorded(pair: Any, bs: int) -> dict[str, Any]:
 
 
 def _eager_setup(run: Run, setup: Setup) -> list[dict[str, Any]]:
-    """SGLang's call that plans an eager step, and ours."""
+    """SGLang's call that plans an eager step, and the plugin's."""
     pair = _pair(run.device, setup)
     cases.write_slots(pair.inputs)
     rows = []
@@ -250,7 +252,7 @@ def _inputs(device: torch.device, setup: Setup) -> Inputs:
 
 
 def _step(pair: Any, bs: int) -> int:
-    """One step of both, compared: how many values were."""
+    """Runs and compares one step of both; returns how many values were compared."""
     diff = Diff()
     pair.step(bs, diff)
     if diff.first is not None:
@@ -279,20 +281,20 @@ def _described(setup: Setup, case: Case, tables: str, values: int) -> dict[str, 
 
 
 def _times(host: Mapping[str, list[float]], gpu: Mapping[str, list[float]]) -> dict[str, Any]:
-    """Medians by path, their quartiles beside them, and ours over SGLang's."""
-    found: dict[str, Any] = {}
+    """By path: medians, quartiles, and ratios to SGLang."""
+    times: dict[str, Any] = {}
     for name, samples in (("host", host), ("gpu", gpu)):
         if not samples:
             continue
         spreads = {path: timing.spread(each) for path, each in samples.items()}
-        found[f"{name}_us"] = {path: each["median"] for path, each in spreads.items()}
-        found[f"{name}_quartiles"] = {path: [each["q1"], each["q3"]] for path, each in spreads.items()}
-        found[f"{name}_over_sglang"] = _over_sglang(found[f"{name}_us"])
-    return found
+        times[f"{name}_us"] = {path: each["median"] for path, each in spreads.items()}
+        times[f"{name}_quartiles"] = {path: [each["q1"], each["q3"]] for path, each in spreads.items()}
+        times[f"{name}_over_sglang"] = _over_sglang(times[f"{name}_us"])
+    return times
 
 
 def _over_sglang(times: dict[str, float]) -> dict[str, float]:
-    """Each path over SGLang's: whole fills over its whole fill, kernels over its kernel."""
+    """The ratio of each path to SGLang: whole fills to its whole fill, kernels to its kernel."""
     whole, kernel = times.get(SGLANG), times.get(SGLANG_KERNEL)
     reference = {OURS: whole, ORIGINAL: whole}
     ratios = {
@@ -302,9 +304,9 @@ def _over_sglang(times: dict[str, float]) -> dict[str, float]:
 
 
 def _copy_share(row: dict[str, Any], copy_gb_s: float) -> dict[str, float]:
-    """Bytes that a fill must move over its time, as a share of what a copy moves in that time.
+    """The bandwidth of each kernel as a share of a copy's: the bytes that a fill must move over its time.
 
-    Of the kernels alone: the whole fills move more than these bytes.
+    Whole fills move more than these bytes and are left out.
     """
     moved = sum(row["bytes"].values())
     return {
@@ -315,7 +317,7 @@ def _copy_share(row: dict[str, Any], copy_gb_s: float) -> dict[str, float]:
 
 
 def _expand_case(device: torch.device, bs: int) -> dict[str, Any]:
-    """``fill_draft_extend_metadata_cuda`` on bs requests: one block, and as many as the rows need."""
+    """``fill_draft_extend_metadata_cuda`` of ``bs`` requests, with one block and with a block for each tile."""
     from sglang_nsa_plugin import fill_draft_extend_metadata_cuda
 
     def numbers(value: int, count: int) -> torch.Tensor:

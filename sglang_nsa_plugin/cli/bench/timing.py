@@ -1,4 +1,4 @@
-"""How ``bench`` takes times and counts: alternating, in rounds, so that drift hits all paths alike."""
+"""How ``bench`` times and counts calls."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import torch
 
 Call = Callable[[], object]
 REPEATS = 21
-HOST_CALLS = 5  # one after another in a round of host times
-HOST_ROUNDS, GPU_ROUNDS = (10, 100), (5, 30)  # least and most
-# What the CUDA driver and runtime call work for the GPU, as the profiler names it.
+HOST_CALLS = 5  # back-to-back calls in one round of host times
+HOST_ROUNDS, GPU_ROUNDS = (10, 100), (5, 30)  # minimum and maximum
+# Parts of the names by which the profiler lists CUDA calls that give the GPU work.
 GPU_WORK = ("LaunchKernel", "Memcpy", "Memset", "GraphLaunch")
-# Of CUgraphNodeType, what a captured fill can hold.
+# The values of CUgraphNodeType that a captured fill can have.
 NODE_KINDS = {0: "kernel", 1: "memcpy", 2: "memset", 5: "empty", 6: "event_wait", 7: "event_record"}
 COPY_BYTES = 1 << 30
 
 
 def host_times(calls: Mapping[str, Call], seconds: float) -> dict[str, list[float]]:
-    """Host microseconds of each call on an idle GPU, dispatch only, in so many seconds."""
+    """Host microseconds of each call on an idle GPU, until it returns; takes about ``seconds``."""
     measures = {name: functools.partial(_host_us, call) for name, call in calls.items()}
     return _alternate(measures, HOST_ROUNDS, seconds)
 
@@ -33,11 +33,11 @@ def host_times(calls: Mapping[str, Call], seconds: float) -> dict[str, list[floa
 def gpu_times(calls: Mapping[str, Call], seconds: float) -> dict[str, list[float]]:
     """GPU microseconds of each call: the slope between graphs of one and of REPEATS calls.
 
-    The slope leaves the launch of the graph out. Calls must not wait for the device.
+    The slope excludes the launch of the graph. The calls must not wait for the device.
     """
-    for call in calls.values():  # all of them first: a graph keeps what its calls allocate
+    for call in calls.values():  # all before the first capture: a graph keeps the memory of its calls
         call()
-    pool = torch.cuda.graph_pool_handle()  # graphs run one after another: they can share memory
+    pool = torch.cuda.graph_pool_handle()  # graphs run one after another, so they can share memory
     slopes: dict[str, Callable[[], float]] = {}
     for name, call in calls.items():
         one, many = (_record(call, count, pool) for count in (1, REPEATS))
@@ -52,7 +52,10 @@ def _slope_us(one: torch.cuda.CUDAGraph, many: torch.cuda.CUDAGraph) -> float:
 def _alternate(
     measures: Mapping[str, Callable[[], float]], rounds: tuple[int, int], seconds: float
 ) -> dict[str, list[float]]:
-    """Each measure once a round; after one round to warm up, as many as fit into the time."""
+    """Takes each measure once a round, for ``seconds``, after one round to warm up.
+
+    Alternating, so that drift affects all paths equally.
+    """
     least, most = rounds
     for measure in measures.values():
         measure()
@@ -67,7 +70,7 @@ def _alternate(
 
 
 def spread(samples: list[float]) -> dict[str, float]:
-    """Median and quartiles, which a few outliers do not move."""
+    """Median and quartiles: a few outliers do not change them."""
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
     return {"median": round(middle, 2), "q1": round(low, 2), "q3": round(high, 2)}
 
@@ -78,9 +81,9 @@ def _wait() -> None:
 
 
 def _host_us(call: Call) -> float:
-    """Median of HOST_CALLS calls in a row, the GPU idle before each.
+    """Median of HOST_CALLS back-to-back calls, with the GPU idle before each.
 
-    The call before them is not counted: it finds in the CPU's caches what other paths left there.
+    One call before them is not counted: its CPU caches are filled by other paths.
     """
     _dispatch_us(call)
     return statistics.median(_dispatch_us(call) for _ in range(HOST_CALLS))
@@ -94,13 +97,13 @@ def _dispatch_us(call: Call) -> float:
 
 
 def capture(call: Call, keep: bool = False) -> torch.cuda.CUDAGraph:
-    """A graph of one call, after one that loads and compiles what the call needs."""
+    """A graph of one call, after a call that loads and compiles what is needed."""
     call()
     return _record(call, keep=keep)
 
 
 def _record(call: Call, count: int = 1, pool: Any = None, keep: bool = False) -> torch.cuda.CUDAGraph:
-    """A graph of so many calls, of which one has run before."""
+    """A graph of ``count`` calls; the call must have run before."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph(keep_graph=keep)
     with torch.cuda.graph(graph, pool=pool):
@@ -119,7 +122,7 @@ def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def floor_us(seconds: float) -> dict[str, float]:
-    """What a graph node costs that does nothing: the slope over empty kernels."""
+    """Microseconds of a graph node that does nothing: the slope over empty kernels."""
     import triton
 
     @triton.jit  # type: ignore[untyped-decorator]
@@ -130,14 +133,14 @@ def floor_us(seconds: float) -> dict[str, float]:
 
 
 def launch_us(seconds: float) -> dict[str, float]:
-    """Host time of the shortest call that torch has for launching one kernel, which ends at once."""
+    """Host microseconds of torch's shortest call that launches one kernel, which ends at once."""
     return spread(host_times({"launch": lambda: torch.cuda._sleep(0)}, seconds)["launch"])
 
 
 def copy_gb_s(seconds: float) -> dict[str, float]:
-    """Bytes read and written a second, in GB, by a kernel that passes 1 GiB through.
+    """Bandwidth of a kernel that reads and writes 1 GiB, reads plus writes in GB/s.
 
-    A copy in a graph may go to a copy engine, which is slower.
+    A real copy in a graph may run on a copy engine, which is slower.
     """
     source = torch.ones(COPY_BYTES // 4, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
@@ -146,44 +149,44 @@ def copy_gb_s(seconds: float) -> dict[str, float]:
 
 
 def launches(call: Call) -> int:
-    """Kernels, copies and graphs that one call gives the GPU."""
+    """Number of kernels, copies and graphs that one call launches."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         call()
         torch.cuda.synchronize()
-    # Calls of the CUDA runtime and driver; what they start on the GPU has names of its own.
-    runtime = [event.name for event in found.events() if event.name.startswith("cu")]
+    # Calls of the CUDA runtime and driver begin with cu; what runs on the GPU has other names.
+    runtime = [event.name for event in recorded.events() if event.name.startswith("cu")]
     return sum(any(work in name for work in GPU_WORK) for name in runtime)
 
 
 def graph_nodes(call: Call) -> dict[str, int]:
-    """Nodes of the graph that one captured call makes, by kind."""
+    """Number of nodes in the graph of one captured call, by kind."""
     graph = capture(call, keep=True)
     driver = ctypes.CDLL("libcuda.so.1")
     handle, count = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t()
-    _ask(driver.cuGraphGetNodes(handle, None, ctypes.byref(count)))
+    _check(driver.cuGraphGetNodes(handle, None, ctypes.byref(count)))
     if count.value == 0:
         return {}
     nodes = (ctypes.c_void_p * count.value)()
-    _ask(driver.cuGraphGetNodes(handle, nodes, ctypes.byref(count)))
+    _check(driver.cuGraphGetNodes(handle, nodes, ctypes.byref(count)))
     kinds: Counter[str] = Counter()
     for node in nodes:
         kind = ctypes.c_int()
-        _ask(driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind)))
+        _check(driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind)))
         kinds[NODE_KINDS.get(kind.value, f"kind {kind.value}")] += 1
     return dict(kinds)
 
 
-def _ask(code: int) -> None:
+def _check(code: int) -> None:
     if code != 0:
         raise RuntimeError(f"the CUDA driver could not list the nodes of a graph: error {code}")
 
 
 @contextlib.contextmanager
 def counted_compiles() -> Iterator[Counter[str]]:
-    """Kernels that Triton compiles, or loads compiled, in the block, by the package that they are of."""
+    """Number of kernels that Triton compiles or loads from its cache in the block, by their package."""
     from triton import knobs
 
     counts: Counter[str] = Counter()
