@@ -29,7 +29,7 @@ COUNTERS = {
 
 
 def export(labels: Mapping[str, Any]) -> None:
-    """Exposes this rank's state under SGLang's labels for the rank; counters only where there is an adapter.
+    """Exposes this rank's state under SGLang's labels; counters only where there is an adapter.
 
     To be called once a process, after start-up has decided who fills.
     """

@@ -65,7 +65,7 @@ def backend_of(server_args: object) -> str:
 
 
 def check_of(server_args: object) -> int:
-    """Fills from one shadow check to the next: by the flag, else by the environment, else 0 for never."""
+    """Fills from one shadow check to the next, 0 for never: by the flag, else by the environment."""
     flag = getattr(server_args, CHECK_ATTRIBUTE, None)
     return flag if flag is not None else _check_from_environment() or 0
 

@@ -63,6 +63,11 @@ def _warn_of_skipped_hooks() -> None:
         logger.warning("sglang-nsa-plugin: %s, so the plugin's hook there does not run", why_not)
 
 
+def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
+    _warn_of_skipped_hooks()
+    return options.add_flags(original, parser)
+
+
 def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     from sglang_nsa_plugin.kernels import cuda
 
@@ -83,7 +88,7 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
 
 
 def _end_if(asked_for: str, why_not: str | None) -> None:
-    """The launcher knows without a GPU that a library is missing; it need not start ranks to find out."""
+    """The launcher sees without a GPU that a library is missing, before it starts any rank."""
     if why_not is not None:
         raise SystemExit(f"sglang-nsa-plugin: {asked_for} cannot run: {why_not}")
 
@@ -114,7 +119,7 @@ def _get_internal_state(original: Callable[..., Any], scheduler: Any, *args: Any
 
 
 _COMMAND_LINE = (
-    Hook(f"{_SERVER_ARGS}.add_cli_args", ("parser",), options.add_flags),
+    Hook(f"{_SERVER_ARGS}.add_cli_args", ("parser",), _add_cli_args),
     Hook(f"{_SERVER_ARGS}.from_cli_args", ("args",), _from_cli_args),
 )
 _IN_SCHEDULER = (

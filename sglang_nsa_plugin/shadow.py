@@ -115,7 +115,7 @@ class Comparison:
 
     Args:
         pairs: at most 12.
-        lengths: int32 [requests], tokens of each request by SGLang's own fill. For pairs with a page size.
+        lengths: int32 [requests], tokens of each request in SGLang's own fill, for page tables.
         report: where the result goes.
 
     Raises:

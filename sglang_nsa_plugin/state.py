@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class State:
-    """Decisions of start-up, which ``adapters/outcome.py`` makes and mirrors here, and counters of service.
+    """The outcome of ``adapters/outcome.py``, mirrored, and counters of service.
 
     Attributes:
         adapter: how the fill is hooked into SGLang; None while SGLang fills.

@@ -22,8 +22,8 @@ from sglang_nsa_plugin.state import STATE
 logger = logging.getLogger(__name__)
 
 UNCHECKED = (
-    "a shadow check was asked for, but this server's draft-extend replays are not checked: SGLang leaves "
-    "some of their rows unfilled"
+    "a shadow check was asked for, but this server's draft-extend replays are not checked: SGLang "
+    "leaves some of their rows unfilled"
 )
 
 

@@ -1,4 +1,4 @@
-"""The shadow check: after every Nth step SGLang fills scratch tensors, and a kernel compares both fills."""
+"""The shadow check: after every Nth step SGLang fills scratch tensors, and a kernel compares both."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ class ShadowCheck:
 class Scratch:
     """Scratch tensors for SGLang's own fill, shaped like the metadata of the captured batch sizes.
 
-    The batch sizes share the memory of the page tables: on the stream, one check ends before the next one
-    fills them.
+    The batch sizes share the memory of the page tables: on the stream, one check ends before the next
+    one fills them.
     """
 
     def __init__(self) -> None:
         self._tables: dict[str, torch.Tensor] = {}
 
     def like(self, metadata: Any) -> Any:
-        """A metadata object with new tensors of the same shapes; what was one object stays one object."""
+        """A metadata object with new tensors of the same shapes; one object stays one object."""
         copies: dict[int, Any] = {}
         changed = {}
         for field in dataclasses.fields(metadata):
@@ -102,7 +102,7 @@ class ShadowedReplays:
     """Compares every Nth replay of one backend with SGLang's own fill.
 
     The graph fills the metadata. After the replay SGLang fills scratch tensors from the same inputs:
-    those stay as they are until the next step, ``req_to_token`` until the event that :meth:`run` returns.
+    those do not change before the next step, ``req_to_token`` not before the event of :meth:`run`.
     """
 
     def __init__(self, backend: Any, every: int, outcome: Outcome) -> None:
@@ -127,7 +127,10 @@ class ShadowedReplays:
         self._planned = (batch, sglang_fill) if self.check.is_due() else None
 
     def run(self) -> torch.cuda.Event | None:
-        """After the replay: SGLang's fill into the scratch tensors, and the comparison, if one is planned."""
+        """After the replay: where a check is planned, SGLang's fill and the comparison.
+
+        Returns the event after which SGLang's fill has read ``req_to_token``; None where none ran.
+        """
         if self._planned is None:
             return None
         (batch, sglang_fill), self._planned = self._planned, None

@@ -19,7 +19,7 @@ class HarnessBackend(ABC):
     configuration by these settings and ``server_args``.
 
     Args:
-        inputs: those of another HarnessBackend, to compare two backends on one batch; None makes new ones.
+        inputs: of another HarnessBackend, to compare two backends on one batch; None makes new ones.
         index_kpool: the model's pooling of indexer keys, which 0.5.20 and later know.
     """
 

@@ -1,6 +1,6 @@
 """The one comparison of demo, bench and the tests: which cells are live, and which of them differ.
 
-On the device of the tensors, by torch: slower than the kernel of the shadow check, and independent of it.
+By torch, on the device of the tensors: slower than the shadow check's kernel, and independent of it.
 """
 
 from __future__ import annotations

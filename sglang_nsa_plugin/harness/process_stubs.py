@@ -58,7 +58,7 @@ def validate_device(device: torch.device, decode_impl: str) -> None:
 
 
 def why_unavailable(decode_impl: str) -> str | None:
-    """Which package this decode implementation lacks here, or None. 0.5.23 has FlashMLA in its own package."""
+    """Why this decode implementation cannot run here, or None. Since 0.5.23 FlashMLA is a package."""
     if decode_impl != "flashmla_kv":
         return None
     try:

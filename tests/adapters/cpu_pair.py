@@ -14,11 +14,11 @@ on_the_cpu = pytest.mark.skipif(
 )
 
 
-def make_pair(backend: str = "auto", **rig: object):
+def make_pair(backend: str = "auto", **harness: object):
     skip_unless_captured()
     from sglang_nsa_plugin.harness.graph_pair import GraphPair
 
-    settings = {"draft_tokens": DRAFT_TOKENS, "context_len": 512, "pool_size": 12, **rig}
+    settings = {"draft_tokens": DRAFT_TOKENS, "context_len": 512, "pool_size": 12, **harness}
     return GraphPair(CPU, BATCH_SIZES, backend, **settings)
 
 

@@ -44,10 +44,10 @@ def pair():
     return make_pair()
 
 
-def make_pair(backend: str = "auto", **rig: object):
+def make_pair(backend: str = "auto", **harness: object):
     from sglang_nsa_plugin.harness.eager_pair import EagerPair
 
-    settings = {"draft_tokens": DRAFT_TOKENS, "context_len": 512, "pool_size": 12, **rig}
+    settings = {"draft_tokens": DRAFT_TOKENS, "context_len": 512, "pool_size": 12, **harness}
     return EagerPair(CPU, (1, 2, 4, MAX_BS), backend, **settings)
 
 
@@ -79,7 +79,7 @@ def lengths_of(metadata):
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize(
-    "rig",
+    "harness",
     [
         {},
         {"page_size": 1},
@@ -89,8 +89,8 @@ def lengths_of(metadata):
     ],
     ids=str,
 )
-def test_every_field_equals_sglangs(backend, rig, state):
-    pair = make_pair(backend, **rig)
+def test_every_field_equals_sglangs(backend, harness, state):
+    pair = make_pair(backend, **harness)
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         step_and_expect_equal(pair, random_batch(pair, generator))
@@ -274,8 +274,8 @@ def test_other_modes_go_to_sglang(pair, state):
 def test_a_prefill_in_between_does_not_leave_its_choice(pair):
     """A short prompt is prefilled by dense attention; the next draft-extend step is not."""
     random_batch(pair, torch.Generator().manual_seed(8), raw_bs=4)
-    for rig in (pair.ours, pair.theirs):
-        rig.backend.use_mha = True
+    for one in (pair.ours, pair.theirs):
+        one.backend.use_mha = True
     step_and_expect_equal(pair, 4)
     assert pair.ours.backend.use_mha is pair.theirs.backend.use_mha is False
 
@@ -315,8 +315,8 @@ def test_what_is_not_covered_is_declined_at_start_up(state, caplog, monkeypatch,
         monkeypatch.setenv("SGLANG_ENABLE_OVERLAP_PLAN_STREAM", "1")
     arguments = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="nsa")
     plugin.activate(arguments)
-    rigs = [EagerBackend(CPU, **server_args) for _ in range(2)]  # a draft worker makes two
-    assert not any(hasattr(rig.backend, eager.ATTRIBUTE) for rig in rigs)
+    backends = [EagerBackend(CPU, **server_args) for _ in range(2)]  # a draft worker makes two
+    assert not any(hasattr(one.backend, eager.ATTRIBUTE) for one in backends)
     assert (state.adapter, state.reason) == (None, reason)
     said = [r.getMessage() for r in caplog.records if reason in r.getMessage()]
     assert len(said) == 1
@@ -340,8 +340,8 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_backend_to_sglang(state, c
     monkeypatch.setattr(eager.dispatch, "choose", no_memory)
     arguments = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="nsa")
     plugin.activate(arguments)
-    rigs = [EagerBackend(CPU) for _ in range(2)]
-    assert not any(hasattr(rig.backend, eager.ATTRIBUTE) for rig in rigs)
+    backends = [EagerBackend(CPU) for _ in range(2)]
+    assert not any(hasattr(one.backend, eager.ATTRIBUTE) for one in backends)
     reason = "the fill could not be set up: OutOfMemoryError: CUDA out of memory"
     assert (state.adapter, state.backend, state.reason) == (None, None, reason)
     assert len([r for r in caplog.records if reason in r.getMessage()]) == 1
@@ -458,14 +458,14 @@ def accepted_of(pair, generator, raw_bs, bs):
 @replays_ragged
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize(
-    "rig",
+    "harness",
     [{}, {"page_size": 1}, {"draft_tokens": 1}, {"draft_tokens": 6, "index_topk": 100}],
     ids=str,
 )
-def test_ragged_replays_equal_sglangs(backend, rig, state):
+def test_ragged_replays_equal_sglangs(backend, harness, state):
     from sglang_nsa_plugin.harness.diff import Diff
 
-    pair = make_pair(backend, **rig)
+    pair = make_pair(backend, **harness)
     generator = torch.Generator().manual_seed(9)
     for bs in (2, 4, 8):
         pair.capture_setup(bs)

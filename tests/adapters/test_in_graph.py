@@ -35,7 +35,7 @@ def step_and_expect_equal(pair, bs):
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize(
-    "rig",
+    "harness",
     [
         {},
         {"page_size": 1},
@@ -45,8 +45,8 @@ def step_and_expect_equal(pair, bs):
     ],
     ids=str,
 )
-def test_every_value_equals_sglangs_fill(backend, rig, state):
-    pair = make_pair(backend, **rig)
+def test_every_value_equals_sglangs_fill(backend, harness, state):
+    pair = make_pair(backend, **harness)
     generator = torch.Generator().manual_seed(1)
     for _ in range(30):
         step_and_expect_equal(pair, random_batch(pair, generator))
@@ -99,12 +99,21 @@ def test_accepted_tokens_do_not_change_the_metadata(pair, monkeypatch):
     """
     shared = pair.ours._spec_info(BATCH_SIZES[-1])
     monkeypatch.setattr(pair.ours, "_spec_info", lambda bs: shared)
-    for bs in BATCH_SIZES:
-        pair._replays[bs] = pair._capture(bs)
+    recapture(pair)
     bs = random_batch(pair, torch.Generator().manual_seed(4), raw_bs=4)
     for accepted in (1, 4):
         shared.num_accept_tokens.fill_(accepted)
         step_and_expect_equal(pair, bs)
+
+
+def recapture(pair):
+    """SGLang allocates its graph tensors anew and captures every batch size."""
+    for one in (pair.ours, pair.theirs):
+        one.init_state()
+    for bs in BATCH_SIZES:
+        pair.ours.capture_setup(bs)
+        pair.theirs.capture_setup(bs)
+        pair._replays[bs] = pair._capture(bs)
 
 
 def test_metadata_object_and_addresses_never_change(pair):
@@ -386,7 +395,7 @@ def test_plans_that_sglang_left_unwritten_are_not_compared(pair, monkeypatch, is
 
     topk = pytest.importorskip("sglang.kernels.ops.attention.dsv4.topk")
     monkeypatch.setattr(topk, "topk_v2_plan_is_written", lambda lengths: is_written, raising=False)
-    metadata = [rig.backend.decode_cuda_graph_metadata[1] for rig in (pair.ours, pair.theirs)]
+    metadata = [one.backend.decode_cuda_graph_metadata[1] for one in (pair.ours, pair.theirs)]
     with_plans = [
         SimpleNamespace(**{**vars(one), "topk_v2_plan": torch.full((5, 2), count, dtype=torch.int32)})
         for count, one in enumerate(metadata)
@@ -396,11 +405,12 @@ def test_plans_that_sglang_left_unwritten_are_not_compared(pair, monkeypatch, is
     assert bool(result.different["topk_v2_plan"]) == is_written
 
 
-def test_only_what_is_recorded_in_a_graph_counts_as_captured(pair, state, monkeypatch):
+def test_only_what_is_recorded_in_a_graph_counts_as_captured(state, monkeypatch):
     """A warm-up runs the same fill without recording it."""
     from sglang_nsa_plugin.adapters import captured_fill
     from sglang_nsa_plugin.state import record
 
+    pair = make_pair()
     assert (record()["in_graph"], record()["captures"]) == (False, [])
     monkeypatch.setattr(captured_fill, "is_capturing", lambda: True)
     for bs in (4, 2):

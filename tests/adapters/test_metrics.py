@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from isolated import run
 
+from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
+
 # A scheduler whose constructor makes nothing but the collector's labels; the hooks around it are real.
 SCHEDULER = """
 import json, sys, threading, time
@@ -17,9 +19,12 @@ from types import SimpleNamespace
 import sglang.srt.managers.scheduler as module
 
 def make(self, server_args):
-    from sglang_nsa_plugin.state import STATE
-    if getattr(server_args, "implementation", None):
-        STATE.backend = server_args.implementation  # as the capture of the graphs does
+    if getattr(server_args, "implementation", None) is not None:
+        # as the draft worker in a scheduler's constructor makes it
+        import torch
+        from sglang_nsa_plugin.harness.installed import pair_for_installed
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        pair_for_installed(device, [1], server_args.implementation, context_len=256, pool_size=4)
     if server_args.labels is not None:
         self.metrics_collector = SimpleNamespace(labels=server_args.labels)
 
@@ -100,13 +105,15 @@ def test_every_rank_shows_its_state_until_the_last_step(tmp_path):
     assert all(name.startswith("info ") for name in found)
 
 
-@pytest.mark.parametrize("implementation", [None, "triton"])
+@pytest.mark.parametrize("implementation", [None, "torch"])
 def test_info_names_version_adapter_and_implementation(tmp_path, implementation):
-    arguments = {**SPARSE, "labels": labels(0), "implementation": implementation}
+    """An implementation where the scheduler has made a draft-extend backend."""
+    arguments = {**SPARSE, "implementation": implementation, "labels": labels(0)}
     succeed(SCHEDULER, **arguments, PROMETHEUS_MULTIPROC_DIR=tmp_path)
     (info,) = (name for name in samples(tmp_path) if name.startswith("info "))
     assert re.match(r"info adapter=(in-graph|eager) ", info)
-    assert re.search(rf" implementation={implementation or 'none'} .*version=\d+\.\d+\.\d+", info)
+    assert f" implementation={implementation or 'none'} " in info
+    assert re.search(r" version=\d+\.\d+\.\d+", info)
 
 
 def test_a_server_that_the_plugin_leaves_alone_shows_that_and_no_counters(tmp_path):
@@ -138,3 +145,25 @@ print("self.metrics_collector = " in scheduler)
 print("self.labels = labels" in inspect.getsource(SchedulerMetricsCollector))
 """
     assert succeed(program).split()[-2:] == ["True", "True"]
+
+
+def test_the_reasons_of_fallbacks_are_the_public_values_of_a_label():
+    """Dashboards and alerts of operators match them: changing one is a change for users."""
+    assert {reason.value for reason in FallbackReason} == {
+        "input tensors are not the captured ones",
+        "the shadow check found a difference",
+        "the batch has no requests",
+        "the batch has no sequence lengths on the host",
+        "the batch's tensors have other sizes than its number of requests",
+        "requests do not extend by the number of draft tokens each",
+        "the captured page table and lengths have different numbers of rows",
+    }
+
+
+def test_a_fallback_is_counted_under_its_label_value_as_a_plain_string(state):
+    """It travels to SGLang's other processes, and from there as JSON."""
+    from sglang_nsa_plugin.adapters.fallbacks import count_fallback
+
+    count_fallback(FallbackReason.NO_REQUESTS)
+    ((reason, count),) = state.fallbacks.items()
+    assert (type(reason), reason, count) == (str, "the batch has no requests", 1)

@@ -78,7 +78,7 @@ print(json.dumps({"hooked": sorted(HookRegistry._patched), "loaded": loaded,
 
 
 @pytest.mark.parametrize(
-    ("plugins", "found"),
+    ("plugins", "loads"),
     [
         ("nsa", True),
         ("other, nsa", True),
@@ -88,12 +88,14 @@ print(json.dumps({"hooked": sorted(HookRegistry._patched), "loaded": loaded,
         (" ", False),
     ],
 )
-def test_sglang_plugins_selects_by_name(plugins, found):
-    """A list of blanks is a list without names to SGLang; an empty variable is no list."""
-    logged = "import logging, sys\nlogging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
-    done = run(f"{logged}{LOAD}print(bool(HookRegistry._patched))", SGLANG_PLUGINS=plugins)
-    assert last_line(done) == str(found)
-    assert ("Skipping plugin nsa (not in SGLANG_PLUGINS)" in done.stdout) == (not found)
+def test_verify_foretells_whether_sglang_loads_the_plugin(plugins, loads):
+    """By its name ``nsa``. A list of blanks is an empty list to SGLang; an empty variable is no list."""
+    program = f"""{LOAD}
+from sglang_nsa_plugin.cli import environment
+hooked = "sglang.srt.server_args.ServerArgs.add_cli_args" in HookRegistry._patched
+print(json.dumps([hooked, environment.discovery()["loads"]]))
+"""
+    assert json.loads(last_line(run(program, SGLANG_PLUGINS=plugins))) == [loads, loads]
 
 
 def test_scheduler_is_hooked_where_it_is_loaded():
@@ -108,6 +110,94 @@ def test_scheduler_is_hooked_where_it_is_loaded():
         "from_cli_args",
         "get_internal_state",
     ]
+
+
+LOGGED = """
+import logging, sys
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(name)s %(message)s")
+"""
+FOREIGN = """
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+HookRegistry.register(TARGET, lambda original, *a, **k: original(*a, **k), HookType.AROUND)
+HookRegistry.apply_hooks()
+"""
+SCHEDULER = """
+from types import SimpleNamespace
+import sglang.srt.managers.scheduler as module
+module.Scheduler.__init__ = lambda self, server_args, **more: None
+module.Scheduler.get_internal_state = lambda self, asked: SimpleNamespace(internal_state={})
+"""
+USED = """
+scheduler = module.Scheduler(server_args=SimpleNamespace(attention_backend="fa3"), gpu_id=0)
+print(json.dumps(sorted(scheduler.get_internal_state("all").internal_state)))
+"""
+
+
+def warnings_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    lines = done.stdout.splitlines()
+    return [line.partition(" ")[2] for line in lines if line.startswith("sglang_nsa_plugin.plugin ")]
+
+
+def foreign(target: str) -> str:
+    return FOREIGN.replace("TARGET", repr(target))
+
+
+@pytest.mark.parametrize("method", ["add_cli_args", "from_cli_args"])
+def test_a_hook_of_the_command_line_that_did_not_take_is_reported_by_the_other(method):
+    """SGLang applies hooks after the plugin has registered them: only then can it be seen."""
+    target = f"sglang.srt.server_args.ServerArgs.{method}"
+    done = run(LOGGED + foreign(target) + PARSE)
+    assert last_line(done) == "auto"
+    assert warnings_of(done) == [
+        f"sglang-nsa-plugin: another plugin patched {target} before, so the plugin's hook there does "
+        "not run"
+    ]
+    assert warnings_of(run(LOGGED + PARSE)) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "record"), [("__init__", ["nsa_metadata"]), ("get_internal_state", [])]
+)
+def test_a_hook_of_the_scheduler_that_did_not_take_is_reported_by_the_other(method, record):
+    target = f"sglang.srt.managers.scheduler.Scheduler.{method}"
+    done = run(LOGGED + SCHEDULER + foreign(target) + LOAD + USED)
+    assert json.loads(last_line(done)) == record
+    assert warnings_of(done) == [
+        f"sglang-nsa-plugin: another plugin patched {target} before, so the plugin's hook there does "
+        "not run"
+    ]
+
+
+def test_hooks_that_took_are_silent():
+    done = run(LOGGED + SCHEDULER + LOAD + USED)
+    assert json.loads(last_line(done)) == ["nsa_metadata"]
+    assert warnings_of(done) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            "module.Scheduler.__init__ = lambda self, args: None",
+            "Scheduler.__init__ takes (self, args), expected (self, server_args)",
+        ),
+        ("del module.Scheduler.get_internal_state", "Scheduler.get_internal_state is missing"),
+    ],
+)
+def test_a_scheduler_that_does_not_fit_is_left_alone_with_a_warning(change, said):
+    done = run(f"{LOGGED}{SCHEDULER}{change}\n{LOAD}print(sorted(HookRegistry._patched))")
+    assert said.split(" ")[0] not in last_line(done)
+    (warning,) = warnings_of(done)
+    assert warning.startswith("sglang-nsa-plugin: this SGLang does not fit: ")
+    assert said in warning
+
+
+def test_a_scheduler_module_that_is_loaded_later_is_left_alone():
+    """A launcher may load it after it has loaded plugins: there are no hooks in it to report on."""
+    loaded_later = LOGGED + LOAD + SCHEDULER + PARSE.replace(LOAD, "")
+    done = run(loaded_later)
+    assert last_line(done) == "auto"
+    assert warnings_of(done) == []
 
 
 @pytest.mark.parametrize(

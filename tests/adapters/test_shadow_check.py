@@ -29,12 +29,12 @@ FIELDS = (
 )
 
 
-@pytest.mark.parametrize("rig", [{}, {"page_size": 1}, {"draft_tokens": 2}], ids=str)
-def test_every_replay_is_checked_and_equal(rig, state):
+@pytest.mark.parametrize("harness", [{}, {"page_size": 1}, {"draft_tokens": 2}], ids=str)
+def test_every_replay_is_checked_and_equal(harness, state):
     from sglang_nsa_plugin.harness.diff import Diff
     from sglang_nsa_plugin.shadow import Field
 
-    pair = make_pair(check_every=1, **rig)
+    pair = make_pair(check_every=1, **harness)
     generator = torch.Generator().manual_seed(1)
     result = Diff()
     for _ in range(20):

@@ -26,10 +26,10 @@ MAX_BS = 16
 DRAFT_TOKENS = 4
 
 
-def pair_for_installed(decode_impl: str = "flashmla_sparse", backend: str = "auto", **rig: object):
+def pair_for_installed(decode_impl: str = "flashmla_sparse", backend: str = "auto", **harness: object):
     from sglang_nsa_plugin.harness.eager_pair import EagerPair
 
-    settings = {"draft_tokens": DRAFT_TOKENS, "decode_impl": decode_impl, **rig}
+    settings = {"draft_tokens": DRAFT_TOKENS, "decode_impl": decode_impl, **harness}
     return EagerPair(torch.device("cuda", 0), (1, 2, 4, 8, MAX_BS), backend, **settings)
 
 
@@ -236,7 +236,7 @@ def test_a_ragged_replay_synchronises_nothing_where_sglangs_does():
     accepted = accepted_of(generator, 8)
     pair.ours.replay(8, accepted)
     pair.theirs.replay(8, accepted)
-    ours, theirs = (rig._replay_arguments(8, accepted) for rig in (pair.ours, pair.theirs))
+    ours, theirs = (one._replay_arguments(8, accepted) for one in (pair.ours, pair.theirs))
     with pair.stub_process():
         without_synchronisation(
             lambda: pair.ours.backend.init_forward_metadata_replay_cuda_graph(**ours)

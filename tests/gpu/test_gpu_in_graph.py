@@ -11,7 +11,7 @@ BATCH_SIZES = (1, 2, 4, 8, 16)
 DRAFT_TOKENS = 4
 
 
-def pair_for_installed(decode_impl: str, backend: str = "auto", **rig: object):
+def pair_for_installed(decode_impl: str, backend: str = "auto", **harness: object):
     pytest.importorskip("sglang", reason="needs SGLang with its GPU packages")
     from sglang_nsa_plugin.adapters import in_graph
     from sglang_nsa_plugin.harness.graph_pair import GraphPair
@@ -25,7 +25,7 @@ def pair_for_installed(decode_impl: str, backend: str = "auto", **rig: object):
         pytest.skip(f"needs SGLang's GPU packages: {missing}")
     device = torch.device("cuda", 0)
     return GraphPair(
-        device, BATCH_SIZES, backend, draft_tokens=DRAFT_TOKENS, decode_impl=decode_impl, **rig
+        device, BATCH_SIZES, backend, draft_tokens=DRAFT_TOKENS, decode_impl=decode_impl, **harness
     )
 
 
