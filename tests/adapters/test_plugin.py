@@ -88,8 +88,8 @@ print(json.dumps({"hooked": sorted(HookRegistry._patched), "loaded": loaded,
         (" ", False),
     ],
 )
-def test_verify_foretells_whether_sglang_loads_the_plugin(plugins, loads):
-    """By its name ``nsa``. A list of blanks is an empty list to SGLang; an empty variable is no list."""
+def test_sglang_plugins_selects_by_name(plugins, loads):
+    """`verify` foretells it. Blanks are an empty list to SGLang; an empty variable is no list."""
     program = f"""{LOAD}
 from sglang_nsa_plugin.cli import environment
 hooked = "sglang.srt.server_args.ServerArgs.add_cli_args" in HookRegistry._patched
