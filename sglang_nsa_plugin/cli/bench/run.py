@@ -40,7 +40,8 @@ def run(json_path: str | None, plot_path: str | None = None, quick: bool = False
     """Times every case, prints the tables and returns 0."""
     console = terminal.console()
     if plot_path:
-        from sglang_nsa_plugin.cli.bench import plot  # at once, so that a missing matplotlib costs no minutes
+        # First, so that a missing matplotlib costs no minutes.
+        from sglang_nsa_plugin.cli.bench import plot
     begin = time.monotonic()
     with terminal.progress(console) as progress:
         result = _measured(progress, quick)
