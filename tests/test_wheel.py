@@ -235,7 +235,9 @@ def test_verify_without_source_and_compiler(venv: Path, tmp_path: Path) -> None:
     assert result["discovery"]["plugins"] == ["nsa"]
     assert result["implementations"]["cpu"]["reason"] is None
     assert result["implementations"]["cpu"]["us"] > 0
-    assert result["verdict"].startswith("Not active: SGLang is not installed in this Python: pip install ")
+    assert result["verdict"].startswith(
+        "Not active: SGLang is not installed in this Python: pip install "
+    )
 
 
 def test_sglang_is_not_lent(venv: Path, tmp_path: Path) -> None:
