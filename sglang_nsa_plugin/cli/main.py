@@ -67,7 +67,8 @@ def _add_verify(commands: Commands) -> None:
         description="Prints what is installed, whether SGLang would load the plugin, and whether the "
         "adapter fits this SGLang. Then runs one fill with each implementation, compares the values, "
         "times it, and prints a verdict. Needs no model. The exit code is 0 when the best "
-        "implementation for this machine would be active: the CUDA kernel, or its CPU twin on a machine without a GPU.",
+        "implementation for this machine would be active: the CUDA kernel, or its CPU twin on a machine "
+        "without a GPU.",
         epilog="example: sglang-nsa-plugin verify --json | jq -r .verdict",
     )
     verify.add_argument(
@@ -107,8 +108,8 @@ def _add_bench(commands: Commands) -> None:
         description="Fills the same tensors with SGLang's own code, with SGLang's kernel alone, with "
         "the plugin's CUDA graph, with each implementation of the plugin, and with the Python code of "
         "SGLang 0.5.9. Varies the requests, the context, the table's width and the draft tokens. "
-        "Compares all values first, then times host and GPU in alternating rounds. Takes about three minutes. "
-        "Without a GPU it times the CPU twin, which tells nothing about a GPU.",
+        "Compares all values first, then times host and GPU in alternating rounds. Takes about three "
+        "minutes. Without a GPU it times the CPU twin, which tells nothing about a GPU.",
         epilog="example: sglang-nsa-plugin bench --quick --json bench.json",
     )
     bench.add_argument("--quick", action="store_true", help="fewer cases; takes less than a minute")

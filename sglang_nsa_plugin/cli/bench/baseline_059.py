@@ -1,7 +1,7 @@
 """The draft-extend fill of SGLang 0.5.7 to 0.5.9, written anew from the operations that it launches.
 
-The host knows the lengths, reads from the device how many tokens each request accepted, and makes the row
-lengths of each request with its own ``torch.arange``. It waits for the device twice.
+The host knows the lengths, reads from the device how many tokens each request accepted, and makes the
+row lengths of each request with its own ``torch.arange``. It waits for the device twice.
 """
 
 from __future__ import annotations

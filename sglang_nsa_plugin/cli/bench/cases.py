@@ -130,8 +130,8 @@ def bytes_to_move(case: Case, draft_tokens: int, tables: str) -> dict[str, int]:
 
     Read, in sectors of 32 bytes: with both tables the L slots of each request's row of req_to_token,
     which include those of the page-64 table; with that table only, one sector for each page of 64 slots.
-    A row counts once, however many output rows it is copied to. Each request also has an int64 length and
-    an int64 row index.
+    A row counts once, however many output rows it is copied to. Each request also has an int64 length
+    and an int64 row index.
 
     Written: 4 bytes for each live cell of each output.
     """

@@ -17,9 +17,9 @@ from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.harness.graph_pair import GraphPair
 
 Call = Callable[[], object]
-# sglang: SGLang's own call before a replay. ours: the plugin's; its host time is that of the same call, its
-# GPU time that of what the graph holds. sglang_kernel: only SGLang's fill kernel. cuda, cpu, triton, torch:
-# that implementation, called directly. original: the fill of SGLang 0.5.7 to 0.5.9.
+# sglang: SGLang's own call before a replay. ours: the plugin's; its host time is that of the same call,
+# its GPU time that of what the graph holds. sglang_kernel: only SGLang's fill kernel. cuda, cpu, triton,
+# torch: that implementation, called directly. original: the fill of SGLang 0.5.7 to 0.5.9.
 SGLANG, OURS, SGLANG_KERNEL, ORIGINAL = "sglang", "ours", "sglang_kernel", "original"
 
 

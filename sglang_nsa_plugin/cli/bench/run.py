@@ -3,11 +3,11 @@
 The values of all paths are compared first. The paths are then timed in alternating rounds, so that drift
 affects all of them equally.
 
-Host time is what a step pays before the forward pass: one call on an idle GPU, until it returns. The caches
-are warm, because the same call has just run; in a server they are colder. GPU time is that of the launches
-only: one and 21 of them are captured in CUDA graphs, and the slope between the two replays excludes the
-graph's own launch. Releases that plan draft-extend eagerly cannot be captured and have no GPU time. Without
-a GPU only the implementations that run on a CPU are timed.
+Host time is what a step pays before the forward pass: one call on an idle GPU, until it returns. The
+caches are warm, because the same call has just run; in a server they are colder. GPU time is that of the
+launches only: one and 21 of them are captured in CUDA graphs, and the slope between the two replays
+excludes the graph's own launch. Releases that plan draft-extend eagerly cannot be captured and have no
+GPU time. Without a GPU only the implementations that run on a CPU are timed.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ def _over_sglang(times: dict[str, float]) -> dict[str, float]:
 
 
 def _copy_share(row: dict[str, Any], copy_gb_s: float) -> dict[str, float]:
-    """The bandwidth of each kernel as a share of a copy's: the bytes that a fill must move over its time.
+    """The bandwidth of each kernel, bytes that a fill must move over its time, as a share of a copy's.
 
     Whole fills move more than these bytes and are left out.
     """
@@ -318,7 +318,7 @@ def _copy_share(row: dict[str, Any], copy_gb_s: float) -> dict[str, float]:
 
 
 def _expand_case(device: torch.device, bs: int) -> dict[str, Any]:
-    """``fill_draft_extend_metadata_cuda`` of ``bs`` requests, with one block and with a block for each tile."""
+    """``fill_draft_extend_metadata_cuda`` of ``bs`` requests, with one block and with all it needs."""
     from sglang_nsa_plugin import fill_draft_extend_metadata_cuda
 
     def numbers(value: int, count: int) -> torch.Tensor:
