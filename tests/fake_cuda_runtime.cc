@@ -1,6 +1,6 @@
 // GraphedLaunch of csrc/graph_launch.cc over a CUDA runtime that is faked: prints what it called,
-// one letter for each call. Its argument says which function fails: none, instantiate or create; or,
-// as `threads`, that four threads launch at once.
+// one letter for each call. Its argument says which function fails: none, instantiate or create;
+// or, as `threads`, that four threads launch at once.
 //   p plain launch   g graph launch   c launch that is recorded   i graph instantiated
 #include <cuda_runtime_api.h>
 
@@ -93,5 +93,6 @@ int main(int, char** arguments) {
       errors += launch(nullptr) != cudaSuccess;
     }
   }
-  std::printf("%s errors=%d left=%d overlaps=%d\n", calls.c_str(), errors, objects, overlaps.load());
+  std::printf("%s errors=%d left=%d overlaps=%d\n", calls.c_str(), errors, objects,
+              overlaps.load());
 }
