@@ -420,28 +420,6 @@ def test_empty_outputs_overlap_nothing(valid: dict) -> None:
     FillArgs(**valid | empty)
 
 
-def test_an_empty_output_between_the_cells_of_another_overlaps_nothing(valid: dict) -> None:
-    """Its rows have a stride, so its first address lies after its last one."""
-    memory = int32(100)
-    empty = {
-        "seq_lens": torch.arange(10),
-        "req_pool_indices": torch.arange(10),
-        "extend_lens": 0,
-        "cache_seqlens": memory[12:22],
-        "cu_seqlens_k": int32(11),
-        "seqlens_expanded": int32(0),
-        "nsa_cache_seqlens": int32(0),
-        "nsa_cu_seqlens_k": int32(1),
-        "ctx_lens": None,
-        "page_table_1": memory.view(10, 10)[2:2, :5],
-        "real_page_table": None,
-        "row_count": None,
-    }
-    FillArgs(**valid | empty)
-    pool = {"page_table_1": None, "req_to_token": memory.view(10, 10)[2:2, :5]}
-    FillArgs(**valid | empty | pool)
-
-
 def test_an_output_of_one_cell_overlaps_another_output(valid: dict) -> None:
     one = valid["cache_seqlens"][:1]
     with pytest.raises(ValueError, match=r"^cache_seqlens: must not overlap row_count in memory"):

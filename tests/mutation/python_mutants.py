@@ -30,7 +30,7 @@ IN_GRAPH = (
 )
 ADAPTERS = tuple(f"tests/adapters/{name}" for name in IN_GRAPH)
 MODULES = {
-    "fill_args": ("tests/test_fill_args.py", "tests/test_values.py"),
+    "fill_args": ("tests/test_fill_args.py", "tests/test_values.py::test_schedules_of_extreme_lengths"),
     "dispatch": ("tests/test_dispatch.py", "tests/test_api.py"),
     "self_test": ("tests/test_dispatch.py",),
     "adapters/captured_fill": ADAPTERS,
