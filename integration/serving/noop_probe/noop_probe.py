@@ -1,0 +1,80 @@
+"""An SGLang plugin that can launch one empty kernel with programmatic launch before each graph replay.
+
+In a scheduler process it wraps ``torch.cuda.CUDAGraph.replay``. While ``$NOOP_PROBE_DIR/ask`` says
+``{"id": N, "noop": true}``, each replay is preceded by the kernel. A new request is answered in
+``$NOOP_PROBE_DIR/done`` with the times between replays of the graph that was replayed most often since
+the request before, which are the times of speculative steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
+POLL_S = 0.005
+
+noop = False
+replays: dict[int, list[int]] = {}  # id of a graph: when it was replayed, ns
+
+
+def register() -> None:
+    if SCHEDULER_MODULE not in sys.modules or not os.environ.get("NOOP_PROBE_DIR"):
+        return
+    import torch
+
+    launch = empty_kernel()
+    original = torch.cuda.CUDAGraph.replay
+
+    def replay(graph: Any) -> None:
+        if noop:
+            launch()
+        original(graph)
+        replays.setdefault(id(graph), []).append(time.perf_counter_ns())
+
+    torch.cuda.CUDAGraph.replay = replay  # type: ignore[assignment,method-assign]
+    threading.Thread(target=follow, args=(Path(os.environ["NOOP_PROBE_DIR"]),), daemon=True).start()
+
+
+def empty_kernel() -> Callable[[], object]:
+    """A call that launches a kernel that does nothing, programmatically."""
+    import triton
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def nothing() -> None:
+        gdc_wait()
+        gdc_launch_dependents()
+
+    return lambda: nothing[(1,)](num_warps=1, launch_pdl=True)
+
+
+def follow(folder: Path) -> None:
+    """Takes requests until the process ends."""
+    global noop
+    answered = None
+    while True:
+        path = folder / "ask"
+        asked = json.loads(path.read_text()) if path.is_file() else None
+        if asked is not None and asked["id"] != answered:
+            noop = asked["noop"]
+            times = max(replays.values(), key=len, default=[])
+            gaps = [(after - before) / 1000 for before, after in itertools.pairwise(times)]
+            graphs = sorted((len(each) for each in replays.values()), reverse=True)
+            replays.clear()
+            answered = asked["id"]
+            answer(folder, {"id": answered, "gaps_us": gaps, "graphs": graphs})
+        time.sleep(POLL_S)
+
+
+def answer(folder: Path, found: dict[str, Any]) -> None:
+    new = folder / "done.new"
+    new.write_text(json.dumps(found))
+    new.replace(folder / "done")
