@@ -124,17 +124,17 @@ def why_unsupported(backend: Any, model_runner: Any, names: SglangNames) -> str 
     known = {*names.fields, names.outputs["ctx_lens"]}
     unknown = {field.name for field in dataclasses.fields(metadata)} - known
     if unknown:
-        return f"{names.metadata} has further fields: {', '.join(sorted(unknown))}"
+        return f"{names.metadata} has unknown fields: {', '.join(sorted(unknown))}"
     if torch.version.hip is not None:
-        return "HIP is not covered"
+        return "HIP is not supported"
     server_args = model_runner.server_args
     if getattr(server_args, "enable_multi_layer_eagle", False):
-        return "the multi-layer EAGLE runner is not covered"
+        return "the multi-layer EAGLE runner is not supported"
     if getattr(server_args, "enable_hisparse", False):
-        return "HiSparse is not covered"
+        return "HiSparse is not supported"
     if envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM.get():
         # A step planned on another stream would write over tensors that a running forward reads.
-        return "planning on a stream of its own is not covered"
+        return "planning on a separate stream (SGLANG_ENABLE_OVERLAP_PLAN_STREAM) is not supported"
     return None
 
 

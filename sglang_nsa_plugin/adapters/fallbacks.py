@@ -26,8 +26,8 @@ def count_fallback(reason: FallbackReason) -> None:
     """Counts a step that SGLang fills although the adapter is active; logs the first of each reason."""
     if not STATE.fallbacks[reason.value]:
         logger.warning(
-            "sglang-nsa-plugin: SGLang's own fill serves a draft-extend step: %s; further steps like it "
-            "are counted, not logged",
+            "sglang-nsa-plugin: SGLang filled this draft-extend step: %s. Further ones are counted, not "
+            "logged",
             reason.value,
         )
     STATE.fallbacks[reason.value] += 1

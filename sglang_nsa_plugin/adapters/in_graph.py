@@ -98,14 +98,14 @@ def why_unsupported(backend: Any, model_runner: Any) -> str | None:
         return f"one ForwardMode must be draft-extend, got {names}"
     server_args = resolved(model_runner.server_args)
     if torch.version.hip is not None:
-        return "HIP is not covered"
+        return "HIP is not supported"
     if getattr(server_args, "enable_multi_layer_eagle", False):
-        return "the multi-layer EAGLE runner is not covered"
+        return "the multi-layer EAGLE runner is not supported"
     if getattr(backend, "dsa_index_kpool", 1) > 1:
-        return f"index k-pooling ({backend.dsa_index_kpool}) is not covered"
+        return f"index k-pooling ({backend.dsa_index_kpool}) is not supported"
     graphs = getattr(server_args, "cuda_graph_config", None)
     if graphs is not None and graphs.decode.backend not in ("full", "disabled"):
-        return f"{graphs.decode.backend} CUDA graphs are not covered, only full ones"
+        return f"{graphs.decode.backend} CUDA graphs are not supported, only full ones"
     return None
 
 

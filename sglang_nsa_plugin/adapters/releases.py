@@ -29,8 +29,8 @@ def why_untested(version: str) -> str | None:
     newer = _key(version) > _key(TESTED[-1])
     what = f"newer than any tested release ({TESTED[-1]})" if newer else "not a tested release"
     return (
-        f"SGLang {version} is {what}: everything the plugin uses fits; compare its fill with SGLang's "
-        "own by starting with --nsa-metadata-check 1"
+        f"SGLang {version} is {what}: everything that the plugin uses is there; compare its fill with "
+        "SGLang's own by starting with --nsa-metadata-check 1"
     )
 
 

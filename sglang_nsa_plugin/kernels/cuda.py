@@ -14,9 +14,7 @@ def why_unavailable() -> str | None:
     """Why this implementation cannot run here, or None. Creates no CUDA context."""
     try:
         if not library.has_cuda():
-            return (
-                "the library was built without nvcc; install the released wheel or CUDA 13 and rebuild"
-            )
+            return "the library was built without nvcc; build it with nvcc 13: NSA_CUDA=ON pip install ."
     except library.LibraryUnavailableError as error:
         return str(error)
     if torch.version.hip is not None:

@@ -20,12 +20,12 @@ def pair():
 @pytest.mark.parametrize(
     ("backend", "server_args", "said"),
     [
-        ({"dsa_index_kpool": 4}, {}, "index k-pooling (4) is not covered"),
-        ({}, {"enable_multi_layer_eagle": True}, "the multi-layer EAGLE runner is not covered"),
+        ({"dsa_index_kpool": 4}, {}, "index k-pooling (4) is not supported"),
+        ({}, {"enable_multi_layer_eagle": True}, "the multi-layer EAGLE runner is not supported"),
         (
             {},
             {"cuda_graph_config": SimpleNamespace(decode=SimpleNamespace(backend="breakable"))},
-            "breakable CUDA graphs are not covered, only full ones",
+            "breakable CUDA graphs are not supported, only full ones",
         ),
         ({"dsa_index_kpool": 1}, {"enable_multi_layer_eagle": False}, None),
     ],
@@ -68,7 +68,7 @@ def test_a_pooled_index_stays_with_sglang(pair):
     pooled = GraphBackend(CPU, index_kpool=4)
     assert pooled.backend.dsa_index_kpool == 4
     assert in_graph.ATTRIBUTE not in vars(pooled.backend)
-    assert STATE.reason == "index k-pooling (4) is not covered"
+    assert STATE.reason == "index k-pooling (4) is not supported"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_hip_stays_with_sglang(pair, monkeypatch):
     from sglang_nsa_plugin.adapters import in_graph
 
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert in_graph.why_unsupported(pair.ours.backend, model_runner()) == "HIP is not covered"
+    assert in_graph.why_unsupported(pair.ours.backend, model_runner()) == "HIP is not supported"
 
 
 @pytest.mark.parametrize(

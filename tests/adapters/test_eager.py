@@ -297,9 +297,9 @@ def test_backends_that_plan_no_draft_extend_are_left_alone(pair, runner_or_steps
 
 
 UNCOVERED = [
-    ({"enable_multi_layer_eagle": True}, "the multi-layer EAGLE runner is not covered"),
-    ({"enable_hisparse": True}, "HiSparse is not covered"),
-    ({}, "planning on a stream of its own is not covered"),
+    ({"enable_multi_layer_eagle": True}, "the multi-layer EAGLE runner is not supported"),
+    ({"enable_hisparse": True}, "HiSparse is not supported"),
+    ({}, "planning on a separate stream (SGLANG_ENABLE_OVERLAP_PLAN_STREAM) is not supported"),
 ]
 
 
@@ -651,7 +651,7 @@ def test_a_new_field_of_the_metadata_is_declined(pair, monkeypatch):
     monkeypatch.setitem(of_class, "new_plan", of_class["seq_lens_sum"])
     monkeypatch.setattr(of_class["seq_lens_sum"], "name", "new_plan")
     why_not = eager.why_unsupported(pair.ours.backend, pair.ours.model_runner, NAMES)
-    assert why_not == f"{NAMES.metadata} has further fields: new_plan"
+    assert why_not == f"{NAMES.metadata} has unknown fields: new_plan"
 
 
 def make_metadata(pair):

@@ -406,5 +406,7 @@ def test_an_untested_release_that_fits_is_served_with_one_warning(version, said)
     assert json.loads(last_line(done))["record"]["adapter"] in ("in-graph", "eager")
     warnings = [line for line in done.stdout.splitlines() if "tested release" in line]
     advice = "compare its fill with SGLang's own by starting with --nsa-metadata-check 1"
-    expected = f"sglang-nsa-plugin: SGLang {version} {said}: everything the plugin uses fits; {advice}"
+    expected = (
+        f"sglang-nsa-plugin: SGLang {version} {said}: everything that the plugin uses is there; {advice}"
+    )
     assert warnings == ([] if said is None else [expected])
