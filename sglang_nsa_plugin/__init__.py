@@ -5,8 +5,9 @@ Importing this package starts no CUDA context and needs no SGLang. ``fill_args.p
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from sglang_nsa_plugin import state
 
 if TYPE_CHECKING:
     from sglang_nsa_plugin.api import (
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     )
     from sglang_nsa_plugin.fill_args import FillArgs
 
-__version__ = version("sglang-nsa-plugin")
+__version__ = state.VERSION
 
 __all__ = [
     "BoundFill",

@@ -12,10 +12,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 
-from sglang_nsa_plugin.state import STATE
+from sglang_nsa_plugin.state import STATE, VERSION
 
 PREFIX = "sglang_nsa_plugin:"
 PERIOD_S = 1.0
@@ -45,7 +44,7 @@ def _expose_info(labels: Mapping[str, Any]) -> None:
     from prometheus_client import Gauge  # reads PROMETHEUS_MULTIPROC_DIR, which SGLang sets
 
     decided = {
-        "version": version("sglang-nsa-plugin"),
+        "version": VERSION,
         "adapter": STATE.adapter or "none",
         "implementation": STATE.backend or "none",
     }

@@ -11,13 +11,12 @@ import functools
 import logging
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.hooks import Hook
-from sglang_nsa_plugin.state import record
+from sglang_nsa_plugin.state import VERSION, record
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     _export_to_sgl_kernel()
     logger.info(
         "sglang-nsa-plugin %s: metadata backend %s, set up in each scheduler process",
-        version("sglang-nsa-plugin"),
+        VERSION,
         backend,
     )
     return server_args

@@ -5,8 +5,20 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+
+def version_of(distribution: str) -> str:
+    """The version in the distribution's dist-info; "unknown" where a source tree runs without one."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+# Read once: a server outlives the files on disk, which an upgrade replaces and an uninstall removes.
+VERSION = version_of("sglang-nsa-plugin")
 
 
 @dataclass
@@ -49,7 +61,7 @@ STATE = State()
 def record() -> dict[str, Any]:
     """The state as plain values, the way ``/server_info`` shows it."""
     return {
-        "version": version("sglang-nsa-plugin"),
+        "version": VERSION,
         "adapter": STATE.adapter,
         "backend": STATE.backend,
         "mqa_schedule": STATE.mqa_schedule,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import textwrap
 from enum import Enum
-from importlib.metadata import version
 
 from sglang_nsa_plugin import options
+from sglang_nsa_plugin.adapters.releases import SGLANG
 from sglang_nsa_plugin.dispatch import BackendUnavailableError, Choice
 from sglang_nsa_plugin.shadow import Difference
-from sglang_nsa_plugin.state import STATE
+from sglang_nsa_plugin.state import STATE, VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Outcome:
             schedule = f"; MQA schedule by {STATE.mqa_schedule}"
         logger.info(
             "sglang-nsa-plugin %s: adapter %s, implementation %s: %s%s",
-            version("sglang-nsa-plugin"),
+            VERSION,
             adapter,
             choice.name,
             choice.reason,
@@ -85,7 +85,7 @@ class Outcome:
             STATE.captures.clear()
         logger.info(
             "sglang-nsa-plugin %s: not used: %s; SGLang fills draft-extend metadata itself",
-            version("sglang-nsa-plugin"),
+            VERSION,
             reason,
         )
 
@@ -122,9 +122,9 @@ class Outcome:
             "sglang-nsa-plugin %s: the shadow check found a difference: %s. SGLang %s, adapter %s, "
             "implementation %s. From now on this process serves through SGLang's own fill; please "
             "report this line",
-            version("sglang-nsa-plugin"),
+            VERSION,
             difference,
-            version("sglang"),
+            SGLANG,
             self.adapter,
             self.backend,
         )

@@ -5,6 +5,10 @@ The list decides nothing: an adapter fits a release by what that release has.
 
 from __future__ import annotations
 
+import sys
+
+from sglang_nsa_plugin.state import version_of
+
 TESTED = (
     "0.5.11",
     "0.5.12.post1",
@@ -20,6 +24,15 @@ TESTED = (
     "0.5.22",
     "0.5.23",
 )
+
+
+def _running() -> str:
+    """The version that the loaded SGLang gives itself, also from a source tree without dist-info."""
+    loaded = getattr(sys.modules.get("sglang"), "__version__", None)
+    return str(loaded) if loaded else version_of("sglang")
+
+
+SGLANG = _running()  # read once, as state.VERSION is
 
 
 def why_untested(version: str) -> str | None:
