@@ -277,9 +277,9 @@ def test_tests_that_the_documents_name_exist() -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize(("letter", "fewest"), [("S", 10), ("A", 3)])
+@pytest.mark.parametrize(("letter", "fewest"), [("S", 10), ("A", 3), ("C", 3)])
 def test_every_failure_mode_names_its_tests(letter: str, fewest: int) -> None:
-    """S: in a server; A: from Python."""
+    """S: in a server; A: from Python; C: commands."""
     number = rf"^\| ({letter}\d+) \|"
     listed = re.findall(number, text_of("docs/failure-modes.md"), re.MULTILINE)
     shown = re.findall(rf"{number} .*`[\w/]+\.py::\w+`.* \|$", text_of("tests/README.md"), re.MULTILINE)
