@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
@@ -13,6 +15,9 @@ from sglang_nsa_plugin.kernels import cpu, cuda
 
 class BoundFill:
     """A fill that is bound to its tensors. Calling it runs it on the current stream.
+
+    It can be neither copied nor pickled, because it writes to the memory that it was bound to. To fill
+    other tensors, bind them.
 
     With ``cuda``, calls outside a capture go on as a CUDA graph after the first few: its launch takes
     less of the host's time than that of the kernel.
@@ -31,14 +36,24 @@ class BoundFill:
         """Runs the fill."""
         self._run()
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses copy.copy, copy.deepcopy and pickle: a copy would fill the tensors of the original."""
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied or pickled, because it is bound to the memory of "
+            "its tensors: copy its args (copy.deepcopy(fill.args)) and call bind() with them"
+        )
+
 
 def bind(args: FillArgs, backend: str = "auto") -> BoundFill:
     """Binds ``args`` once, to be filled many times, also inside a captured CUDA graph.
 
     Raises:
+        TypeError: ``args`` is not a :class:`FillArgs`.
         ValueError: ``backend`` is not one of auto, cuda, cpu, triton, torch.
         BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
+    if not isinstance(args, FillArgs):
+        raise TypeError(f"args: must be a FillArgs, got {type(args).__name__}")
     choice = dispatch.choose(backend, args.device)
     return BoundFill(args, choice.name, choice.bind(args))
 
@@ -75,7 +90,7 @@ def fill_draft_extend_metadata_cuda(
         int32 scalar tensor on the device, the number of rows in use: ``min(sum of q, rows)``. Nothing
         synchronises.
 
-    CPU tensors go to the CPU twin. Errors as :class:`FillArgs`.
+    CPU tensors go to the CPU twin. Errors as :class:`FillArgs`, with the names of these parameters.
     """
     args = _ragged_lengths(
         extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens
@@ -101,6 +116,15 @@ def fill_draft_extend_metadata_cuda_adaptive(
     )
 
 
+# Fields of FillArgs by the names that the functions above give them.
+PARAMETERS = {
+    "extend_lens": "extend_seq_lens",
+    "index_topk": "nsa_index_topk",
+    "seqlens_expanded": "out_seqlens_expanded",
+    "nsa_cache_seqlens": "out_nsa_cache_seqlens",
+}
+
+
 def _ragged_lengths(
     extend_seq_lens: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -120,17 +144,26 @@ def _ragged_lengths(
     bs, rows = seq_lens.numel(), seqlens_expanded.numel()
     scratch = torch.empty(2 * bs + rows + 3, dtype=torch.int32, device=seq_lens.device)
     cache_seqlens, cu_seqlens_k, nsa_cu_seqlens_k, row_count = scratch.split([bs, bs + 1, rows + 1, 1])
-    return FillArgs(
-        seq_lens=seq_lens,
-        req_pool_indices=None,
-        req_to_token=None,
-        extend_lens=extend_seq_lens,
-        index_topk=index_topk,
-        page_size=1,
-        cache_seqlens=cache_seqlens,
-        cu_seqlens_k=cu_seqlens_k,
-        seqlens_expanded=seqlens_expanded,
-        nsa_cache_seqlens=nsa_cache_seqlens,
-        nsa_cu_seqlens_k=nsa_cu_seqlens_k,
-        row_count=row_count,
-    )
+    fields: dict[str, Any] = {
+        "seq_lens": seq_lens,
+        "req_pool_indices": None,
+        "req_to_token": None,
+        "extend_lens": extend_seq_lens,
+        "index_topk": index_topk,
+        "page_size": 1,
+        "cache_seqlens": cache_seqlens,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqlens_expanded": seqlens_expanded,
+        "nsa_cache_seqlens": nsa_cache_seqlens,
+        "nsa_cu_seqlens_k": nsa_cu_seqlens_k,
+        "row_count": row_count,
+    }
+    try:
+        return FillArgs(**fields)
+    except (TypeError, ValueError) as error:
+        raise type(error)(_in_caller_names(str(error))) from None
+
+
+def _in_caller_names(message: str) -> str:
+    """An error of :class:`FillArgs` with this function's parameters in place of the fields."""
+    return re.sub(r"\w+", lambda word: PARAMETERS.get(word[0], word[0]), message)

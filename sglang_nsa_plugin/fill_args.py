@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,8 @@ class FillArgs:
         req_pool_indices: [bs], rows of ``req_to_token``.
         req_to_token: [pool, tokens], the KV slot of each token of each request, low 32 bits. Both may
             be None when no page table is asked for.
-        index_topk: how many tokens sparse attention keeps, 1 or more.
+        index_topk: how many tokens sparse attention keeps, 1 or more. This and the other numbers may be
+            NumPy integers; the object holds ints.
         page_size: ``page`` above, tokens in a page of ``real_page_table``, 1 or more.
         enabled: None, or int32 [1]. A fill that reads 0 there writes nothing. The device reads it, so a
             captured fill can be switched off without a new capture.
@@ -67,7 +69,7 @@ class FillArgs:
     and page-table rows after those of the last request, keep what they held.
 
     Raises:
-        TypeError: a value is not a tensor or not a number, or its dtype is wrong.
+        TypeError: a value is not a tensor or not a number, its dtype is wrong, or it is a fake tensor.
         ValueError: a device, rank, shape, stride or value is wrong, or outputs overlap.
     """
 
@@ -91,7 +93,7 @@ class FillArgs:
     enabled: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        _validate_numbers(self)
+        _take_numbers(self)
         _validate_tensors(self)
         _validate_shapes(self)
         _validate_tables(self)
@@ -161,18 +163,43 @@ def _present(args: FillArgs, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
 
 
-def _validate_numbers(args: FillArgs) -> None:
-    for name in ("index_topk", "page_size"):
-        _validate_number(name, getattr(args, name), lowest=1)
+def _take_numbers(args: FillArgs) -> None:
+    """Validates the numbers and makes each a plain int: the compiled library takes nothing else."""
+    numbers = {
+        "index_topk": _number("index_topk", args.index_topk, lowest=1),
+        "page_size": _number("page_size", args.page_size, lowest=1),
+    }
     if not isinstance(args.extend_lens, torch.Tensor):
-        _validate_number("extend_lens", args.extend_lens, lowest=0, otherwise=" or a tensor")
+        numbers["extend_lens"] = _number("extend_lens", args.extend_lens, lowest=0, or_tensor=True)
+    vars(args).update(numbers)  # the dataclass is frozen
+    if not isinstance(args.mqa_remainder_last, bool):
+        raise TypeError(f"mqa_remainder_last: must be a bool, got {_type_name(args.mqa_remainder_last)}")
 
 
-def _validate_number(name: str, value: object, lowest: int, otherwise: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: must be an int{otherwise}, got {type(value).__name__}")
-    if not lowest <= value <= INT32_MAX:
-        raise ValueError(f"{name}: must lie in {lowest} .. {INT32_MAX}, got {value}")
+def _number(name: str, value: Any, lowest: int, or_tensor: bool = False) -> int:
+    """The number as an int. A tensor is refused: reading it would wait for the device."""
+    wrong_type = TypeError(
+        f"{name}: must be an int{' or a tensor' if or_tensor else ''}, got {_type_name(value)}"
+    )
+    if isinstance(value, (bool, torch.Tensor)):
+        raise wrong_type
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise wrong_type from None
+    if not lowest <= number <= INT32_MAX:
+        raise ValueError(f"{name}: must lie in {lowest} .. {INT32_MAX}, got {number}")
+    return number
+
+
+def _type_name(value: object) -> str:
+    """The type with its module, so that numpy.bool is not taken for bool."""
+    kind = type(value)
+    return (
+        kind.__name__
+        if kind.__module__ in ("builtins", "torch")
+        else f"{kind.__module__}.{kind.__name__}"
+    )
 
 
 def _validate_tensors(args: FillArgs) -> None:
@@ -185,7 +212,7 @@ def _validate_tensors(args: FillArgs) -> None:
         if name == "extend_lens" and isinstance(value, int):
             continue
         if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name}: must be a torch.Tensor, got {type(value).__name__}")
+            raise TypeError(f"{name}: must be a torch.Tensor, got {_type_name(value)}")
         if value.layout != torch.strided:
             raise TypeError(f"{name}: must be a dense tensor, got one of layout {value.layout}")
         _validate_dtype(name, value)
@@ -194,6 +221,20 @@ def _validate_tensors(args: FillArgs) -> None:
             raise ValueError(
                 f"{name}: must be on {args.device} like seq_lens, got a tensor on {value.device}"
             )
+        _validate_memory(name, value)
+
+
+def _validate_memory(name: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor without memory: fake, traced, batched by vmap, or its storage was freed."""
+    rule = f"{name}: must be a tensor with memory of its own"
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(f"{rule}, got a {type(tensor).__name__}")
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # inside torch.func and torch.vmap
+        raise TypeError(f"{rule}, got one inside a torch.func transform") from None
+    if address == 0 and tensor.numel() > 0:
+        raise ValueError(f"{rule}, got one whose address is 0")
 
 
 def _validate_dtype(name: str, tensor: torch.Tensor) -> None:

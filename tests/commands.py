@@ -24,9 +24,11 @@ SGLANG = _sglang()
 needs_sglang = pytest.mark.skipif(SGLANG is None, reason="needs SGLang in this Python")
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: str, encoding: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """``sglang-nsa-plugin`` with these arguments; its output is not a terminal."""
-    return python("-m", "sglang_nsa_plugin", *arguments, **environment)
+    return python("-m", "sglang_nsa_plugin", *arguments, encoding=encoding, **environment)
 
 
 def program(text: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +37,9 @@ def program(text: str, *arguments: str, **environment: str) -> subprocess.Comple
     return python("-c", f"{text}\n{main}", *arguments, **environment)
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(
+    *arguments: str, encoding: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Python in an empty folder, without the environment variables that the plugin reads."""
     dropped = ("SGLANG_", "TRITON_", "FORCE_COLOR", "COLUMNS")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
@@ -46,6 +50,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
             cwd=folder,
             capture_output=True,
             text=True,
+            encoding=encoding,
             timeout=TIME_LIMIT_S,
             check=False,
         )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
+import io
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import CPU, EDGE, GUARD, Case, Guarded, Layout, expect, place
+from torch._subclasses import FakeTensorMode
 
 import sglang_nsa_plugin
 from sglang_nsa_plugin import (
@@ -72,6 +77,53 @@ def test_a_bound_fill_keeps_its_tensors(tmp_path: Path) -> None:
     for name, tensor in bound.args.outputs().items():
         assert tensor.tolist() == expected[name].tolist(), name
     assert all((block == -1).all() for block in scribble)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.copy,
+        copy.deepcopy,
+        pickle.dumps,
+        lambda bound: copy.deepcopy([bound]),
+        lambda bound: torch.save(bound, io.BytesIO()),
+        lambda bound: pickle.dumps(bound, protocol=0),
+    ],
+    ids=["copy", "deepcopy", "pickle", "deepcopy of a list", "torch.save", "pickle 0"],
+)
+def test_a_bound_fill_is_not_copied(backend: str, duplicate: Callable) -> None:
+    """A copy would fill the tensors of the original, or its own, as the implementation has it."""
+    bound = BoundFill(Guarded(CASE).args, backend, kernel(backend))
+    with pytest.raises(TypeError, match=r"a BoundFill cannot be copied or pickled.*call bind\(\)"):
+        duplicate(bound)
+
+
+def kernel(backend: str) -> Callable[[], None]:
+    args = Guarded(CASE).args
+    return importlib.import_module(f"sglang_nsa_plugin.kernels.{backend}").bind(args)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_what_the_error_advises_for_a_copy(backend: str) -> None:
+    original = Guarded(CASE)
+    before = {name: memory.clone() for name, memory in original.memory.items()}
+    bound = bind(original.args, backend)
+    for args in (copy.deepcopy(bound.args), pickle.loads(pickle.dumps(bound.args))):
+        expected = expect(args)
+        bind(args, backend)()
+        for name, tensor in args.outputs().items():
+            assert tensor.tolist() == expected[name].tolist(), name
+    original.compare(before)
+
+
+@pytest.mark.parametrize("function", [bind, fill])
+@pytest.mark.parametrize(
+    ("value", "got"), [([], "list"), ({}, "dict"), (None, "NoneType"), (FillArgs, "type")]
+)
+def test_what_is_no_fill_args(function: Callable, value: object, got: str) -> None:
+    with pytest.raises(TypeError, match=f"^args: must be a FillArgs, got {got}$"):
+        function(value)
 
 
 @pytest.mark.parametrize("function", [bind, fill])
@@ -170,21 +222,22 @@ def lengths() -> list:
         (0, [3, 2, 4], TypeError, "extend_seq_lens: must be a torch.Tensor, got list"),
         (0, 3, TypeError, "extend_seq_lens: must be a torch.Tensor, got int"),
         (1, [9, 30, 1], TypeError, "seq_lens: must be a torch.Tensor, got list"),
-        (2, 2048.0, TypeError, "index_topk: must be an int, got float"),
-        (2, 0, ValueError, "index_topk: must lie in 1 .. 2147483647, got 0"),
+        (2, 2048.0, TypeError, "nsa_index_topk: must be an int, got float"),
+        (2, torch.tensor(8), TypeError, "nsa_index_topk: must be an int, got Tensor"),
+        (2, 0, ValueError, "nsa_index_topk: must lie in 1 .. 2147483647, got 0"),
         (3, None, TypeError, "out_seqlens_expanded: must be a torch.Tensor, got NoneType"),
         (4, [0] * 9, TypeError, "out_nsa_cache_seqlens: must be a torch.Tensor, got list"),
         (
             0,
             torch.ones(3),
             TypeError,
-            "extend_lens: dtype must be int32 or int64, got float32",
+            "extend_seq_lens: dtype must be int32 or int64, got float32",
         ),
         (
             0,
             torch.ones(2, dtype=torch.int32),
             ValueError,
-            "extend_lens: shape must be (3,) for bs=3, rows=9, got (2,)",
+            "extend_seq_lens: shape must be (3,) for bs=3, rows=9, got (2,)",
         ),
         (
             1,
@@ -196,13 +249,13 @@ def lengths() -> list:
             3,
             torch.ones(9, dtype=torch.int64),
             TypeError,
-            "seqlens_expanded: dtype must be int32, got int64",
+            "out_seqlens_expanded: dtype must be int32, got int64",
         ),
         (
             4,
             torch.ones(8, dtype=torch.int32),
             ValueError,
-            "nsa_cache_seqlens: shape must be (9,) for bs=3, rows=9, got (8,)",
+            "out_nsa_cache_seqlens: shape must be (9,) for bs=3, rows=9, got (8,)",
         ),
     ],
 )
@@ -217,16 +270,37 @@ def test_bad_lengths(
     assert not [t for t in written if t is not value]
 
 
+@pytest.mark.parametrize("position", [0, 1, 3, 4])
+def test_fake_lengths(lengths: list, position: int) -> None:
+    name = ["extend_seq_lens", "seq_lens", "", "out_seqlens_expanded", "out_nsa_cache_seqlens"][position]
+    with FakeTensorMode() as mode:
+        lengths[position] = mode.from_tensor(lengths[position])
+    with pytest.raises(TypeError, match=f"^{name}: must be a tensor with memory of its own, got a Fake"):
+        fill_draft_extend_metadata_cuda(*lengths)
+
+
+def test_meta_lengths(lengths: list) -> None:
+    lengths[1] = lengths[1].to("meta")
+    with pytest.raises(ValueError, match=r"^seq_lens: must be a CPU or CUDA tensor, got one on meta"):
+        fill_draft_extend_metadata_cuda(*lengths)
+
+
+def test_numpy_integers_as_the_top_k(lengths: list) -> None:
+    lengths[2] = np.int64(5)
+    fill_draft_extend_metadata_cuda(*lengths)
+    assert lengths[4].tolist() == [min(length, 5) for length in lengths[3].tolist()]
+
+
 def test_one_tensor_for_both_outputs(lengths: list) -> None:
     lengths[4] = lengths[3]
-    with pytest.raises(ValueError, match=r"^seqlens_expanded: must not overlap nsa_cache_seq"):
+    with pytest.raises(ValueError, match=r"^out_seqlens_expanded: must not overlap out_nsa_cache_seq"):
         fill_draft_extend_metadata_cuda(*lengths)
 
 
 def test_an_output_over_an_input() -> None:
     memory, extend_lens = place(torch.tensor([3, 2, 4]).numpy(), torch.int32, CPU, Layout())
     out = memory[EDGE : EDGE + 9]
-    with pytest.raises(ValueError, match=r"^seqlens_expanded: must not overlap extend_lens"):
+    with pytest.raises(ValueError, match=r"^out_seqlens_expanded: must not overlap extend_seq_lens"):
         fill_draft_extend_metadata_cuda(extend_lens, torch.tensor([9, 30, 1]), 20, out, out.clone())
 
 

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import tvm_ffi
 from cases import CPU, expect
+from packaging.requirements import Requirement
 from triton.errors import TritonError
 
 from sglang_nsa_plugin import FillArgs, dispatch, self_test
@@ -344,7 +347,51 @@ def test_tvm_ffi_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tvm_ffi", None)
     why = dispatch.choose("auto", CPU).refused["cpu"]
     assert why.startswith("apache-tvm-ffi cannot be imported (")
-    assert why.endswith("); install apache-tvm-ffi>=0.1.5,<0.2")
+    assert why.endswith("); install apache-tvm-ffi>=0.1.5,!=0.1.8.post0,<0.2")
+
+
+class LosesErrors:
+    """A library under a TVM FFI that returns from calls with tensors as if they had gone well."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            try:
+                return self._module[name](*arguments)
+            except Exception:
+                if any(isinstance(argument, torch.Tensor) for argument in arguments):
+                    return None
+                raise
+
+        return call
+
+
+def test_tvm_ffi_that_loses_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 0.1.8.post0 does: a launch that fails would pass for done."""
+    loaded = library.load()
+    library.load.cache_clear()
+    monkeypatch.setattr(tvm_ffi, "load_module", lambda path: LosesErrors(loaded))
+    choice = dispatch.choose("auto", CPU)
+    why = (
+        f"apache-tvm-ffi {tvm_ffi.__version__} loses the errors of compiled libraries, so a fill that "
+        "fails would pass for done; install apache-tvm-ffi>=0.1.5,!=0.1.8.post0,<0.2"
+    )
+    assert (choice.name, choice.refused) == ("torch", {"cpu": why})
+    assert refused_by_name("cpu") == BY_NAME.format("cpu", why)
+    with pytest.raises(library.LibraryUnavailableError, match="loses the errors"):
+        library.load()  # which the shadow check loads, too
+
+
+def test_the_dependency_excludes_what_the_library_refuses() -> None:
+    assert f'dependencies = ["{library.TVM_FFI}", ' in (SOURCES / "pyproject.toml").read_text()
+    specifier = Requirement(library.TVM_FFI).specifier
+    assert [v for v in ("0.1.5", "0.1.8", "0.1.8.post0", "0.1.8.post2", "0.2.0") if v in specifier] == [
+        "0.1.5",
+        "0.1.8",
+        "0.1.8.post2",
+    ]
 
 
 # The case that proves

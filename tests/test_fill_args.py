@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import INT32_MAX, Case, Guarded
+from torch._subclasses import FakeTensorMode
 
 from sglang_nsa_plugin import FillArgs
 
@@ -100,11 +101,15 @@ def test_the_object_is_frozen(valid: dict) -> None:
         (64.0, TypeError, "must be an int, got float"),
         ("64", TypeError, "must be an int, got str"),
         (None, TypeError, "must be an int, got NoneType"),
-        (np.int64(64), TypeError, "must be an int, got int64"),
+        (np.bool_(True), TypeError, "must be an int, got numpy.bool"),
+        (np.float32(64), TypeError, "must be an int, got numpy.float32"),
+        (np.array([64]), TypeError, "must be an int, got numpy.ndarray"),
         (torch.tensor(64), TypeError, "must be an int, got Tensor"),
         (0, ValueError, "must lie in 1 .. 2147483647, got 0"),
         (-64, ValueError, "must lie in 1 .. 2147483647, got -64"),
         (2**31, ValueError, "must lie in 1 .. 2147483647, got 2147483648"),
+        (np.int64(2**31), ValueError, "must lie in 1 .. 2147483647, got 2147483648"),
+        (np.uint8(0), ValueError, "must lie in 1 .. 2147483647, got 0"),
     ],
 )
 def test_numbers(valid: dict, name: str, value: object, error: type, rule: str) -> None:
@@ -126,9 +131,71 @@ def test_extend_lens_as_a_number(valid: dict, value: object, error: type, rule: 
     refused(error, f"extend_lens: {rule}", valid | {"extend_lens": value})
 
 
+class Index:
+    def __index__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(
+    "three", [np.int64(3), np.uint8(3), np.array(3), Index()], ids=["int64", "uint8", "array", "Index"]
+)
+def test_whole_numbers_of_other_types_become_ints(valid: dict, three: object) -> None:
+    numbers = ("index_topk", "page_size", "extend_lens")
+    args = FillArgs(**valid | dict.fromkeys(numbers, three))
+    assert [(type(getattr(args, name)), getattr(args, name)) for name in numbers] == [(int, 3)] * 3
+
+
+def test_the_switch_of_the_remainder_is_a_bool(valid: dict) -> None:
+    rule = "mqa_remainder_last: must be a bool, got"
+    refused(TypeError, f"{rule} int", valid | {"mqa_remainder_last": 1})
+    refused(TypeError, f"{rule} numpy.bool", valid | {"mqa_remainder_last": np.bool_(True)})
+
+
 def test_the_ends_of_the_numbers_are_taken(valid: dict) -> None:
     FillArgs(**valid | {"index_topk": 1, "page_size": 2})
     FillArgs(**valid | {"index_topk": 2**31 - 1, "page_size": 2**31 - 1})
+
+
+# Tensors without memory
+
+
+@pytest.mark.parametrize("name", [*INPUTS, "enabled", *OUTPUTS])
+def test_fake_tensors(valid: dict, name: str) -> None:
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(valid[name])
+        rule = "must be a tensor with memory of its own, got a FakeTensor"
+        refused(TypeError, f"{name}: {rule}", valid | {name: fake})
+    refused(TypeError, f"{name}: {rule}", valid | {name: fake})
+
+
+def test_all_tensors_fake(valid: dict) -> None:
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(t) for name, t in valid.items() if isinstance(t, torch.Tensor)}
+        with pytest.raises(TypeError, match=r"^seq_lens: must be a tensor with memory of its own"):
+            FillArgs(**valid | fake)
+
+
+@pytest.mark.parametrize("name", [*INPUTS[1:], "enabled", *OUTPUTS])
+def test_meta_tensors(valid: dict, name: str) -> None:
+    rule = "must be on cpu like seq_lens, got a tensor on meta"
+    refused(ValueError, f"{name}: {rule}", valid | {name: valid[name].to("meta")})
+
+
+def test_a_tensor_inside_vmap(valid: dict) -> None:
+    def one(seq_lens: torch.Tensor) -> torch.Tensor:
+        FillArgs(**valid | {"seq_lens": seq_lens})
+        return seq_lens
+
+    rule = "seq_lens: must be a tensor with memory of its own, got one inside a torch.func transform"
+    with pytest.raises(TypeError, match=f"^{rule}$"):
+        torch.vmap(one)(torch.ones(3, 2, dtype=torch.int32))
+
+
+def test_a_tensor_whose_storage_was_freed(valid: dict) -> None:
+    freed = int32(2)
+    freed.untyped_storage().resize_(0)
+    rule = "must be a tensor with memory of its own, got one whose address is 0"
+    refused(ValueError, f"cache_seqlens: {rule}", valid | {"cache_seqlens": freed})
 
 
 # Types and dtypes

@@ -277,13 +277,14 @@ def test_tests_that_the_documents_name_exist() -> None:
     assert missing == []
 
 
-def test_every_failure_mode_names_its_tests() -> None:
-    listed = re.findall(r"^\| (S\d+) \|", text_of("docs/failure-modes.md"), re.MULTILINE)
-    shown = re.findall(
-        r"^\| (S\d+) \| .*`[\w/]+\.py::\w+`.* \|$", text_of("tests/README.md"), re.MULTILINE
-    )
-    assert len(listed) > 10
-    assert listed == shown == [f"S{n}" for n in range(1, len(listed) + 1)]
+@pytest.mark.parametrize(("letter", "fewest"), [("S", 10), ("A", 3), ("C", 3)])
+def test_every_failure_mode_names_its_tests(letter: str, fewest: int) -> None:
+    """S: in a server; A: from Python; C: commands."""
+    number = rf"^\| ({letter}\d+) \|"
+    listed = re.findall(number, text_of("docs/failure-modes.md"), re.MULTILINE)
+    shown = re.findall(rf"{number} .*`[\w/]+\.py::\w+`.* \|$", text_of("tests/README.md"), re.MULTILINE)
+    assert len(listed) > fewest
+    assert listed == shown == [f"{letter}{n}" for n in range(1, len(listed) + 1)]
 
 
 def test_test_files_are_described() -> None:

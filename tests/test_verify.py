@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from conftest import HAS_GPU
 
 from sglang_nsa_plugin.adapters import releases
 from sglang_nsa_plugin.cli import environment, verify
+from sglang_nsa_plugin.kernels import library
 
 OTHER_PLUGIN = {
     "METADATA": "Metadata-Version: 2.1\nName: other\nVersion: 1.0\n",
@@ -69,7 +73,14 @@ def test_the_text_and_the_json_agree(plain):
     result = plain.result
     for key in ("plugin", "python", "torch", "tvm_ffi"):
         assert result[key] in plain.text
-    assert result["sglang"] == {"version": SGLANG, "tested": True, "newest_tested": releases.TESTED[-1]}
+    assert result["sglang"] == {
+        "version": SGLANG,
+        "path": str(sglang_package()),
+        "tested": True,
+        "newest_tested": releases.TESTED[-1],
+    }
+    for path in (result["executable"], result["sglang"]["path"]):
+        assert path in "".join(line.strip() for line in plain.text.splitlines())
     assert f"{SGLANG}, a tested release" in plain.text
     assert result["adapter"]["name"] in ("in-graph", "eager")
     assert f"{result['adapter']['name']}, fits" in plain.text
@@ -200,16 +211,12 @@ one_fill._case = case
 
 
 def test_without_sglang_the_verdict_says_what_to_install():
-    without = """
-from sglang_nsa_plugin.cli import environment
-installed = environment.distribution
-environment.distribution = lambda name: None if name == "sglang" else installed(name)
-"""
-    result = outcome(program(without, "verify", "--json"))
+    result = outcome(program("import sys; sys.modules['sglang'] = None", "verify", "--json"))
     assert result["adapter"] is None
     newest = result["sglang"]["newest_tested"]
     assert result["verdict"] == (
-        f"Not active: SGLang is not installed in this Python: pip install sglang=={newest}"
+        f"Not active: {sys.executable} finds no SGLang: pip install sglang=={newest} into this Python, "
+        "or put a source tree on PYTHONPATH"
     )
     assert result["implementations"]["cpu"]["reason"] is None
 
@@ -219,10 +226,17 @@ GPU_HOST: dict[str, Any] = {
     "driver": "580.1",
     "no_gpu": None,
     "no_gpu_remedy": None,
-    "sglang": {"version": "0.5.17", "tested": True, "newest_tested": "0.5.23"},
+    "driver_problem": None,
+    "executable": "/usr/bin/python3",
+    "sglang": {
+        "version": "0.5.17",
+        "path": "/clone/python/sglang",
+        "tested": True,
+        "newest_tested": "0.5.23",
+    },
     "discovery": {"loads": True},
     "setting": {"backend": "auto", "problem": None},
-    "adapter": {"name": "in-graph", "misfits": []},
+    "adapter": {"name": "in-graph", "misfits": [], "broken": None},
     "implementations": {name: {"reason": None} for name in ("cuda", "triton", "torch", "cpu")},
 }
 
@@ -274,6 +288,22 @@ def test_verdicts_of_a_gpu_host_where_the_kernel_runs():
             "release, such as 0.5.23, or a newer sglang-nsa-plugin",
         ),
         (
+            {"adapter__broken": "dsa_backend.py, line 3: invalid syntax"},
+            "Not active: the SGLang in /clone/python/sglang is broken (dsa_backend.py, line 3: invalid "
+            "syntax): install a tested release, such as 0.5.23",
+        ),
+        (
+            # the driver comes before what this library lacks
+            {
+                "driver": None,
+                "driver_problem": "nvidia-smi gave no answer in 5 s",
+                "no_gpu": "the NVIDIA driver does not work",
+                "no_gpu_remedy": "mend it",
+                "implementations__cuda__reason": "the library was built without nvcc",
+            },
+            "Not active: the NVIDIA driver does not work: mend it",
+        ),
+        (
             # there is a driver and a GPU, but this torch cannot use them
             {
                 "no_gpu": "torch 2 is built without CUDA",
@@ -313,4 +343,222 @@ def test_why_a_torch_with_cuda_has_no_gpu(driver, hidden, reason, remedy, monkey
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert environment._no_gpu(driver) == (reason, remedy)
+    assert environment._no_gpu(environment.Driver(driver)) == (reason, remedy)
+
+
+# A driver that is there and broken
+
+
+MISMATCH = "Failed to initialize NVML: Driver/library version mismatch"
+
+
+def nvidia_smi(folder: Path, script: str) -> str:
+    """A PATH on which ``nvidia-smi`` is this shell script."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the kernel runs here, whatever nvidia-smi says")
+@needs_sglang
+def test_a_broken_driver_makes_the_verdict(tmp_path):
+    path = nvidia_smi(tmp_path, f"echo '{MISMATCH}'\nexit 18")
+    result = outcome(command("verify", "--json", PATH=path))
+    assert not result["works"]
+    assert result["verdict"] == (
+        f"Not active: the NVIDIA driver does not work: {tmp_path}/nvidia-smi says '{MISMATCH}' and ends "
+        "with code 18: mend the driver (reboot after an update), or remove nvidia-smi if there is no GPU"
+    )
+    text = command("verify", PATH=path, COLUMNS="200")
+    assert text.returncode == 1
+    assert f"none: the NVIDIA driver does not work: {tmp_path}/nvidia-smi says" in text.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        (f"echo '{MISMATCH}'; exit 18", f"says '{MISMATCH}' and ends with code 18"),
+        (f"echo '{MISMATCH}' >&2; exit 18", f"says '{MISMATCH}' and ends with code 18"),
+        ("exit 9", "says 'nothing' and ends with code 9"),
+        ("kill -9 $$", "says 'nothing' and ends with code -9"),
+        ("exit 0", "names no driver and GPU, but says ''"),
+        ("echo No devices were found", "names no driver and GPU, but says 'No devices were found'"),
+        ("printf '\\377\\376'; exit 1", "says '\ufffd\ufffd' and ends with code 1"),
+        ("sleep 60 & wait", "gave no answer in 0.3 s"),
+    ],
+)
+def test_how_nvidia_smi_fails(script, problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "NVIDIA_SMI_SECONDS", 0.3 if "sleep" in script else 20)
+    monkeypatch.setenv("PATH", nvidia_smi(tmp_path, script))
+    driver = environment._nvidia_smi()
+    assert driver == environment.Driver(problem=f"{tmp_path}/nvidia-smi {problem}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reason, remedy = environment._no_gpu(driver)
+    assert reason == f"the NVIDIA driver does not work: {driver.problem}"
+    assert remedy.startswith("mend the driver")
+
+
+def test_an_nvidia_smi_that_cannot_be_executed(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_bytes(b"\x7fELF of another machine")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment._nvidia_smi().problem == f"{tool} does not run: Exec format error"
+
+
+def test_a_driver_that_answers(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", nvidia_smi(tmp_path, "echo 580.1, NVIDIA H200; echo 580.1, NVIDIA H200"))
+    assert environment._nvidia_smi() == environment.Driver("580.1", "NVIDIA H200")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert environment._nvidia_smi() == environment.Driver()
+
+
+# SGLang as a source tree
+
+
+def sglang_package() -> Path:
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+# Hides the distribution, as where SGLang was never installed.
+WITHOUT_DIST_INFO = """
+from importlib import metadata
+from_name = metadata.Distribution.from_name
+def without_sglang(name):
+    if name == "sglang":
+        raise metadata.PackageNotFoundError(name)
+    return from_name(name)
+metadata.Distribution.from_name = without_sglang
+"""
+
+
+def source_tree(folder: Path, changed: str, text: str | None) -> Path:
+    """A copy of SGLang's package, of links, in which one file has another text or is missing."""
+    here, there = folder / "sglang", sglang_package()
+    *parents, name = Path(changed).parts
+    here.mkdir()
+    for parent in [*parents, name]:
+        for entry in there.iterdir():
+            if entry.name not in (parent, "__pycache__"):
+                (here / entry.name).symlink_to(entry)
+        if parent != name:
+            here, there = here / parent, there / parent
+            here.mkdir()
+    if text is not None:
+        (here / name).write_text(text)
+    return folder
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    ("text", "version", "tested"),
+    [
+        ("__version__ = version = '0.5.16'\n", "0.5.16", True),
+        ('__version__ = "0.6.0.dev3+g12ab"\n', "0.6.0.dev3+g12ab", False),
+        (None, "0.0.0.dev0", False),
+    ],
+)
+def test_a_source_tree_without_dist_info(text, version, tested, tmp_path):
+    tree = source_tree(tmp_path, "_version.py", text)
+    done = program(WITHOUT_DIST_INFO, "verify", "--json", PYTHONPATH=str(tree))
+    result = outcome(done)
+    assert result["sglang"]["version"] == version
+    assert result["sglang"]["path"] == f"{tree}/sglang"
+    assert result["sglang"]["tested"] is tested
+    assert result["adapter"]["misfits"] == []
+    assert result["works"], result["verdict"]
+    assert f"SGLang {version}" in result["verdict"]
+
+
+@needs_sglang
+def test_a_source_tree_goes_before_what_is_installed(tmp_path):
+    tree = source_tree(tmp_path, "_version.py", "__version__ = '0.5.16'\n")
+    result = outcome(command("verify", "--json", PYTHONPATH=str(tree)))
+    assert (result["sglang"]["version"], result["sglang"]["path"]) == ("0.5.16", f"{tree}/sglang")
+
+
+def test_a_folder_named_sglang_is_no_sglang(tmp_path, monkeypatch):
+    """As where the clone's parent is the current folder."""
+    (tmp_path / "sglang" / "python").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if k != "sglang"})
+    assert environment.sglang()["version"] is None
+
+
+BACKEND = "srt/layers/attention/dsa_backend.py"
+needs_dsa = pytest.mark.skipif(
+    SGLANG is None or not (sglang_package() / BACKEND).is_file(), reason="needs SGLang's DSA backend"
+)
+
+
+@needs_dsa
+@pytest.mark.parametrize("name", ["verify", "demo"])
+def test_a_syntax_error_in_sglang(name, tmp_path):
+    tree = source_tree(tmp_path, BACKEND, "import torch\n<<<<<<< HEAD\n")
+    done = command(name, PYTHONPATH=str(tree), COLUMNS="400")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    where = f"{tree}/sglang/{BACKEND}, line 2: invalid syntax"
+    assert where in (done.stdout if name == "verify" else done.stderr)
+
+
+@needs_dsa
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "from sglang.srt.environ import renamed_yesterday",
+            "cannot import name 'renamed_yesterday' from",
+        ),
+        ("from sglang.srt.moved_yesterday import x", "No module named 'sglang.srt.moved_yesterday'"),
+    ],
+)
+@pytest.mark.parametrize("name", ["verify", "demo"])
+def test_an_import_error_in_sglang(name, line, said, tmp_path):
+    text = (sglang_package() / BACKEND).read_text()
+    first, _, rest = text.partition("\nimport torch\n")
+    tree = source_tree(tmp_path, BACKEND, f"{first}\n{line}\nimport torch\n{rest}")
+    done = command(name, PYTHONPATH=str(tree), COLUMNS="400")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "not installed" not in done.stdout + done.stderr.replace("tvm_ffi", "")
+    assert said in (done.stdout if name == "verify" else done.stderr)
+
+
+# Output that is not UTF-8
+
+
+@needs_sglang
+@pytest.mark.parametrize("encoding", ["gbk", "ascii", "latin-1", "cp1252:strict", "utf-8"])
+def test_every_encoding_gets_the_verdict(encoding, plain):
+    done = command("verify", PYTHONIOENCODING=encoding, COLUMNS="80", encoding=encoding.split(":")[0])
+    assert done.stderr == ""
+    assert done.returncode == plain.code
+    assert " ".join(done.stdout.split("\n\n")[-1].split()) == plain.result["verdict"]
+
+
+@pytest.mark.parametrize("name", ["verify", "demo", "bench"])
+def test_every_encoding_gets_the_help(name):
+    done = command(name, "--help", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Python of a clone with the library of an installed package
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_where_python_and_library_lie_apart(apart):
+    package = "/clone/sglang_nsa_plugin" if apart else "/site/sglang_nsa_plugin"
+    facts = {"plugin": "0.1.0", "package": package, "library": "/site/sglang_nsa_plugin/lib/a.so"}
+    places = ", Python of /clone/sglang_nsa_plugin, library of /site/sglang_nsa_plugin" if apart else ""
+    assert verify._plugin(facts) == f"0.1.0{places}"
+
+
+def test_the_places_of_python_and_library(plain):
+    """The command runs in a folder without sources, so both are those of the installed package."""
+    assert plain.result["package"] == str(library.LIBRARY.parents[1])
+    assert plain.result["library"] == str(library.LIBRARY)

@@ -236,7 +236,7 @@ def test_verify_without_source_and_compiler(venv: Path, tmp_path: Path) -> None:
     assert result["implementations"]["cpu"]["reason"] is None
     assert result["implementations"]["cpu"]["us"] > 0
     assert result["verdict"].startswith(
-        "Not active: SGLang is not installed in this Python: pip install "
+        f"Not active: {venv / 'bin/python'} finds no SGLang: pip install sglang=="
     )
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sglang_nsa_plugin.cli import terminal
+from sglang_nsa_plugin.cli import environment, terminal
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 DRAFT_TOKENS = 4
@@ -66,9 +65,9 @@ def _load_and_compare(steps: int, seed: int, progress: Progress) -> dict[str, An
     by_plugin = state["replays"] + state["launches"]
     passed = diff.first is None and by_plugin == steps and not state["fallbacks"]
     return {
-        "sglang": version("sglang"),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
+        "sglang": environment.sglang()["version"],
+        "torch": environment.distribution("torch"),
+        "transformers": environment.distribution("transformers"),
         "device": _device_name(device),
         "cuda_graphs": device.type == "cuda" and bool(state["captures"]),
         "hook_targets": hooks.applied(adapter_for_installed().hooks),

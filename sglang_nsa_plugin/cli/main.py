@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import io
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from sglang_nsa_plugin.cli import environment
+
 # Errors that the machine or the caller can cause: a kernel that cannot run (BackendUnavailableError,
 # LibraryUnavailableError and torch's own errors are RuntimeErrors), a package that is not installed, a
-# file that cannot be written. Any other error is a defect and keeps its traceback.
-EXPECTED = (RuntimeError, ImportError, OSError)
+# broken checkout of SGLang, a file that cannot be written. Any other error is a defect and keeps its
+# traceback.
+EXPECTED = (RuntimeError, ImportError, SyntaxError, OSError)
 INTERRUPTED = 130  # the exit code by which shells recognise Ctrl-C
 
 if TYPE_CHECKING:
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 0 for success only."""
+    _print_in_any_encoding()
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
@@ -33,14 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _print_in_any_encoding() -> None:
+    """Characters that the output cannot encode become question marks: a verdict is never lost."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def one_line(error: Exception) -> str:
     """The error message in one line."""
+    message = environment.in_words(error)
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0]
-        name = "SGLang" if package == "sglang" else package
-        message = f"{name} is not installed in this Python: {error}"
-    else:
-        message = " ".join(str(error).split()) or type(error).__name__
+        if importlib.util.find_spec(package) is None:
+            name = "SGLang" if package == "sglang" else package
+            message = f"{name} is not installed in this Python, {sys.executable}: {message}"
     return f"{message} (--debug shows where)"
 
 

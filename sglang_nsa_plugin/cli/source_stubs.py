@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.util import spec_from_file_location
+from importlib.util import find_spec, spec_from_file_location
 from types import ModuleType
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -34,6 +34,32 @@ def stubbed(package: str) -> Iterator[None]:
         sys.meta_path.remove(finder)
         _remove(package)
         sys.modules.update(real)
+
+
+def why_import_fails(package: str) -> str | None:
+    """The first name that a stub of the package imports from there and that is missing, or None.
+
+    To be called inside :func:`stubbed`. Only imports are looked at that run whenever the module does.
+    """
+    stubs = [module for name, module in sys.modules.items() if _belongs(name, package)]
+    for module in stubs:
+        loader = getattr(module.__spec__, "loader", None)
+        if isinstance(loader, _Loader):
+            for node in loader.imports(loader.parse()):
+                for alias in node.names:
+                    if not _provides(str(node.module), alias.name):
+                        place = f"{loader.path}, line {node.lineno}"
+                        return f"{place}: cannot import name {alias.name!r} from {node.module!r}"
+    return None
+
+
+def _provides(module: str, name: str) -> bool:
+    """Whether a module of the package binds the name, or has a submodule of that name."""
+    imported = import_module(module)
+    loader = getattr(imported.__spec__, "loader", None)
+    if name == "*" or not isinstance(loader, _Loader) or name in loader.bound():
+        return True
+    return hasattr(imported, "__path__") and find_spec(f"{module}.{name}") is not None
 
 
 def _remove(package: str) -> dict[str, ModuleType]:
@@ -72,17 +98,59 @@ class _Loader(SourceFileLoader):
         super().__init__(fullname, path)
         self._package = package
 
-    def exec_module(self, module: ModuleType) -> None:
-        source = ast.parse(self.get_data(self.path), self.path)
-        imports = [
+    def parse(self) -> ast.Module:
+        """The module's source."""
+        return ast.parse(self.get_data(self.path), self.path)
+
+    def imports(self, source: ast.Module) -> list[ast.ImportFrom]:
+        """The statements that import names from the package whenever the module is imported."""
+        return [
             node
             for node in source.body
             if isinstance(node, ast.ImportFrom) and _belongs(node.module or "", self._package)
         ]
+
+    def bound(self) -> _Bound:
+        """The names that the module may bind."""
+        bound = _Bound()
+        bound.visit(self.parse())
+        return bound
+
+    def exec_module(self, module: ModuleType) -> None:
+        source = self.parse()
+        imports = self.imports(source)
         module.__dict__["__getattr__"] = _ImportedNames(module.__name__, imports)
         statements = [*ast.parse("import dataclasses").body, *_statements(source.body, imports)]
         stubs = ast.fix_missing_locations(ast.Module(statements, type_ignores=[]))
         exec(compile(stubs, self.path, "exec"), module.__dict__)
+
+
+class _Bound(ast.NodeVisitor):
+    """Names that a module binds anywhere outside functions and classes."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._any = False  # by an import of *, or by a __getattr__ of the module
+
+    def __contains__(self, name: str) -> bool:
+        return self._any or name in self._names or (name.startswith("__") and name.endswith("__"))
+
+    def _define(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> None:
+        self._names.add(node.name)
+        self._any |= node.name == "__getattr__"
+
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = _define  # noqa: N815
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Store):
+            self._names.add(node.id)
+
+    def visit_alias(self, node: ast.alias) -> None:
+        self._any |= node.name == "*"
+        self._names.add(node.asname or node.name.partition(".")[0])
+
+    def visit_Global(self, node: ast.Global) -> None:
+        self._names.update(node.names)
 
 
 class _ImportedNames:

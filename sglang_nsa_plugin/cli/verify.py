@@ -64,14 +64,21 @@ def why_not_active(result: dict[str, Any]) -> str | None:
     """Why the best kernel of this machine would not be active and what to do about it, or None."""
     sglang, discovery, adapter = result["sglang"], result["discovery"], result["adapter"]
     if sglang["version"] is None:
-        newest = sglang["newest_tested"]
-        return f"Not active: SGLang is not installed in this Python: pip install sglang=={newest}"
+        return (
+            f"Not active: {result['executable']} finds no SGLang: pip install "
+            f"sglang=={sglang['newest_tested']} into this Python, or put a source tree on PYTHONPATH"
+        )
     if not discovery["loads"]:
         return f"Not active: {discovery['problem']}: {discovery['remedy']}"
     if result["setting"]["problem"] is not None:
         return f"Not active: {result['setting']['problem']}"
     if result["setting"]["backend"] == "off":
         return f"Not active: {options.VARIABLE} is off: unset it"
+    if adapter["broken"] is not None:
+        return (
+            f"Not active: the SGLang in {sglang['path']} is broken ({adapter['broken']}): install a "
+            f"tested release, such as {sglang['newest_tested']}"
+        )
     if adapter["misfits"]:
         return (
             f"Not active: SGLang {sglang['version']} does not fit the {adapter['name']} adapter "
@@ -82,6 +89,8 @@ def why_not_active(result: dict[str, Any]) -> str | None:
 
 
 def _why_not_best(result: dict[str, Any]) -> str | None:
+    if result["no_gpu"] is not None and result["driver_problem"] is not None:
+        return f"Not active: {result['no_gpu']}: {result['no_gpu_remedy']}"
     best = "cuda" if has_gpu(result) else "cpu"
     reasons = {name: outcome["reason"] for name, outcome in result["implementations"].items()}
     if reasons[best] is None:
@@ -126,8 +135,8 @@ def _print(console: Console, result: dict[str, Any]) -> None:
 
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        ("sglang-nsa-plugin", result["plugin"]),
-        ("Python", result["python"]),
+        ("sglang-nsa-plugin", _plugin(result)),
+        ("Python", f"{result['python']}, {result['executable']}"),
         ("torch", f"{result['torch']}, {_or_none('CUDA', result['cuda'])}"),
         ("GPU", _gpu(result)),
         ("TVM FFI", result["tvm_ffi"] or "not installed"),
@@ -138,19 +147,32 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _plugin(result: dict[str, Any]) -> str:
+    """The version; where Python and library lie apart, as in a clone, also both places."""
+    package, library = Path(result["package"]), Path(result["library"])
+    if package == library.parents[1]:
+        return str(result["plugin"])
+    return f"{result['plugin']}, Python of {package}, library of {library.parents[1]}"
+
+
 def _or_none(name: str, value: str | None) -> str:
     return f"{name} {value}" if value else f"no {name}"
 
 
 def _gpu(result: dict[str, Any]) -> str:
-    named = f"{result['gpu']}, {_or_none('driver', result['driver'])}" if result["gpu"] else "none"
-    return f"{named}: {result['no_gpu']}" if result["no_gpu"] else named
+    driver = (
+        _or_none("driver", result["driver"]) if result["driver_problem"] is None else "driver unknown"
+    )
+    named = f"{result['gpu']}, {driver}" if result["gpu"] else "none"
+    why = result["no_gpu"] or result["driver_problem"]
+    return f"{named}: {why}" if why else named
 
 
 def _release(sglang: dict[str, Any]) -> str:
     if sglang["version"] is None:
         return "not installed"
-    return f"{sglang['version']}, {'a' if sglang['tested'] else 'not a'} tested release"
+    tested = "a tested release" if sglang["tested"] else "not a tested release"
+    return f"{sglang['version']}, {tested}, in {sglang['path']}"
 
 
 def _loads(discovery: dict[str, Any]) -> str:
@@ -169,6 +191,8 @@ def _backend(setting: dict[str, str | None]) -> str:
 def _adapter(adapter: dict[str, Any] | None) -> str:
     if adapter is None:
         return "none: SGLang is not installed"
+    if adapter["broken"] is not None:
+        return f"none: SGLang is broken: {adapter['broken']}"
     misfits = "; ".join(adapter["misfits"])
     return f"{adapter['name']}, does not fit: {misfits}" if misfits else f"{adapter['name']}, fits"
 

@@ -9,6 +9,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import torch
+
+TVM_FFI = "apache-tvm-ffi>=0.1.5,!=0.1.8.post0,<0.2"
 ELF_HEADER_BYTES = 64
 ROOT = Path(__file__).resolve().parents[2]  # site-packages, or the repository
 PACKER = Path(__file__).with_name("compiled.py")
@@ -37,9 +40,8 @@ def load() -> Any:
     """The library as a TVM FFI module. No other path is tried.
 
     Raises:
-        LibraryUnavailableError: TVM FFI or the library is missing, it does not load, or it was built
-        from
-            other sources than the Python that loads it.
+        LibraryUnavailableError: TVM FFI or the library is missing, it does not load, its errors do not
+            arrive, or it was built from other sources than the Python that loads it.
     """
     if not LIBRARY.is_file():
         raise LibraryUnavailableError(
@@ -56,7 +58,7 @@ def load() -> Any:
         import tvm_ffi
     except ImportError as error:
         raise LibraryUnavailableError(
-            f"apache-tvm-ffi cannot be imported ({error}); install apache-tvm-ffi>=0.1.5,<0.2"
+            f"apache-tvm-ffi cannot be imported ({error}); install {TVM_FFI}"
         ) from error
     try:
         module = tvm_ffi.load_module(str(LIBRARY))
@@ -65,6 +67,11 @@ def load() -> Any:
             f"the compiled library {LIBRARY} does not load with apache-tvm-ffi "
             f"{tvm_ffi.__version__}: {error}; reinstall sglang-nsa-plugin"
         ) from error
+    if _loses_errors(module):
+        raise LibraryUnavailableError(
+            f"apache-tvm-ffi {tvm_ffi.__version__} loses the errors of compiled libraries, so a fill "
+            f"that fails would pass for done; install {TVM_FFI}"
+        )
     why_not = _why_of_other_sources(module)
     if why_not is not None:
         raise LibraryUnavailableError(why_not)
@@ -90,6 +97,18 @@ def _missing_bytes(elf: bytes) -> int:
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     entry_size, entries = struct.unpack_from("<HH", elf, 0x3A)
     return int(table + entry_size * entries - len(elf))
+
+
+def _loses_errors(module: Any) -> bool:
+    """Whether an error that is asked for does not arrive: ``bind`` takes more than two arguments.
+
+    One of them is a tensor, because 0.1.8.post0 loses the errors of calls with tensors only.
+    """
+    try:
+        module["bind"](0, torch.empty(0))
+    except ValueError:
+        return False
+    return True
 
 
 def _why_of_other_sources(module: Any) -> str | None:

@@ -19,7 +19,7 @@ import json
 from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.install import adapter_for_installed
 adapter = adapter_for_installed()
-print(json.dumps({"name": adapter.name, "misfits": hooks.misfits(adapter.requirements)}))
+print(json.dumps({"name": adapter.name, "misfits": hooks.misfits(adapter.requirements), "broken": None}))
 """
 FROM_STUBS = """
 import json, sys
@@ -85,6 +85,29 @@ def test_what_changed_is_named(there, instead, misfit, monkeypatch):
     monkeypatch.setattr(source_stubs._Loader, "get_data", changed)
     misfits = environment.adapter_fit()["misfits"]
     assert any(misfit in found for found in misfits), misfits
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (b"<<<<<<< HEAD\n", "line 1: invalid syntax"),
+        (b"def f(:\n", "line 1: "),
+        (b"a = 1\n\x00\n", "null bytes"),
+        (b"a = '\xff'\n", "codec can't decode"),
+    ],
+    ids=["merge conflict", "syntax", "null bytes", "not UTF-8"],
+)
+def test_source_that_cannot_be_read_is_broken(source, said, monkeypatch):
+    """In every file of the attention layers; SGLang is not imported, so nothing else shows it."""
+    read = source_stubs._Loader.get_data
+
+    def damaged(loader: source_stubs._Loader, path: str) -> bytes:
+        return source if path.endswith("a_backend.py") else read(loader, path)
+
+    monkeypatch.setattr(source_stubs._Loader, "get_data", damaged)
+    fit = environment.adapter_fit()
+    assert (fit["name"], fit["misfits"]) == (None, [])
+    assert said in fit["broken"]
 
 
 def test_the_hooks_of_the_plugin_itself_are_left_alone():

@@ -16,14 +16,13 @@ import gc
 import json
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress, TaskID
 
-from sglang_nsa_plugin.cli import terminal
+from sglang_nsa_plugin.cli import environment, terminal
 from sglang_nsa_plugin.cli.bench import cases, paths, report, timing
 from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, Case, DirectFills, Grid, Setup
 from sglang_nsa_plugin.cli.bench.paths import ORIGINAL, OURS, SGLANG, SGLANG_KERNEL
@@ -83,7 +82,7 @@ def _measured(progress: Progress, quick: bool) -> dict[str, Any]:
     if not quick:
         measured["expand"] = [_expand_case(device, bs) for bs in EXPAND_BATCH_SIZES]
     return {
-        "sglang": version("sglang"),
+        "sglang": environment.sglang()["version"],
         "gpu": torch.cuda.get_device_name(device),
         "adapter": STATE.adapter,
         "implementation": STATE.backend,
