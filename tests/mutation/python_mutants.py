@@ -34,7 +34,7 @@ MODULES = {
     "dispatch": ("tests/test_dispatch.py", "tests/test_api.py"),
     "self_test": ("tests/test_dispatch.py",),
     "adapters/captured_fill": ADAPTERS,
-    "adapters/fallbacks": ADAPTERS,
+    "adapters/fallbacks": ("tests/adapters/test_fallbacks.py",),
     "adapters/hooks": ADAPTERS,
     "adapters/in_graph": ADAPTERS,
     "adapters/install": ADAPTERS,
