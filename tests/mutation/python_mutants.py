@@ -35,7 +35,7 @@ MODULES = {
     "self_test": ("tests/test_dispatch.py",),
     "adapters/captured_fill": ADAPTERS,
     "adapters/fallbacks": ("tests/adapters/test_fallbacks.py",),
-    "adapters/hooks": ADAPTERS,
+    "adapters/hooks": ("tests/adapters/test_hooks.py", "tests/adapters/test_faults.py"),
     "adapters/in_graph": ADAPTERS,
     "adapters/install": ADAPTERS,
     "adapters/outcome": ("tests/adapters/test_outcome.py",),
