@@ -63,7 +63,7 @@ def _gpu_memory_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _copies_are_told(request: pytest.FixtureRequest) -> Iterator[None]:
+def _copies_are_traced(request: pytest.FixtureRequest) -> Iterator[None]:
     is_asked_for = request.config.getoption("--sanitized") == "initcheck"
     with MemcpyTrace() if is_asked_for else contextlib.nullcontext():
         yield
