@@ -27,6 +27,12 @@ COUNTERS = {
 }
 
 
+# Fields of State that go up and down.
+GAUGES = {
+    "switched_on": "1 while the fill is switched on in service, 0 while SGLang fills instead.",
+}
+
+
 def export(labels: Mapping[str, Any]) -> None:
     """Exposes this rank's state under SGLang's labels; counters only where there is an adapter.
 
@@ -63,11 +69,18 @@ class Copier:
 
     def __init__(self, labels: Mapping[str, Any]) -> None:
         from prometheus_client import Counter as Metric
+        from prometheus_client import Gauge
 
         self._labels = labels
         self._plain = {
             name: Metric(PREFIX + name, meaning, list(labels)).labels(**labels)
             for name, meaning in COUNTERS.items()
+        }
+        self._gauges = {
+            name: Gauge(PREFIX + name, meaning, list(labels), multiprocess_mode="mostrecent").labels(
+                **labels
+            )
+            for name, meaning in GAUGES.items()
         }
         self._fallbacks = Metric(
             f"{PREFIX}fallbacks",
@@ -80,6 +93,8 @@ class Copier:
         """Adds what was counted since the last copy."""
         for name, metric in self._plain.items():
             self._raise(name, metric, getattr(STATE, name))
+        for name, gauge in self._gauges.items():
+            gauge.set(getattr(STATE, name))
         for reason, count in dict(STATE.fallbacks).items():
             labelled = self._fallbacks.labels(**{**self._labels, "reason": reason})
             self._raise(f"fallbacks: {reason}", labelled, count)

@@ -117,6 +117,18 @@ def _get_internal_state(original: Callable[..., Any], scheduler: Any, *args: Any
     return output
 
 
+def _set_internal_state(
+    original: Callable[..., Any], scheduler: Any, recv_req: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """``/set_internal_state`` switches the fill of this rank."""
+    from sglang_nsa_plugin.adapters import switch
+
+    _warn_of_skipped_hooks()
+    return switch.set_internal_state(
+        lambda request: original(scheduler, request, *args, **kwargs), recv_req
+    )
+
+
 _COMMAND_LINE = (
     Hook(f"{_SERVER_ARGS}.add_cli_args", ("parser",), _add_cli_args),
     Hook(f"{_SERVER_ARGS}.from_cli_args", ("args",), _from_cli_args),
@@ -124,6 +136,7 @@ _COMMAND_LINE = (
 _IN_SCHEDULER = (
     Hook(f"{_SCHEDULER}.__init__", ("self", "server_args"), _init_scheduler, and_more=True),
     Hook(f"{_SCHEDULER}.get_internal_state", ("self",), _get_internal_state, and_more=True),
+    Hook(f"{_SCHEDULER}.set_internal_state", ("self", "recv_req"), _set_internal_state, and_more=True),
 )
 
 

@@ -31,6 +31,7 @@ class State:
         mqa_schedule: who makes DeepGEMM's schedule: the implementation, or "DeepGEMM" where the schedule
             of the installed DeepGEMM is another; None until SGLang has made its draft-extend backend.
         reason: why this adapter and implementation, or why none.
+        switched_on: whether the fill is switched on in service.
         captures: batch sizes whose fill was recorded in a CUDA graph.
         replays: draft-extend replays whose fill was in the graph.
         launches: draft-extend steps whose fill was one launch from Python.
@@ -45,6 +46,7 @@ class State:
     backend: str | None = None
     mqa_schedule: str | None = None
     reason: str = "not asked yet"
+    switched_on: bool = True
     captures: set[int] = field(default_factory=set)
     replays: int = 0
     launches: int = 0
@@ -66,6 +68,7 @@ def record() -> dict[str, Any]:
         "backend": STATE.backend,
         "mqa_schedule": STATE.mqa_schedule,
         "reason": STATE.reason,
+        "switched_on": STATE.switched_on,
         "in_graph": bool(STATE.captures),
         "captures": sorted(STATE.captures),
         "replays": STATE.replays,

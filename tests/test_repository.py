@@ -16,7 +16,7 @@ import pytest
 from commands import needs_sglang
 
 from sglang_nsa_plugin import metrics
-from sglang_nsa_plugin.adapters import releases
+from sglang_nsa_plugin.adapters import releases, switch
 from sglang_nsa_plugin.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,8 +196,16 @@ def wrong_with(command: str) -> str | None:
         sources = rest[rest.index("-S") + 1] if "-S" in rest else "csrc"
         return None if (ROOT / sources / "CMakeLists.txt").is_file() else "no CMakeLists.txt there"
     if program == "curl":
-        return None if rest[-1].endswith("/server_info") else "not a route that the plugin changes"
+        return wrong_with_request(*rest)
     return "unknown program"
+
+
+def wrong_with_request(url: str, *more: str) -> str | None:
+    if url.endswith("/server_info") and not more:
+        return None
+    if url.endswith("/set_internal_state") and more[0] == "--json":
+        return None if json.loads(more[1])["server_args"].keys() == {switch.KEY} else "not our key"
+    return "not a route that the plugin changes"
 
 
 def wrong_with_make(words: list[str]) -> str | None:

@@ -36,12 +36,19 @@ class Takeover:
 
     Args:
         hand_back: makes a backend SGLang's own again.
+        revalidate: makes a backend's next step ask again who fills it.
     """
 
-    def __init__(self, hand_back: Callable[[Any], None], outcome: Outcome = OUTCOME) -> None:
+    def __init__(
+        self,
+        hand_back: Callable[[Any], None],
+        revalidate: Callable[[Any], None] = lambda _: None,
+        outcome: Outcome = OUTCOME,
+    ) -> None:
         self.request: Request | None = None
         self.outcome = outcome
         self._hand_back = hand_back
+        self._revalidate = revalidate
         self._backends: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def arm(self, request: Request) -> None:
@@ -55,6 +62,12 @@ class Takeover:
     def discard(self, backend: Any) -> None:
         """This backend is SGLang's again."""
         self._backends.discard(backend)
+
+    def switch(self, on: bool) -> None:
+        """Hands the fill of every backend to SGLang, or takes it back, from the next step on."""
+        self.outcome.switch(on)
+        for backend in self._backends:
+            self._revalidate(backend)
 
     def fail(self, error: Exception) -> None:
         """Setting up a fill failed: hands every backend back to SGLang.

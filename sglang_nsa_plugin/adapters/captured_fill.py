@@ -92,6 +92,7 @@ class BackendFills:
         self.backend = backend
         self.mode = mode
         self.bind = choice.bind
+        self.outcome = outcome
         self.remainder_last = mqa_schedule.remainder_last(backend, choice.bind)
         self.captured: dict[int, GraphFill] = {}
         self.fast_path: dict[int, Hit] = {}
@@ -124,6 +125,8 @@ class BackendFills:
 
     def validate(self, captured: GraphFill, batch: Any) -> bool:
         """Whether the captured fill serves this batch; switches the fill on or off to match."""
+        if not self.outcome.is_switched_on:
+            return self._leave_to_sglang(FallbackReason.SWITCHED_OFF)
         if self.shadowed is not None and self.shadowed.check.failed():
             return self._leave_to_sglang(FallbackReason.DIFFERENCE_FOUND)
         inputs = (batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token)

@@ -45,6 +45,7 @@ class EagerFill:
         self.backend = backend
         self.names = names
         self.bind = choice.bind
+        self.outcome = outcome
         device = backend.req_to_token.device
         self.check = ShadowCheck(check_every, device, outcome) if check_every else None
         module = importlib.import_module(names.module)
@@ -106,6 +107,8 @@ class EagerFill:
         backend.forward_metadata = ours
 
     def _why_fallback(self, batch: Any) -> FallbackReason | None:
+        if not self.outcome.is_switched_on:
+            return FallbackReason.SWITCHED_OFF
         if self.check is not None and self.check.failed():
             return FallbackReason.DIFFERENCE_FOUND
         bs = batch.batch_size

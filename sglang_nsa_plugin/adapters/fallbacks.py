@@ -15,6 +15,7 @@ class FallbackReason(Enum):
 
     INPUTS_REPLACED = "input tensors are not the captured ones"
     DIFFERENCE_FOUND = "the shadow check found a difference"
+    SWITCHED_OFF = "switched off in service"
     NO_REQUESTS = "the batch has no requests"
     NO_HOST_LENGTHS = "the batch has no sequence lengths on the host"
     OTHER_SIZES = "the batch's tensors have other sizes than its number of requests"
@@ -23,8 +24,11 @@ class FallbackReason(Enum):
 
 
 def count_fallback(reason: FallbackReason) -> None:
-    """Counts a step that SGLang fills although the adapter is active; logs the first of each reason."""
-    if not STATE.fallbacks[reason.value]:
+    """Counts a step that SGLang fills although the adapter is active; logs the first of each reason.
+
+    The switch has logged itself.
+    """
+    if not STATE.fallbacks[reason.value] and reason is not FallbackReason.SWITCHED_OFF:
         logger.warning(
             "sglang-nsa-plugin: SGLang filled this draft-extend step: %s. Further ones are counted, not "
             "logged",

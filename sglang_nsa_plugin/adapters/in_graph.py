@@ -82,7 +82,11 @@ def hand_back(backend: Any) -> None:
         setattr(backend, RETIRED, fills)  # graphs hold its addresses
 
 
-_takeover = Takeover(hand_back)
+def _revalidate(backend: Any) -> None:
+    getattr(backend, FAST_PATH).clear()
+
+
+_takeover = Takeover(hand_back, _revalidate)
 
 
 def why_unsupported(backend: Any, model_runner: Any) -> str | None:

@@ -59,6 +59,11 @@ def install(request: Request) -> str | None:
     return None
 
 
+def switch(on: bool) -> None:
+    """Hands the installed adapter's fills to SGLang, or takes them back, from the next step on."""
+    adapter_for_installed().takeover.switch(on)
+
+
 def _warn_of_untested_release() -> None:
     import sglang
 

@@ -42,6 +42,7 @@ class Outcome:
         self.reason = STATE.reason
         self.adapter: str | None = None
         self.backend: str | None = None
+        self.is_switched_on = True
 
     @property
     def has_failed(self) -> bool:
@@ -74,6 +75,24 @@ class Outcome:
             choice.name,
             choice.reason,
             schedule,
+        )
+
+    def why_not_switchable(self, on: bool) -> str | None:
+        """Why the fill cannot be switched in service, or None. Only an active fill can."""
+        if self.phase is Phase.IDLE:
+            return f"the plugin fills nothing here: {self.reason}"
+        if self.has_failed and on:
+            return "the shadow check found a difference, so SGLang fills until this process ends"
+        return None
+
+    def switch(self, on: bool) -> None:
+        """Somebody switched the fill in service; the next step is filled accordingly."""
+        self.is_switched_on = STATE.switched_on = on
+        logger.info(
+            "sglang-nsa-plugin %s: switched %s in service: %s draft-extend metadata from now on",
+            VERSION,
+            "on" if on else "off",
+            "the plugin fills" if on else "SGLang fills",
         )
 
     def report_idle(self, reason: str) -> None:

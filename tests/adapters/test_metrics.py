@@ -43,6 +43,7 @@ STATE.backend = "cuda"
 for steps in (1000, 24):
     STATE.replays += steps
     STATE.checks += 3
+    STATE.switched_on = False
     STATE.fallbacks["a reason"] += 1
     time.sleep(1.5)
 """
@@ -100,6 +101,7 @@ def test_every_rank_shows_its_state_until_the_last_step(tmp_path):
         assert found.pop(f"checks_total {plain}") == 6
         assert found.pop(f"launches_total {plain}") == 0
         assert found.pop(f"mismatches_total {plain}") == 0
+        assert found.pop(f"switched_on {plain}") == 0
         assert found.pop(f"fallbacks_total {of_rank.format(' reason=a reason')}") == 2
     assert len(found) == 2
     assert all(name.startswith("info ") for name in found)
@@ -152,6 +154,7 @@ def test_the_reasons_of_fallbacks_are_the_public_values_of_a_label():
     assert {reason.value for reason in FallbackReason} == {
         "input tensors are not the captured ones",
         "the shadow check found a difference",
+        "switched off in service",
         "the batch has no requests",
         "the batch has no sequence lengths on the host",
         "the batch's tensors have other sizes than its number of requests",

@@ -109,6 +109,7 @@ def test_scheduler_is_hooked_where_it_is_loaded():
         "add_cli_args",
         "from_cli_args",
         "get_internal_state",
+        "set_internal_state",
     ]
 
 
