@@ -51,6 +51,7 @@ def expected(record: dict[str, Any]) -> dict[str, Any]:
     """What a rank with this record has to show."""
     return {
         **{name: record[name] for name in COUNTERS},
+        "switched_on": int(record["switched_on"]),
         "fallbacks": record["fallbacks"],
         "info": {
             "version": record["version"],
