@@ -3,8 +3,9 @@
     python -m integration.gpu.node_gaps [--json FILE] [--repeats 15]
 
 Needs an NVIDIA GPU, torch and Triton; no SGLang. Graphs of 1,000 small kernels are replayed after
-different preludes, each from two starting points: right after a replay that followed 24 plain kernels,
-and right after one that followed a kernel with programmatic launch. The first and the last kernel of a
+different preludes, each from three starting points: right after a replay that followed 24 plain kernels,
+right after one that followed a kernel with programmatic launch, and after three replays with the same
+prelude, as a server has them. The first and the last kernel of a
 graph write the GPU's clock, so its time is known without a profiler and without an event. Each situation
 is a process of its own: alone on the GPU, beside another process, with more or fewer hardware queues,
 and last of all under the profiler.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -36,6 +38,8 @@ BRANCH_EVERY = 10
 ELEMENTS = 1_024
 BUSY_CYCLES = 3_000_000  # longer than the host takes to launch a graph
 TWICE = "programmatic, the graph twice"
+SAME = "the same"  # before the replay that is timed, so many like it
+SETTLING = 3
 SIDE_LIMIT_S = 300  # a process beside ends by itself after so long
 PROCESS_LIMIT_S = 240
 GPU_QUERY = "clocks.sm,clocks.mem,clocks_event_reasons.active,compute_mode,pstate"
@@ -73,6 +77,9 @@ class Kernels:
     def programmatic(self) -> None:
         add_one_programmatic[(1,)](self.x, ELEMENTS, num_warps=1, launch_pdl=True)
 
+    def programmatic_on_side(self) -> None:
+        add_one_programmatic[(1,)](self.side, ELEMENTS, num_warps=1, launch_pdl=True)
+
     def copy(self, size: int) -> None:
         self.bytes[size].copy_(self.pinned[size], non_blocking=True)
 
@@ -83,14 +90,22 @@ class Kernels:
         torch.mm(self.a, self.b)  # few tiles and a long sum: cuBLAS splits the sum
 
 
-def capture(kernels: Kernels, body: Call) -> torch.cuda.CUDAGraph:
-    """A graph of ``body`` between two kernels that write the GPU's clock."""
+def capture(body: Call) -> torch.cuda.CUDAGraph:
+    """A graph of ``body``."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        write_clock[(1,)](kernels.clock, 0)
         body()
-        write_clock[(1,)](kernels.clock, 1)
     return graph
+
+
+def fork(main: Call, side: Call) -> None:
+    """Two branches of a graph that is captured, the side branch recorded first."""
+    stream, other = torch.cuda.current_stream(), torch.cuda.Stream()
+    other.wait_stream(stream)
+    with torch.cuda.stream(other):
+        side()
+    main()
+    stream.wait_stream(other)
 
 
 def graphs(kernels: Kernels) -> dict[str, torch.cuda.CUDAGraph]:
@@ -123,7 +138,8 @@ def graphs(kernels: Kernels) -> dict[str, torch.cuda.CUDAGraph]:
         "side branches, main first": lambda: forked(False),
         "side branches, side first": lambda: forked(True),
     }
-    return {name: capture(kernels, body) for name, body in bodies.items()}
+    begin, end = (functools.partial(write_clock[(1,)], kernels.clock, at) for at in range(2))
+    return {name: capture(several(begin, body, end)) for name, body in bodies.items()}
 
 
 def preludes(kernels: Kernels) -> dict[str, tuple[Call, Call]]:
@@ -143,6 +159,7 @@ def preludes(kernels: Kernels) -> dict[str, tuple[Call, Call]]:
             kernels.copy_back(40)
 
     plain, programmatic = kernels.plain, kernels.programmatic
+    forked = capture(lambda: fork(kernels.programmatic, kernels.programmatic_on_side))
     copy_8k, copy_40 = (lambda: kernels.copy(8_192)), (lambda: kernels.copy(40))
     before: dict[str, Call] = {
         "nothing": nothing,
@@ -156,6 +173,11 @@ def preludes(kernels: Kernels) -> dict[str, tuple[Call, Call]]:
             f"programmatic, {count} plain": several(programmatic, *[plain] * count)
             for count in (1, 2, 4, 8, 16, 24)
         },
+        **{
+            f"24 plain, {count} programmatic": several(*[plain] * 24, *[programmatic] * count)
+            for count in (1, 2, 8)
+        },
+        "24 plain, a forked graph of programmatic ones": several(*[plain] * 24, forked.replay),
         "24 plain": several(*[plain] * 24),
         "24 plain, GPU idle again": several(*[plain] * 24, torch.cuda.synchronize),
         "GPU busy for a while": lambda: torch.cuda._sleep(BUSY_CYCLES),
@@ -180,9 +202,10 @@ def measure(repeats: int, with_events: bool) -> list[Row]:
             write_clock[(1,)](kernels.clock, at)
         torch.cuda.synchronize()
         captured, cases = graphs(kernels), preludes(kernels)
-        starts: dict[str, Call] = {
+        starts: dict[str, Call | None] = {
             "24 plain": several(*[kernels.plain] * 24),
             "programmatic": kernels.programmatic,
+            SAME: None,
         }
         events = (False, True) if with_events else (False,)
         runs = list(itertools.product(captured, starts, [*cases, TWICE], events))
@@ -191,9 +214,13 @@ def measure(repeats: int, with_events: bool) -> list[Row]:
         for _ in range(repeats):
             shuffled.shuffle(runs)
             for name, start, prelude, event in runs:
-                starts[start]()
-                captured[name].replay()
-                torch.cuda.synchronize()
+                begin = starts[start]
+                for _ in range(SETTLING if begin is None else 0):
+                    _run(kernels, captured[name], cases.get(prelude), event)
+                if begin is not None:
+                    begin()
+                    captured[name].replay()
+                    torch.cuda.synchronize()
                 us = _run(kernels, captured[name], cases.get(prelude), event)
                 samples[name, start, prelude, event].append(us)
     return [
@@ -334,6 +361,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--situations", nargs="+", choices=SITUATIONS, default=list(SITUATIONS))
     parser.add_argument("--one", choices=SITUATIONS, help=argparse.SUPPRESS)
     parser.add_argument("--beside", choices=BESIDE, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -347,7 +375,7 @@ def main() -> int:
         print(json.dumps(measure_profiled(repeats) if is_profiled else measure(repeats, with_events)))
         return 0
     rows: list[Row] = []
-    for name in SITUATIONS:
+    for name in arguments.situations:
         found = in_process(name, arguments.repeats)
         print("\n".join(map(as_text, found)), flush=True)
         rows += found

@@ -1,4 +1,4 @@
-"""Does one empty kernel with programmatic launch before each replay make a real server's steps shorter?
+"""Do empty kernels with programmatic launch before each replay make a real server's steps shorter?
 
     python -m integration.serving.programmatic_noop [--layers 61] [--json FILE]
 
@@ -27,7 +27,14 @@ from integration.serving.checkpoint import write_checkpoint
 from integration.serving.server import Server
 
 PROBE = Path(__file__).parent / "noop_probe"
-SETTINGS = {"off": False, "no-op": True, "off again": False}
+# What is launched before each replay; the probe knows these names.
+SETTINGS = {
+    "off": "nothing",
+    "no-op": "no-op",
+    "8 no-ops": "8 no-ops",
+    "forked graph": "forked graph",
+    "off again": "nothing",
+}
 SERVERS: dict[str, dict[str, str | None]] = {
     "SGLang": {"SGLANG_NSA_METADATA_BACKEND": "off"},
     "plugin": {"SGLANG_NSA_METADATA_BACKEND": None},
@@ -38,17 +45,17 @@ SETTLING = 3  # steps at either end of a run that are left out
 
 
 class Switched:
-    """A running server whose no-op is switched by files."""
+    """A running server in which files switch what is launched before a replay."""
 
     def __init__(self, server: Server, folder: Path) -> None:
         self.server, self.folder = server, folder
         self._asked = 0
 
-    def ask(self, noop: bool) -> list[float]:
+    def ask(self, before: str) -> list[float]:
         """Switches, and returns the µs of the steps since the request before."""
         self._asked += 1
         new = self.folder / "ask.new"
-        new.write_text(json.dumps({"id": self._asked, "noop": noop}))
+        new.write_text(json.dumps({"id": self._asked, "before": before}))
         new.replace(self.folder / "ask")
         deadline = time.monotonic() + ANSWER_LIMIT_S
         while time.monotonic() < deadline:
@@ -59,12 +66,12 @@ class Switched:
             time.sleep(0.005)
         raise RuntimeError(f"the probe did not answer within {ANSWER_LIMIT_S:.0f} s")
 
-    def step_us(self, noop: bool, prompts: list[list[int]]) -> tuple[float, list[Any]]:
+    def step_us(self, before: str, prompts: list[list[int]]) -> tuple[float, list[Any]]:
         """The median time of a step while these prompts are answered, and the token ids."""
         self.server.flush_cache()
-        self.ask(noop)
+        self.ask(before)
         answers, _ = self.server.generate_at_once(prompts, NEW_TOKENS)
-        gaps = self.ask(noop)
+        gaps = self.ask(before)
         return statistics.median(gaps[SETTLING:-SETTLING] or gaps), [a.output_ids for a in answers]
 
 
@@ -120,12 +127,13 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=61)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = write_checkpoint(folder)
-        for name in SERVERS:
+        for name in arguments.servers:
             rows += serve(name, model, arguments.layers, arguments.requests, arguments.rounds)
     if arguments.json:
         command = "python -m integration.serving.programmatic_noop"

@@ -1,9 +1,9 @@
-"""An SGLang plugin that can launch one empty kernel with programmatic launch before each graph replay.
+"""An SGLang plugin that can launch empty kernels with programmatic launch before each graph replay.
 
 In a scheduler process it wraps ``torch.cuda.CUDAGraph.replay``. While ``$NOOP_PROBE_DIR/ask`` says
-``{"id": N, "noop": true}``, each replay is preceded by the kernel. A new request is answered in
-``$NOOP_PROBE_DIR/done`` with the times between replays of the graph that was replayed most often since
-the request before, which are the times of speculative steps.
+``{"id": N, "before": NAME}``, each replay is preceded by what :func:`preludes` has under that name. A
+new request is answered in ``$NOOP_PROBE_DIR/done`` with the times between replays of the graph that was
+replayed most often since the request before, which are the times of speculative steps.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+Call = Callable[[], object]
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 POLL_S = 0.005
 
-noop = False
+before = "nothing"
 replays: dict[int, list[int]] = {}  # id of a graph: when it was replayed, ns
 
 
@@ -30,12 +31,14 @@ def register() -> None:
         return
     import torch
 
-    launch = empty_kernel()
     original = torch.cuda.CUDAGraph.replay
+    made: dict[str, Call] = {}
 
     def replay(graph: Any) -> None:
-        if noop:
-            launch()
+        if before != "nothing":
+            if not made:
+                made.update(preludes(original))
+            made[before]()
         original(graph)
         replays.setdefault(id(graph), []).append(time.perf_counter_ns())
 
@@ -43,7 +46,29 @@ def register() -> None:
     threading.Thread(target=follow, args=(Path(os.environ["NOOP_PROBE_DIR"]),), daemon=True).start()
 
 
-def empty_kernel() -> Callable[[], object]:
+def preludes(replay: Callable[[Any], None]) -> dict[str, Call]:
+    """What can be launched before a replay; nothing of it writes."""
+    import torch
+
+    launch = empty_kernel()
+    forked = torch.cuda.CUDAGraph()
+    launch()  # compiles
+    side = torch.cuda.Stream()
+    with torch.cuda.graph(forked, capture_error_mode="thread_local"):
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            launch()
+        launch()
+        main.wait_stream(side)
+    return {
+        "no-op": launch,
+        "8 no-ops": lambda: [launch() for _ in range(8)],
+        "forked graph": lambda: replay(forked),
+    }
+
+
+def empty_kernel() -> Call:
     """A call that launches a kernel that does nothing, programmatically."""
     import triton
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -58,13 +83,13 @@ def empty_kernel() -> Callable[[], object]:
 
 def follow(folder: Path) -> None:
     """Takes requests until the process ends."""
-    global noop
+    global before
     answered = None
     while True:
         path = folder / "ask"
         asked = json.loads(path.read_text()) if path.is_file() else None
         if asked is not None and asked["id"] != answered:
-            noop = asked["noop"]
+            before = asked["before"]
             times = max(replays.values(), key=len, default=[])
             gaps = [(after - before) / 1000 for before, after in itertools.pairwise(times)]
             graphs = sorted((len(each) for each in replays.values()), reverse=True)
