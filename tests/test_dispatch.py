@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,15 @@ def test_a_candidate_with_one_wrong_value(monkeypatch: pytest.MonkeyPatch, name:
     wanted = f"its self-test filled {name} with other values than the torch reference"
     assert choice.name == "torch"
     assert choice.refused == {"cpu": wanted}
+
+
+def test_a_candidate_that_leaves_the_offset_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(args: FillArgs) -> Callable[[], None]:
+        return reference.bind(replace(args, length_offset=0))
+
+    monkeypatch.setattr(cpu, "bind", bind)
+    wanted = "its self-test filled cache_seqlens with other values than the torch reference"
+    assert dispatch.choose("auto", CPU).refused == {"cpu": wanted}
 
 
 def test_nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
