@@ -410,7 +410,9 @@ def test_the_dependency_excludes_what_the_library_refuses() -> None:
 @pytest.mark.parametrize("ragged", [False, True])
 def test_the_small_case_has_the_edges_that_matter(ragged: bool) -> None:
     args = self_test.small_case(CPU, ragged)
-    lengths, pool = args.seq_lens.tolist(), args.req_to_token.shape[0]
+    assert args.length_offset > 0
+    lengths = (args.seq_lens + args.length_offset).tolist()
+    pool = args.req_to_token.shape[0]
     rows = args.extend_lens.tolist() if ragged else [args.extend_lens] * args.bs
     live = [(length, q) for length, q in zip(lengths, rows, strict=True) if q]
     assert any(0 < length < q for length, q in live)
