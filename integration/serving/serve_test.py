@@ -30,6 +30,7 @@ SLICES: dict[str, tuple[str, ...]] = {
     "shadow": ("test_shadow_serving.py",),
     "shadow-load": ("test_shadow_load.py",),
     "load": ("test_load.py",),
+    "gain": ("test_gain.py",),
     "switch": ("test_switch.py",),
     "parallel": ("test_parallel.py", "--servers=4"),
 }
