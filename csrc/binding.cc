@@ -46,6 +46,11 @@ IndexVector index_vector(const MaybeTensor& tensor) {
   return IndexVector{data_of<const int32_t>(*tensor), (*tensor).stride(0) * words, words == 2};
 }
 
+LengthVector length_vector(const TensorView& seq_lens, int64_t offset) {
+  const IndexVector vector = index_vector(seq_lens);
+  return LengthVector{vector.data, vector.stride, static_cast<uint32_t>(offset)};
+}
+
 IndexTable index_table(const MaybeTensor& tensor) {
   if (!tensor.has_value()) return IndexTable{};
   const TensorView& t = *tensor;
@@ -140,11 +145,11 @@ ffi::Function bind_comparison_on_cpu(const Comparison& all) {
 // What `bind` takes after max_blocks, in this order: the fields of FillArgs that have these names.
 // kernels/compiled.py asks for the names, so that neither side counts positions.
 constexpr std::string_view kParameters[] = {
-    "seq_lens",           "req_pool_indices",  "req_to_token",     "extend_lens",
-    "index_topk",         "page_size",         "cache_seqlens",    "cu_seqlens_k",
-    "seqlens_expanded",   "nsa_cache_seqlens", "nsa_cu_seqlens_k", "ctx_lens",
-    "page_table_1",       "real_page_table",   "row_count",        "mqa_schedule",
-    "mqa_remainder_last", "enabled",
+    "seq_lens",     "length_offset",      "req_pool_indices",  "req_to_token",
+    "extend_lens",  "index_topk",         "page_size",         "cache_seqlens",
+    "cu_seqlens_k", "seqlens_expanded",   "nsa_cache_seqlens", "nsa_cu_seqlens_k",
+    "ctx_lens",     "page_table_1",       "real_page_table",   "row_count",
+    "mqa_schedule", "mqa_remainder_last", "enabled",
 };
 constexpr int kParameterCount = sizeof(kParameters) / sizeof(kParameters[0]);
 
@@ -183,8 +188,8 @@ class Arguments {
 Fill pack(const Arguments& arguments) {
   Fill fill{};
   const TensorView seq_lens = arguments.tensor("seq_lens");
-  const TensorView seqlens_expanded = arguments.tensor("seqlens_expanded");
-  fill.seq_lens = index_vector(seq_lens);
+  const TensorView nsa_cache_seqlens = arguments.tensor("nsa_cache_seqlens");
+  fill.seq_lens = length_vector(seq_lens, arguments.number("length_offset"));
   fill.req_pool_indices = index_vector(arguments.maybe("req_pool_indices"));
   fill.req_to_token = index_table(arguments.maybe("req_to_token"));
   if (const auto rows_per_request = arguments["extend_lens"].as<int64_t>()) {
@@ -194,12 +199,12 @@ Fill pack(const Arguments& arguments) {
     fill.extend_lens = index_vector(arguments.tensor("extend_lens"));
   }
   fill.requests = seq_lens.size(0);
-  fill.rows = seqlens_expanded.size(0);
+  fill.rows = nsa_cache_seqlens.size(0);
   fill.index_topk = arguments.number("index_topk");
   fill.cache_seqlens = output_vector(arguments.tensor("cache_seqlens"));
   fill.cu_seqlens_k = output_vector(arguments.tensor("cu_seqlens_k"));
-  fill.seqlens_expanded = output_vector(seqlens_expanded);
-  fill.nsa_cache_seqlens = output_vector(arguments.tensor("nsa_cache_seqlens"));
+  fill.seqlens_expanded = output_vector(arguments.maybe("seqlens_expanded"));
+  fill.nsa_cache_seqlens = output_vector(nsa_cache_seqlens);
   fill.nsa_cu_seqlens_k = output_vector(arguments.tensor("nsa_cu_seqlens_k"));
   fill.ctx_lens = output_vector(arguments.maybe("ctx_lens"));
   fill.row_count = output_vector(arguments.maybe("row_count"));

@@ -8,12 +8,8 @@
 
 namespace nsa {
 
-NSA_INLINE int32_t low_word(const IndexVector& vector, int64_t i) {
-  return vector.data[i * vector.stride];
-}
-
 NSA_INLINE int64_t load(const IndexVector& vector, int64_t i) {
-  const int32_t low = low_word(vector, i);
+  const int32_t low = vector.data[i * vector.stride];
   const int32_t high = vector.is_int64 ? vector.data[i * vector.stride + 1] : low >> 31;
   return static_cast<int64_t>(high) * (int64_t{1} << 32) + static_cast<uint32_t>(low);
 }
@@ -22,8 +18,14 @@ NSA_INLINE void store(const OutputVector& out, int64_t i, int64_t value) {
   if (out.data != nullptr) out.data[i * out.stride] = static_cast<int32_t>(value);
 }
 
-// L, as SGLang keeps it: the low 32 bits of seq_lens, signed.
-NSA_INLINE int32_t length_of(const Fill& fill, int64_t r) { return low_word(fill.seq_lens, r); }
+// L of a word of seq_lens, as SGLang keeps it: the low 32 bits of the sum, signed.
+NSA_INLINE int32_t length_from(int32_t word, uint32_t offset) {
+  return static_cast<int32_t>(static_cast<uint32_t>(word) + offset);
+}
+
+NSA_INLINE int32_t length_of(const Fill& fill, int64_t r) {
+  return length_from(fill.seq_lens.data[r * fill.seq_lens.stride], fill.seq_lens.offset);
+}
 
 // q, the rows of request r: 0 to 2^31 - 1.
 NSA_INLINE int64_t rows_of(const Fill& fill, int64_t r) {

@@ -49,7 +49,8 @@ __device__ inline void fill_pages(const StaticFill& launch, uint32_t block) {
   const uint32_t r = divide(block, blocks);
   const uint32_t block_of_request = block - r * blocks.value;
   const int32_t enabled = params.enabled == nullptr ? 1 : *params.enabled;
-  const int32_t length = *word_at(params.lengths, r, params.length_stride);
+  const int32_t length =
+      length_from(*word_at(params.lengths, r, params.length_stride), params.length_offset);
   const int32_t* pool_row = word_at(params.pool_rows, r, params.pool_row_stride);
   const uint32_t pool_row_low = static_cast<uint32_t>(pool_row[0]);
   const int32_t pool_row_high = params.has_high_words ? pool_row[1] : 0;
@@ -110,6 +111,7 @@ inline PageCopyParams page_copy_of(const Fill& fill) {
   params.request_stride = bytes(table.row_stride * fill.rows_per_request);
   params.row_stride = bytes(table.row_stride);
   params.rows_per_request = static_cast<uint32_t>(fill.rows_per_request);
+  params.length_offset = fill.seq_lens.offset;
   return params;
 }
 

@@ -21,6 +21,13 @@ struct IndexVector {
   bool is_int64;
 };
 
+// The lengths L of a fill: seq_lens, of which only the low words count, plus a number.
+struct LengthVector {
+  const int32_t* data;
+  int64_t stride;
+  uint32_t offset;
+};
+
 struct IndexTable {
   const int32_t* data;
   int64_t row_stride;
@@ -65,7 +72,7 @@ struct Schedule {
 // The names are those of FillArgs.
 struct Fill {
   const int32_t* enabled;  // null, or one number on the device: 0 makes the fill write nothing
-  IndexVector seq_lens;
+  LengthVector seq_lens;
   IndexVector req_pool_indices;
   int64_t rows_per_request;  // of a uniform batch
   IndexTable req_to_token;
@@ -116,6 +123,7 @@ struct PageCopyParams {
   uint32_t request_stride;  // in the table, from the first row of a request to that of the next
   uint32_t row_stride;
   uint32_t rows_per_request;
+  uint32_t length_offset;
 };
 
 // A uniform batch, with the grid that was computed when it was bound.

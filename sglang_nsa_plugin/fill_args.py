@@ -1,4 +1,4 @@
-"""The contract of a draft-extend metadata fill: what it reads, what it writes, what it refuses."""
+"""The contract of a metadata fill: what it reads, what it writes, what it refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEGMENT = 256  # tokens in a segment of DeepGEMM's schedule
 class FillArgs:
     """The tensors of one fill, validated when the object is made.
 
-    Request r of ``bs`` has ``L = seq_lens[r]`` tokens in the KV cache, of which the last
+    Request r of ``bs`` has ``L = seq_lens[r] + length_offset`` tokens in the KV cache, of which the last
     ``q = extend_lens[r]`` are the rows ``t = first(r) + j, 0 <= j < q`` of this forward, where
     ``first(r)`` is the sum of q over the requests before r. A fill writes, all int32:
 
@@ -38,6 +38,8 @@ class FillArgs:
 
     Inputs, int32 or int64, any strides:
         seq_lens: [bs]. Only the low 32 bits count, as in SGLang's int32 metadata.
+        length_offset: tokens that ``seq_lens`` does not count yet, 0 or more, the same number for every
+            request. L is the low 32 bits of the sum, so it is negative from 2**31 on.
         extend_lens: the rows per request: one number (a *uniform* batch) or a tensor [bs] (a *ragged*
             batch), where negative values count as 0 and larger ones than 2**31 - 1 as 2**31 - 1.
         req_pool_indices: [bs], rows of ``req_to_token``.
@@ -51,7 +53,17 @@ class FillArgs:
 
     ``ctx_lens``, ``page_table_1``, ``real_page_table``, ``row_count`` and ``mqa_schedule`` are not
     filled when None. With page size 1 ``real_page_table`` must be None: it would equal
-    ``page_table_1``.
+    ``page_table_1``. ``seqlens_expanded`` may be None when ``extend_lens`` is 1: in decode, SGLang uses
+    ``cache_seqlens`` in its place.
+
+    The three plans of SGLang's speculative step with n draft tokens are one fill with other numbers.
+    The columns are ``seq_lens``, ``extend_lens`` and ``length_offset``:
+
+    ============= =============================== === ===
+    draft-decode  without this step's tokens        1   0
+    target-verify without this step's tokens        n   n
+    draft-extend  with the n tokens                 n   0
+    ============= =============================== === ===
 
     ``mqa_schedule`` is DeepGEMM's schedule for paged MQA logits, for a uniform batch. Row t has
     ``ceil(seqlens_expanded[t] / 256)`` segments, of which all rows together have n. Processor p begins
@@ -77,11 +89,12 @@ class FillArgs:
     req_pool_indices: torch.Tensor | None
     req_to_token: torch.Tensor | None
     extend_lens: int | torch.Tensor
+    length_offset: int = 0
     index_topk: int
     page_size: int
     cache_seqlens: torch.Tensor
     cu_seqlens_k: torch.Tensor
-    seqlens_expanded: torch.Tensor
+    seqlens_expanded: torch.Tensor | None
     nsa_cache_seqlens: torch.Tensor
     nsa_cu_seqlens_k: torch.Tensor
     ctx_lens: torch.Tensor | None = None
@@ -94,6 +107,7 @@ class FillArgs:
 
     def __post_init__(self) -> None:
         _take_numbers(self)
+        _validate_expanded(self)
         _validate_tensors(self)
         _validate_shapes(self)
         _validate_tables(self)
@@ -124,7 +138,7 @@ class FillArgs:
     @property
     def rows(self) -> int:
         """Number of rows of the outputs."""
-        return self.seqlens_expanded.shape[0]
+        return self.bs if self.seqlens_expanded is None else self.seqlens_expanded.shape[0]
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The input tensors that are not None, by name."""
@@ -148,7 +162,7 @@ OUTPUTS = (
     "row_count",
     "mqa_schedule",
 )
-REQUIRED = ("seq_lens", *OUTPUTS[:5])
+REQUIRED = ("seq_lens", "cache_seqlens", "cu_seqlens_k", "nsa_cache_seqlens", "nsa_cu_seqlens_k")
 RANKS = {
     "req_to_token": (2,),
     "page_table_1": (2,),
@@ -168,6 +182,7 @@ def _take_numbers(args: FillArgs) -> None:
     numbers = {
         "index_topk": _number("index_topk", args.index_topk, lowest=1),
         "page_size": _number("page_size", args.page_size, lowest=1),
+        "length_offset": _number("length_offset", args.length_offset, lowest=0),
     }
     if not isinstance(args.extend_lens, torch.Tensor):
         numbers["extend_lens"] = _number("extend_lens", args.extend_lens, lowest=0, or_tensor=True)
@@ -200,6 +215,14 @@ def _type_name(value: object) -> str:
         if kind.__module__ in ("builtins", "torch")
         else f"{kind.__module__}.{kind.__name__}"
     )
+
+
+def _validate_expanded(args: FillArgs) -> None:
+    has_one_row = isinstance(args.extend_lens, int) and args.extend_lens == 1
+    if args.seqlens_expanded is None and not has_one_row:
+        raise TypeError(
+            "seqlens_expanded: must be a torch.Tensor when extend_lens is not 1, got NoneType"
+        )
 
 
 def _validate_tensors(args: FillArgs) -> None:
@@ -265,7 +288,7 @@ def _validate_shapes(args: FillArgs) -> None:
     if isinstance(args.extend_lens, int) and rows != bs * args.extend_lens:
         raise ValueError(
             f"seqlens_expanded: shape must be ({bs * args.extend_lens},) for {bs} requests of "
-            f"{args.extend_lens} rows each, got {tuple(args.seqlens_expanded.shape)}"
+            f"{args.extend_lens} rows each, got ({rows},)"
         )
     for name, size in {
         "req_pool_indices": bs,

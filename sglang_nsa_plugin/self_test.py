@@ -13,6 +13,7 @@ from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.kernels import torch as reference
 
 POISON = -987_654_321
+LENGTH_OFFSET = 2
 MANY = 75  # times small_case: more requests than any implementation takes at once
 
 
@@ -54,7 +55,8 @@ def small_case(device: torch.device, ragged: bool, times: int = 1) -> FillArgs:
         return torch.tensor(values * times, dtype=dtype, device=device)
 
     args = FillArgs(
-        seq_lens=tensor([1, 37, 0, 90]),
+        seq_lens=tensor([1, 37, 0, 90]) - LENGTH_OFFSET,
+        length_offset=LENGTH_OFFSET,
         req_pool_indices=tensor([2, 0, 1, 9]),
         req_to_token=torch.arange(4 * 44, dtype=torch.int32, device=device).view(4, 44),
         extend_lens=3,

@@ -37,6 +37,7 @@ class Case:
     """One fill in plain numbers. ``dtypes`` and ``layouts`` go by the names of FillArgs."""
 
     seq_lens: Sequence[int]
+    length_offset: int = 0
     extend_lens: int | Sequence[int] = 1
     indices: Sequence[int] | None = None  # None: request r uses row r modulo pool
     pool: int = 5
@@ -46,6 +47,7 @@ class Case:
     width: int | None = None  # columns of page_table_1
     pages: int | None = None  # columns of real_page_table
     rows: int | None = None  # of a ragged batch; None: as many as it needs
+    expanded: bool = True  # whether seqlens_expanded is filled
     ctx_dims: int = 0
     row_count: bool = False
     processors: int | None = None  # of mqa_schedule
@@ -91,10 +93,11 @@ class Case:
         shapes: dict[str, tuple[int, ...]] = {
             "cache_seqlens": (bs,),
             "cu_seqlens_k": (bs + 1,),
-            "seqlens_expanded": (rows,),
             "nsa_cache_seqlens": (rows,),
             "nsa_cu_seqlens_k": (rows + 1,),
         }
+        if self.expanded:
+            shapes["seqlens_expanded"] = (rows,)
         if self.ctx_dims:
             shapes["ctx_lens"] = (rows,) if self.ctx_dims == 1 else (rows, 1)
         if self.width is not None:
@@ -159,8 +162,10 @@ class Guarded:
 
 def fill_args(case: Case, **tensors: object) -> FillArgs:
     """The FillArgs of a case from its tensors by name."""
-    given: dict[str, object] = {"req_pool_indices": None, "req_to_token": None, **tensors}
+    may_be_none = ("req_pool_indices", "req_to_token", "seqlens_expanded")
+    given: dict[str, object] = {**dict.fromkeys(may_be_none), **tensors}
     numbers = {
+        "length_offset": case.length_offset,
         "index_topk": case.index_topk,
         "page_size": case.page_size,
         "mqa_remainder_last": case.remainder_last,
@@ -198,14 +203,8 @@ def _like(memory: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 def _difference(name: str, actual: torch.Tensor, expected: torch.Tensor, tensor: torch.Tensor) -> str:
     cells = (actual != expected).nonzero().flatten().tolist()
     cell = cells[0]
-    inside = torch.zeros(actual.shape, dtype=torch.bool)
-    where = "outside the tensor"
-    _like(inside, tensor).fill_(True)
-    if inside[cell]:
-        ids = torch.full(actual.shape, -1)
-        _like(ids, tensor).copy_(torch.arange(tensor.numel()).view(tensor.shape))
-        index = np.unravel_index(int(ids[cell]), tensor.shape)
-        where = f"element {tuple(map(int, index))}"
+    elements = (_like(torch.arange(len(actual)), tensor) == cell).nonzero().tolist()
+    where = f"element {tuple(elements[0])}" if elements else "outside the tensor"
     return (
         f"{name}, {where}: wrote {int(actual[cell])}, expected {int(expected[cell])} "
         f"({len(cells)} cells differ; shape {tuple(tensor.shape)}, strides {tensor.stride()})"
@@ -218,6 +217,7 @@ def expect(args: FillArgs) -> dict[str, np.ndarray]:
     if args.enabled is not None and int(args.enabled) == 0:
         return out
     row = sum_of_lengths = sum_of_clamped = 0
+    lengths_of_rows: list[int] = []
     out["cu_seqlens_k"][0] = out["nsa_cu_seqlens_k"][0] = 0
     for r, (length, q) in enumerate(_requests(args)):
         out["cache_seqlens"][r] = length
@@ -228,6 +228,7 @@ def expect(args: FillArgs) -> dict[str, np.ndarray]:
             expanded = max(length - q + 1 + j, 0)
             sum_of_clamped += min(expanded, args.index_topk)
             _set_row(out, row, expanded, args.index_topk, sum_of_clamped)
+            lengths_of_rows.append(expanded)
             _copy_pages(out.get("page_table_1"), row, slots, length, 1)
             _copy_pages(out.get("real_page_table"), row, slots, length, args.page_size)
             row += 1
@@ -236,15 +237,15 @@ def expect(args: FillArgs) -> dict[str, np.ndarray]:
     for rest in range(row, args.rows):
         _set_row(out, rest, 0, args.index_topk, sum_of_clamped)
     if "mqa_schedule" in out:
-        _set_schedule(out["mqa_schedule"], out["seqlens_expanded"], args.mqa_remainder_last)
+        _set_schedule(out["mqa_schedule"], lengths_of_rows, args.mqa_remainder_last)
     return out
 
 
-def _set_schedule(schedule: np.ndarray, lengths: np.ndarray, remainder_last: bool) -> None:
+def _set_schedule(schedule: np.ndarray, lengths: Sequence[int], remainder_last: bool) -> None:
     """Deals the segments out one by one: each processor is given its share, and begins at its first."""
     rows = len(lengths)
     longest = (2**31 - 1) // max(rows, 1) * 256
-    segments = [-(-min(int(length), longest) // 256) for length in lengths]
+    segments = [-(-min(length, longest) // 256) for length in lengths]
     processors = len(schedule) - 1
     share, longer = divmod(sum(segments), processors)
     row = segment = 0
@@ -263,7 +264,7 @@ def to_int32(value: int) -> int:
 
 
 def _requests(args: FillArgs) -> list[tuple[int, int]]:
-    lengths = [to_int32(length) for length in args.seq_lens.tolist()]
+    lengths = [to_int32(seq_len + args.length_offset) for seq_len in args.seq_lens.tolist()]
     if isinstance(args.extend_lens, int):
         return [(length, args.extend_lens) for length in lengths]
     rows_per_request = [min(max(q, 0), INT32_MAX) for q in args.extend_lens.tolist()]
@@ -271,11 +272,11 @@ def _requests(args: FillArgs) -> list[tuple[int, int]]:
 
 
 def _set_row(out: dict[str, np.ndarray], row: int, expanded: int, topk: int, sums: int) -> None:
-    out["seqlens_expanded"][row] = expanded
     out["nsa_cache_seqlens"][row] = min(expanded, topk)
     out["nsa_cu_seqlens_k"][row + 1] = to_int32(sums)
-    if "ctx_lens" in out:
-        out["ctx_lens"][row] = expanded
+    for name in ("seqlens_expanded", "ctx_lens"):
+        if name in out:
+            out[name][row] = expanded
 
 
 def _slots_of(args: FillArgs, r: int) -> np.ndarray:

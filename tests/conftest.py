@@ -121,6 +121,7 @@ OF_GRAPHS = (
     "test_in_graph.py",
     "test_declined.py",
     "test_ranks.py",
+    "test_roles.py",
     "test_runner.py",
     "test_shadow_check.py",
     "test_start_faults.py",

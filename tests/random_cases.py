@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -57,13 +57,15 @@ def random_case(rng: Random, scale: Scale) -> Case:
     pages = rng.randint(0, 20) if page_size > 1 and happens(rng, 0.7) else None
     dtypes = _dtypes(rng, scale)
 
+    offset = rng.choice([0, 0, q, q, 1, rng.randint(0, 200), near(rng, INT32_MAX)])
     edges = (0, 1, q, 64, index_topk, tokens, width or 0, (pages or 0) * page_size, scale.columns)
-    lengths = [_length(rng, edges, dtypes["seq_lens"]) for _ in range(bs)]
+    lengths = [_length(rng, edges, dtypes["seq_lens"], offset) for _ in range(bs)]
     uniform = happens(rng, 0.5)
     extend_lens = q if uniform else [_extend_len(rng, dtypes["extend_lens"]) for _ in range(bs)]
     shared = rng.choice(SHARED) if happens(rng, 0.1) else {}
     return Case(
         seq_lens=lengths,
+        length_offset=offset,
         extend_lens=extend_lens,
         indices=[_index(rng, pool, dtypes["req_pool_indices"]) for _ in range(bs)],
         pool=pool,
@@ -73,6 +75,7 @@ def random_case(rng: Random, scale: Scale) -> Case:
         width=width,
         pages=pages,
         rows=None if uniform else _rows(rng, extend_lens),
+        expanded=extend_lens != 1 or happens(rng, 0.5),
         dtypes=dtypes,
         layouts=_layouts(rng),
         shared=shared,
@@ -124,10 +127,11 @@ def _optional_vectors(rng: Random, scale: Scale) -> dict[str, Any]:
     }
 
 
-def _length(rng: Random, edges: Sequence[int], dtype: torch.dtype) -> int:
+def _length(rng: Random, edges: Sequence[int], dtype: torch.dtype, offset: int) -> int:
+    """A number of seq_lens: it or its sum with the offset is near an edge, more often than not."""
     kind = rng.random()
     if kind < 0.7:
-        return near(rng, *edges)
+        return near(rng, *edges) - (offset if happens(rng, 0.5) else 0)
     return rng.randint(0, 200) if kind < 0.85 else ends(rng, dtype)
 
 
@@ -167,13 +171,29 @@ def _source_layout(rng: Random) -> Layout:
 def sglang_case(rng: Random) -> Case:
     """A fill that SGLang asks of its own kernel: at least one row, requests inside the pool, tables of
     one width, contiguous outputs."""
+    return _sglang_case(rng, lowest=-1)
+
+
+def verify_case(rng: Random) -> Case:
+    """The same of target-verify: the lengths are those before the rows."""
+    case = _sglang_case(rng, lowest=0)
+    rows = rng.randint(1, 6)
+    return replace(case, extend_lens=rows, length_offset=rows)
+
+
+def decode_case(rng: Random) -> Case:
+    """The same of decode: one row for each request, and no expanded lengths."""
+    return replace(_sglang_case(rng, lowest=0), extend_lens=1, expanded=False)
+
+
+def _sglang_case(rng: Random, lowest: int) -> Case:
     bs, pool, page_size = rng.randint(1, 6), rng.randint(1, 4), rng.choice([1, 16, 64])
     width = rng.choice([1, 63, 64, 65, 127, 128, 129, 200, 257])
     q = rng.randint(1, 6)
     others = [rng.randint(0, 6) for _ in range(bs - 1)]
     edges = (0, 1, q, 64, 128, width)
     return Case(
-        seq_lens=[min(near(rng, *edges), width) for _ in range(bs)],
+        seq_lens=[min(max(near(rng, *edges), lowest), width) for _ in range(bs)],
         extend_lens=q if happens(rng, 0.5) else [q, *others],
         indices=[rng.randrange(pool) for _ in range(bs)],
         pool=pool,

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,15 @@ def test_a_candidate_with_one_wrong_value(monkeypatch: pytest.MonkeyPatch, name:
     assert choice.refused == {"cpu": wanted}
 
 
+def test_a_candidate_that_leaves_the_offset_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(args: FillArgs) -> Callable[[], None]:
+        return reference.bind(replace(args, length_offset=0))
+
+    monkeypatch.setattr(cpu, "bind", bind)
+    wanted = "its self-test filled cache_seqlens with other values than the torch reference"
+    assert dispatch.choose("auto", CPU).refused == {"cpu": wanted}
+
+
 def test_nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dispatch.CANDIDATES, "cpu", ("cpu",))
     monkeypatch.setattr(cpu, "why_unavailable", lambda: "gone")
@@ -400,7 +410,9 @@ def test_the_dependency_excludes_what_the_library_refuses() -> None:
 @pytest.mark.parametrize("ragged", [False, True])
 def test_the_small_case_has_the_edges_that_matter(ragged: bool) -> None:
     args = self_test.small_case(CPU, ragged)
-    lengths, pool = args.seq_lens.tolist(), args.req_to_token.shape[0]
+    assert args.length_offset > 0
+    lengths = (args.seq_lens + args.length_offset).tolist()
+    pool = args.req_to_token.shape[0]
     rows = args.extend_lens.tolist() if ragged else [args.extend_lens] * args.bs
     live = [(length, q) for length, q in zip(lengths, rows, strict=True) if q]
     assert any(0 < length < q for length, q in live)

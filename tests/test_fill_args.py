@@ -131,6 +131,27 @@ def test_extend_lens_as_a_number(valid: dict, value: object, error: type, rule: 
     refused(error, f"extend_lens: {rule}", valid | {"extend_lens": value})
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "rule"),
+    [
+        (True, TypeError, "must be an int, got bool"),
+        (4.0, TypeError, "must be an int, got float"),
+        (None, TypeError, "must be an int, got NoneType"),
+        (torch.tensor([4, 4]), TypeError, "must be an int, got Tensor"),
+        (-1, ValueError, "must lie in 0 .. 2147483647, got -1"),
+        (2**31, ValueError, "must lie in 0 .. 2147483647, got 2147483648"),
+    ],
+)
+def test_length_offset(valid: dict, value: object, error: type, rule: str) -> None:
+    refused(error, f"length_offset: {rule}", valid | {"length_offset": value})
+
+
+def test_the_length_offset_is_0_when_left_out(valid: dict) -> None:
+    del valid["length_offset"]
+    assert FillArgs(**valid).length_offset == 0
+    assert FillArgs.unvalidated(**valid).length_offset == 0
+
+
 class Index:
     def __index__(self) -> int:
         return 3
@@ -140,9 +161,9 @@ class Index:
     "three", [np.int64(3), np.uint8(3), np.array(3), Index()], ids=["int64", "uint8", "array", "Index"]
 )
 def test_whole_numbers_of_other_types_become_ints(valid: dict, three: object) -> None:
-    numbers = ("index_topk", "page_size", "extend_lens")
+    numbers = ("index_topk", "page_size", "extend_lens", "length_offset")
     args = FillArgs(**valid | dict.fromkeys(numbers, three))
-    assert [(type(getattr(args, name)), getattr(args, name)) for name in numbers] == [(int, 3)] * 3
+    assert [(type(getattr(args, name)), getattr(args, name)) for name in numbers] == [(int, 3)] * 4
 
 
 def test_the_switch_of_the_remainder_is_a_bool(valid: dict) -> None:
@@ -152,8 +173,8 @@ def test_the_switch_of_the_remainder_is_a_bool(valid: dict) -> None:
 
 
 def test_the_ends_of_the_numbers_are_taken(valid: dict) -> None:
-    FillArgs(**valid | {"index_topk": 1, "page_size": 2})
-    FillArgs(**valid | {"index_topk": 2**31 - 1, "page_size": 2**31 - 1})
+    FillArgs(**valid | {"index_topk": 1, "page_size": 2, "length_offset": 0})
+    FillArgs(**valid | dict.fromkeys(("index_topk", "page_size", "length_offset"), 2**31 - 1))
 
 
 # Tensors without memory
@@ -201,9 +222,37 @@ def test_a_tensor_whose_storage_was_freed(valid: dict) -> None:
 # Types and dtypes
 
 
-@pytest.mark.parametrize("name", ["seq_lens", *OUTPUTS[:5]])
+@pytest.mark.parametrize("name", ["seq_lens", *OUTPUTS[:2], *OUTPUTS[3:5]])
 def test_required_tensors(valid: dict, name: str) -> None:
     refused(TypeError, f"{name}: must be a torch.Tensor, got NoneType", valid | {name: None})
+
+
+def one_row_each(valid: dict) -> dict:
+    """The two requests with one row each."""
+    rows = {name: int32(2) for name in ("seqlens_expanded", "nsa_cache_seqlens")}
+    tables = {"page_table_1": int32(2, 40), "real_page_table": int32(2, 5)}
+    return valid | rows | tables | {"extend_lens": 1, "nsa_cu_seqlens_k": int32(3), "ctx_lens": int32(2)}
+
+
+def test_expanded_lengths_may_be_left_out_of_one_row_a_request(valid: dict) -> None:
+    args = FillArgs(**one_row_each(valid) | {"seqlens_expanded": None})
+    assert args.rows == 2
+    assert "seqlens_expanded" not in args.outputs()
+
+
+@pytest.mark.parametrize("extend_lens", [0, 3, torch.ones(2, dtype=torch.int32)])
+def test_expanded_lengths_of_other_batches_are_required(valid: dict, extend_lens: object) -> None:
+    message = "seqlens_expanded: must be a torch.Tensor when extend_lens is not 1, got NoneType"
+    refused(TypeError, message, valid | {"extend_lens": extend_lens, "seqlens_expanded": None})
+
+
+@pytest.mark.parametrize(
+    "name", ["nsa_cache_seqlens", "nsa_cu_seqlens_k", "ctx_lens", "page_table_1", "real_page_table"]
+)
+def test_rows_without_expanded_lengths(valid: dict, name: str) -> None:
+    decode = one_row_each(valid) | {"seqlens_expanded": None}
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        FillArgs(**decode | {name: int32(*(n + 1 for n in decode[name].shape))})
 
 
 @pytest.mark.parametrize("name", [*INPUTS[:3], "enabled", *OUTPUTS])

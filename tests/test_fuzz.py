@@ -34,7 +34,7 @@ from cases import (
 from hypothesis import find, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
-from random_cases import INDEX_INPUTS, Scale, random_case, sglang_case
+from random_cases import INDEX_INPUTS, Scale, decode_case, random_case, sglang_case, verify_case
 
 from sglang_nsa_plugin import FillArgs
 
@@ -146,22 +146,39 @@ def check_values(args: FillArgs, fill: Callable[[FillArgs], object]) -> None:
 
 
 def test_sglangs_own_kernel_writes_the_same(fill_backend: Backend, asked_for: int | None) -> None:
+    compare_with(sglang_kernel.fill, sglang_case, fill_backend, asked_for)
+
+
+def test_sglangs_own_kernel_of_target_verify(fill_backend: Backend, asked_for: int | None) -> None:
+    compare_with(sglang_kernel.fill_target_verify, verify_case, fill_backend, asked_for)
+
+
+def test_sglangs_own_kernel_of_decode(fill_backend: Backend, asked_for: int | None) -> None:
+    compare_with(sglang_kernel.fill_decode, decode_case, fill_backend, asked_for)
+
+
+SglangFill = Callable[[FillArgs], dict[str, torch.Tensor]]
+
+
+def compare_with(
+    sglang_fill: SglangFill, make: Callable[[Random], Case], backend: Backend, asked_for: int | None
+) -> None:
     sglang_kernel.kernel()  # skips where there is none
 
     def check(case: Case) -> None:
-        check_against_sglang(case, fill_backend)
+        check_against_sglang(sglang_fill, case, backend)
 
-    fuzz(check, sglang_case, asked_for or SGLANG_BATCHES.get(str(fill_backend), 100))
+    fuzz(check, make, asked_for or SGLANG_BATCHES.get(str(backend), 100))
 
 
-def check_against_sglang(case: Case, backend: Backend) -> None:
+def check_against_sglang(sglang_fill: SglangFill, case: Case, backend: Backend) -> None:
     """Compares every live cell. SGLang copies whole blocks of a table, also past the length."""
     args = Guarded(case, backend.device).args
     args.req_to_token.bitwise_and_(INT32_MAX)  # its division rounds negative slots up
-    theirs = sglang_kernel.fill(args)
+    theirs = sglang_fill(args)
     backend.fill(args)
     rows = torch.tensor(case.extend_lens).expand(args.bs).to(args.device)
-    length = args.seq_lens.repeat_interleave(rows)[:, None]
+    length = (args.seq_lens + args.length_offset).repeat_interleave(rows)[:, None]
     for name, tensor in args.outputs().items():
         page = args.page_size if name == "real_page_table" else 1
         first_token = torch.arange(tensor.shape[-1], device=args.device) * page
@@ -178,8 +195,8 @@ def one_too_many(args: FillArgs) -> None:
 
 def unclamped(args: FillArgs) -> None:
     """Lengths below 0 where a request is shorter than its draft."""
-    if isinstance(args.extend_lens, int):
-        first = args.seq_lens.to(torch.int32) - args.extend_lens + 1
+    if isinstance(args.extend_lens, int) and args.seqlens_expanded is not None:
+        first = args.seq_lens.to(torch.int32) + args.length_offset - args.extend_lens + 1
         rows = first[:, None] + torch.arange(args.extend_lens, dtype=torch.int32)
         args.seqlens_expanded.copy_(rows.flatten())
 
@@ -187,7 +204,7 @@ def unclamped(args: FillArgs) -> None:
 def cell_past_the_length(args: FillArgs) -> None:
     if args.page_table_1 is not None and isinstance(args.extend_lens, int):
         for row in range(args.rows):
-            length = int(args.seq_lens[row // args.extend_lens])
+            length = int(args.seq_lens[row // args.extend_lens]) + args.length_offset
             if 0 <= length < args.page_table_1.shape[1]:
                 args.page_table_1[row, length] = 0
 
@@ -204,6 +221,10 @@ def rounded_to_zero(args: FillArgs) -> None:
         args.real_page_table[negative] += 1
 
 
+def without_offset(args: FillArgs) -> None:
+    args.cache_seqlens.copy_(args.seq_lens)
+
+
 def input_written(args: FillArgs) -> None:
     args.seq_lens[:1] += 1
 
@@ -214,6 +235,7 @@ PLANTED = [
     cell_past_the_length,
     cell_before_the_tensor,
     rounded_to_zero,
+    without_offset,
     input_written,
 ]
 

@@ -103,6 +103,71 @@ def test_only_the_low_32_bits_of_a_length_count(fill_backend: Backend) -> None:
     assert out["cache_seqlens"] == [5, INT32_MIN, 0, -1, INT32_MAX, 9]
 
 
+def test_an_offset_counts_in_every_length(fill_backend: Backend) -> None:
+    """Verify of four draft tokens: the lengths without them, from which the first row follows."""
+    case = Case(
+        seq_lens=[18, 1], length_offset=4, extend_lens=4, index_topk=20, ctx_dims=2, row_count=True
+    )
+    out = values_of(fill_backend.check(replace(case, **BOTH_TABLES)))
+    assert out["cache_seqlens"] == [22, 5]
+    assert out["cu_seqlens_k"] == [0, 22, 27]
+    assert out["seqlens_expanded"] == [19, 20, 21, 22, 2, 3, 4, 5]
+    assert out["nsa_cache_seqlens"] == [19, 20, 20, 20, 2, 3, 4, 5]
+    assert out["nsa_cu_seqlens_k"] == [0, 19, 39, 59, 79, 81, 84, 88, 93]
+    assert [row.count(POISON) for row in out["page_table_1"]] == [18] * 4 + [35] * 4
+    assert [row.count(POISON) for row in out["real_page_table"]] == [3] * 4 + [5] * 4
+
+
+@pytest.mark.parametrize("extend_lens", [3, [3, 0, 4, 1, 2]], ids=["uniform", "ragged"])
+@pytest.mark.parametrize("offset", [1, 6, 100, INT32_MAX])
+def test_an_offset_equals_longer_lengths(
+    fill_backend: Backend, offset: int, extend_lens: object
+) -> None:
+    lengths = [0, 1, 40, 41, 260]
+    longer = Case(
+        seq_lens=[length - offset for length in lengths],
+        length_offset=offset,
+        extend_lens=extend_lens,  # type: ignore[arg-type]
+        processors=7 if isinstance(extend_lens, int) else None,
+        **BOTH_TABLES,
+    )
+    plain = replace(longer, seq_lens=lengths, length_offset=0)
+    one, other = fill_backend.check(longer), fill_backend.check(plain)
+    for name, tensor in one.args.outputs().items():
+        assert torch.equal(tensor, other.args.outputs()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_sum_with_the_offset_wraps_like_int32(fill_backend: Backend, dtype: torch.dtype) -> None:
+    """No table is read or written past its end, whatever the sum is."""
+    lengths = [INT32_MAX, INT32_MAX - 3, INT32_MAX - 4, INT32_MIN, -4, -5, 0]
+    case = Case(seq_lens=lengths, length_offset=4, extend_lens=2, dtypes={"seq_lens": dtype})
+    out = values_of(fill_backend.check(replace(case, processors=5, **BOTH_TABLES)))
+    wanted = [INT32_MIN + 3, INT32_MIN, INT32_MAX, INT32_MIN + 4, 0, -1, 4]
+    assert out["cache_seqlens"] == wanted
+    assert out["seqlens_expanded"] == [0, 0, 0, 0, INT32_MAX - 1, INT32_MAX, *[0] * 6, 3, 4]
+    fill_backend.check(replace(case, extend_lens=[2] * 7, **BOTH_TABLES))
+
+
+def test_only_the_low_32_bits_of_a_sum_with_the_offset_count(fill_backend: Backend) -> None:
+    huge = [2**31 - 1, 2**32 - 4, 2**32 + 5, 2**63 - 1, -(2**63)]
+    case = Case(seq_lens=huge, length_offset=4, extend_lens=2, **BOTH_TABLES)
+    assert values_of(fill_backend.check(case))["cache_seqlens"] == [INT32_MIN + 3, 0, 9, 3, 4]
+    most = replace(case, length_offset=INT32_MAX)
+    wanted = [-2, INT32_MAX - 4, INT32_MIN + 4, INT32_MAX - 1, INT32_MAX]
+    assert values_of(fill_backend.check(most))["cache_seqlens"] == wanted
+
+
+def test_expanded_lengths_left_out(fill_backend: Backend) -> None:
+    """One row for each request, as in SGLang's decode: the other outputs are as with them."""
+    case = Case(seq_lens=[0, 33, -7, 90, INT32_MAX], ctx_dims=2, row_count=True, processors=3)
+    decode = replace(case, expanded=False, **BOTH_TABLES)
+    without, full = fill_backend.check(decode), fill_backend.check(replace(decode, expanded=True))
+    assert full.args.outputs().keys() - without.args.outputs().keys() == {"seqlens_expanded"}
+    for name, tensor in without.args.outputs().items():
+        assert torch.equal(tensor, full.args.outputs()[name]), name
+
+
 def test_sums_wrap_like_int32(fill_backend: Backend) -> None:
     case = Case(seq_lens=[INT32_MAX] * 5, extend_lens=3, index_topk=INT32_MAX, row_count=True)
     out = values_of(fill_backend.check(case))

@@ -21,7 +21,7 @@ def bind(args: FillArgs) -> Callable[[], None]:
 
 def fill(args: FillArgs) -> None:
     """Fills the outputs of ``args``."""
-    length = args.seq_lens.to(torch.int32).to(torch.int64)
+    length = (args.seq_lens.to(torch.int64) + args.length_offset).to(torch.int32).to(torch.int64)
     q = _rows_per_request(args)
     ends = torch.cumsum(q, dim=0)
     row = torch.arange(args.rows, device=args.device)
@@ -39,9 +39,10 @@ def fill(args: FillArgs) -> None:
     write = functools.partial(_write, args.enabled)
     write(args.cache_seqlens, length)
     write(args.cu_seqlens_k, _running_sums(length))
-    write(args.seqlens_expanded, expanded)
     write(args.nsa_cache_seqlens, clamped)
     write(args.nsa_cu_seqlens_k, _running_sums(clamped))
+    if args.seqlens_expanded is not None:
+        write(args.seqlens_expanded, expanded)
     if args.ctx_lens is not None:
         write(args.ctx_lens, expanded.view(args.ctx_lens.shape))
     if args.row_count is not None:

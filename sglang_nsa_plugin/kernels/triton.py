@@ -27,7 +27,7 @@ COLUMNS = 512  # table columns copied at a time
 TABLE_PROGRAMS = 512
 
 _NOT_SPECIALIZED = [
-    "bs", "rows", "rows_per_request", "index_topk", "page_size",
+    "bs", "rows", "rows_per_request", "length_offset", "index_topk", "page_size",
     "pool", "tokens", "page_table_1_columns", "real_page_table_columns",
     "seq_lens_stride", "extend_lens_stride", "index_stride",
     "tokens_stride_0", "tokens_stride_1",
@@ -55,8 +55,10 @@ def _rows_of(extend_lens, stride, r, mask, rows_per_request, RAGGED: tl.constexp
 
 
 @triton.jit
-def _length(seq_lens, stride, r, mask):
-    return tl.load(seq_lens + r.to(tl.int64) * stride, mask=mask, other=0).to(tl.int32).to(tl.int64)
+def _length(seq_lens, stride, offset, r, mask):
+    # 0 where the mask is off; the low 32 bits of the sum
+    seq_len = tl.load(seq_lens + r.to(tl.int64) * stride, mask=mask, other=0).to(tl.int32)
+    return tl.where(mask, (seq_len.to(tl.int64) + offset).to(tl.int32), 0).to(tl.int64)
 
 
 @triton.jit
@@ -73,13 +75,13 @@ def _clamped_sum(first, n, topk):
 
 @triton.jit
 def _fill_lengths(
-    seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, rows_per_request, bs, rows,
-    index_topk,
+    seq_lens, seq_lens_stride, length_offset, extend_lens, extend_lens_stride, rows_per_request,
+    bs, rows, index_topk,
     cache_seqlens, cache_seqlens_stride, cu_seqlens_k, cu_seqlens_k_stride,
     seqlens_expanded, expanded_stride, nsa_cache_seqlens, clamped_stride,
     nsa_cu_seqlens_k, clamped_sums_stride, ctx_lens, ctx_lens_stride, row_count,
-    RAGGED: tl.constexpr, HAS_CTX_LENS: tl.constexpr, HAS_ROW_COUNT: tl.constexpr,
-    TILE: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_EXPANDED: tl.constexpr, HAS_CTX_LENS: tl.constexpr,
+    HAS_ROW_COUNT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tl.store(cu_seqlens_k, 0)
     tl.store(nsa_cu_seqlens_k, 0)
@@ -90,7 +92,7 @@ def _fill_lengths(
     for start in tl.range(0, bs, TILE):
         r = start + tl.arange(0, TILE)
         mask = r < bs
-        length = _length(seq_lens, seq_lens_stride, r, mask)
+        length = _length(seq_lens, seq_lens_stride, length_offset, r, mask)
         q = _rows_of(extend_lens, extend_lens_stride, r, mask, rows_per_request, RAGGED)
         r64 = r.to(tl.int64)
         tl.store(cache_seqlens + r64 * cache_seqlens_stride, length.to(tl.int32), mask=mask)
@@ -106,7 +108,8 @@ def _fill_lengths(
             live = j < fitting
             t = row_of + j
             expanded = tl.maximum(first + j, 0)
-            tl.store(seqlens_expanded + t * expanded_stride, expanded.to(tl.int32), mask=live)
+            if HAS_EXPANDED:
+                tl.store(seqlens_expanded + t * expanded_stride, expanded.to(tl.int32), mask=live)
             clamped = tl.minimum(expanded, topk)
             tl.store(nsa_cache_seqlens + t * clamped_stride, clamped.to(tl.int32), mask=live)
             running = sum_of + _clamped_sum(first, j + tl.full((TILE,), 1, tl.int64), topk)
@@ -124,7 +127,8 @@ def _fill_lengths(
         t = (start + tl.arange(0, TILE)).to(tl.int64)
         mask = t < rows
         zero = tl.zeros((TILE,), tl.int32)
-        tl.store(seqlens_expanded + t * expanded_stride, zero, mask=mask)
+        if HAS_EXPANDED:
+            tl.store(seqlens_expanded + t * expanded_stride, zero, mask=mask)
         tl.store(nsa_cache_seqlens + t * clamped_stride, zero, mask=mask)
         tl.store(nsa_cu_seqlens_k + (t + 1) * clamped_sums_stride, zero + sums.to(tl.int32), mask=mask)
         if HAS_CTX_LENS:
@@ -132,11 +136,11 @@ def _fill_lengths(
 
 
 @triton.jit
-def _segments(seq_lens, seq_lens_stride, q, t, rows, longest):
+def _segments(seq_lens, seq_lens_stride, length_offset, q, t, rows, longest):
     # of the rows t; 0 after the last row
     mask = t < rows
     r = t // q
-    length = _length(seq_lens, seq_lens_stride, r, mask)
+    length = _length(seq_lens, seq_lens_stride, length_offset, r, mask)
     rows_after = q - 1 - (t - r * q)
     expanded = tl.maximum(tl.maximum(length, 0) - rows_after, 0)
     return tl.where(mask, (tl.minimum(expanded, longest.to(tl.int64)) + 255) // 256, 0)
@@ -144,7 +148,7 @@ def _segments(seq_lens, seq_lens_stride, q, t, rows, longest):
 
 @triton.jit
 def _fill_schedule(
-    seq_lens, seq_lens_stride, rows_per_request, rows,
+    seq_lens, seq_lens_stride, length_offset, rows_per_request, rows,
     mqa_schedule, stride_0, stride_1, processors, longest,
     REMAINDER_LAST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +156,9 @@ def _fill_schedule(
     q = rows_per_request.to(tl.int64)
     total = tl.zeros((), tl.int64)
     for start in tl.range(0, rows, TILE):
-        total += tl.sum(_segments(seq_lens, seq_lens_stride, q, start + local, rows, longest), 0)
+        t = start + local
+        segments = _segments(seq_lens, seq_lens_stride, length_offset, q, t, rows, longest)
+        total += tl.sum(segments, 0)
     each = total // processors
     longer = total - each * processors
     for first in tl.range(0, processors + 1, TILE):
@@ -166,7 +172,7 @@ def _fill_schedule(
         sums = tl.zeros((), tl.int64)
         for start in tl.range(0, rows, TILE):
             t = start + local
-            segments = _segments(seq_lens, seq_lens_stride, q, t, rows, longest)
+            segments = _segments(seq_lens, seq_lens_stride, length_offset, q, t, rows, longest)
             ends = sums + tl.cumsum(segments, 0)
             passed = (ends[None, :] <= begin[:, None]) & (t < rows)[None, :]
             row += tl.sum(passed.to(tl.int32), 1)
@@ -182,7 +188,8 @@ def _fill_schedule(
 @triton.jit
 def _fill_table(
     program, programs,
-    seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, rows_per_request, bs, rows,
+    seq_lens, seq_lens_stride, length_offset, extend_lens, extend_lens_stride, rows_per_request,
+    bs, rows,
     req_pool_indices, index_stride, req_to_token, tokens_stride_0, tokens_stride_1, pool, tokens,
     table, stride_0, stride_1, table_columns, page_size,
     RAGGED: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
@@ -194,7 +201,7 @@ def _fill_table(
     for start in tl.range(0, bs, TILE):
         r = start + local
         mask = r < bs
-        length = _length(seq_lens, seq_lens_stride, r, mask)
+        length = _length(seq_lens, seq_lens_stride, length_offset, r, mask)
         q = _rows_of(extend_lens, extend_lens_stride, r, mask, rows_per_request, RAGGED)
         live = tl.minimum(tl.maximum(length, 0), tokens)
         columns = tl.minimum((live + page - 1) // page, table_columns)
@@ -228,15 +235,15 @@ def _fill_kernel(
     seq_lens, extend_lens, req_pool_indices, req_to_token,
     cache_seqlens, cu_seqlens_k, seqlens_expanded, nsa_cache_seqlens, nsa_cu_seqlens_k,
     ctx_lens, page_table_1, real_page_table, row_count, mqa_schedule, enabled,
-    bs, rows, rows_per_request, index_topk, page_size, pool, tokens,
+    bs, rows, rows_per_request, length_offset, index_topk, page_size, pool, tokens,
     page_table_1_columns, real_page_table_columns,
     seq_lens_stride, extend_lens_stride, index_stride, tokens_stride_0, tokens_stride_1,
     cache_seqlens_stride, cu_seqlens_k_stride, expanded_stride, clamped_stride,
     clamped_sums_stride, ctx_lens_stride,
     page_table_1_stride_0, page_table_1_stride_1, real_page_table_stride_0, real_page_table_stride_1,
     schedule_stride_0, schedule_stride_1, processors, longest,
-    RAGGED: tl.constexpr, HAS_CTX_LENS: tl.constexpr, HAS_ROW_COUNT: tl.constexpr,
-    HAS_SCHEDULE: tl.constexpr, REMAINDER_LAST: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_EXPANDED: tl.constexpr, HAS_CTX_LENS: tl.constexpr,
+    HAS_ROW_COUNT: tl.constexpr, HAS_SCHEDULE: tl.constexpr, REMAINDER_LAST: tl.constexpr,
     HAS_PAGE_TABLE_1: tl.constexpr, HAS_REAL_PAGE_TABLE: tl.constexpr, HAS_SWITCH: tl.constexpr,
     TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -246,18 +253,18 @@ def _fill_kernel(
     program = tl.program_id(0)
     if program == 0:
         _fill_lengths(
-            seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, rows_per_request, bs, rows,
-            index_topk,
+            seq_lens, seq_lens_stride, length_offset, extend_lens, extend_lens_stride, rows_per_request,
+            bs, rows, index_topk,
             cache_seqlens, cache_seqlens_stride, cu_seqlens_k, cu_seqlens_k_stride,
             seqlens_expanded, expanded_stride, nsa_cache_seqlens, clamped_stride,
             nsa_cu_seqlens_k, clamped_sums_stride, ctx_lens, ctx_lens_stride, row_count,
-            RAGGED, HAS_CTX_LENS, HAS_ROW_COUNT, TILE,
+            RAGGED, HAS_EXPANDED, HAS_CTX_LENS, HAS_ROW_COUNT, TILE,
         )  # fmt: skip
         return
     if HAS_SCHEDULE:
         if program == 1:
             _fill_schedule(
-                seq_lens, seq_lens_stride, rows_per_request, rows,
+                seq_lens, seq_lens_stride, length_offset, rows_per_request, rows,
                 mqa_schedule, schedule_stride_0, schedule_stride_1, processors, longest,
                 REMAINDER_LAST, TILE,
             )  # fmt: skip
@@ -267,7 +274,8 @@ def _fill_kernel(
     if HAS_PAGE_TABLE_1:
         _fill_table(
             program - before, programs,
-            seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, rows_per_request, bs, rows,
+            seq_lens, seq_lens_stride, length_offset, extend_lens, extend_lens_stride, rows_per_request,
+            bs, rows,
             req_pool_indices, index_stride, req_to_token, tokens_stride_0, tokens_stride_1, pool,
             tokens, page_table_1, page_table_1_stride_0, page_table_1_stride_1, page_table_1_columns,
             tl.full((), 1, tl.int32), RAGGED, TILE, COLUMNS,
@@ -275,7 +283,8 @@ def _fill_kernel(
     if HAS_REAL_PAGE_TABLE:
         _fill_table(
             program - before, programs,
-            seq_lens, seq_lens_stride, extend_lens, extend_lens_stride, rows_per_request, bs, rows,
+            seq_lens, seq_lens_stride, length_offset, extend_lens, extend_lens_stride, rows_per_request,
+            bs, rows,
             req_pool_indices, index_stride, req_to_token, tokens_stride_0, tokens_stride_1, pool,
             tokens, real_page_table, real_page_table_stride_0, real_page_table_stride_1,
             real_page_table_columns, page_size, RAGGED, TILE, COLUMNS,
@@ -290,6 +299,7 @@ def bind(args: FillArgs) -> Callable[[], None]:
     arguments = (*_tensors(args), *_sizes(args), *_strides(args), *_schedule_sizes(args))
     flags = {
         "RAGGED": isinstance(args.extend_lens, torch.Tensor),
+        "HAS_EXPANDED": args.seqlens_expanded is not None,
         "HAS_CTX_LENS": args.ctx_lens is not None,
         "HAS_ROW_COUNT": args.row_count is not None,
         "HAS_SCHEDULE": has_schedule,
@@ -324,7 +334,8 @@ def _sizes(args: FillArgs) -> list[int]:
     tables = (args.page_table_1, args.real_page_table)
     columns = [0 if table is None else table.shape[1] for table in tables]
     return [
-        args.bs, args.rows, rows_per_request, args.index_topk, args.page_size, pool, tokens, *columns,
+        args.bs, args.rows, rows_per_request, args.length_offset, args.index_topk, args.page_size,
+        pool, tokens, *columns,
     ]  # fmt: skip
 
 

@@ -55,6 +55,9 @@ class NotApplicableError(RuntimeError):
 
 MUTANTS = (
     # The lengths of a request and of its rows
+    Mutant("the offset does not count", r"static_cast<uint32_t>\(word\) \+ offset", "static_cast<uint32_t>(word)"),
+    Mutant("the offset counts twice", r"static_cast<uint32_t>\(word\) \+ offset", "static_cast<uint32_t>(word) + 2 * offset"),
+    Mutant("a sum with the offset saturates", r"static_cast<int32_t>\(static_cast<uint32_t>\(word\) \+ offset\)", "static_cast<int32_t>(minimum(int64_t{word} + offset, INT32_MAX))"),
     Mutant("q may be negative", r"clamp\(load\(fill\.extend_lens, r\), 0,", "clamp(load(fill.extend_lens, r), -1,"),
     Mutant("q is cut off at 2^31 - 2", r"(clamp\(load\(fill\.extend_lens, r\), 0, INT32_MAX)\)", r"\1 - 1)"),
     Mutant("the high word of an int64 is ignored", r"vector\.is_int64 \? .*? : low >> 31", "low >> 31"),

@@ -30,6 +30,7 @@ def _fill(args: FillArgs, host_lengths: torch.Tensor, accepted: torch.Tensor) ->
     assert args.req_pool_indices is not None
     assert args.page_table_1 is not None
     assert args.real_page_table is not None
+    assert args.seqlens_expanded is not None
     longest = int(host_lengths.max())
     lengths = args.seq_lens.to(torch.int32)
     args.cache_seqlens.copy_(lengths)
