@@ -108,7 +108,7 @@ class Adapter:
             return replaced
         reasons = [self.why_unfilled(backend) for backend in self.takeover.backends]
         if not reasons:
-            return "SGLang made no NSA/DSA attention backend for draft-extend"
+            return "SGLang made no NSA/DSA attention backend for draft-extend, as EAGLE and MTP have one"
         return None if None in reasons else reasons[0]
 
     def arm(self, request: Request) -> None:
