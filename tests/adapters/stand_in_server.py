@@ -98,7 +98,7 @@ module.run_scheduler_process(**given)
 
 @dataclass(frozen=True)
 class Started:
-    """What became of a server: its log, and the scheduler's record; None where it did not come to serve."""
+    """What became of a server: its log, and the scheduler's record; None where it never served."""
 
     returncode: int
     log: str
