@@ -70,11 +70,52 @@ def check_of(server_args: object) -> int:
     return flag if flag is not None else _check_from_environment() or 0
 
 
+class _Carried(argparse.Action):
+    """Keeps a flag's value where ``ServerArgs.from_cli_args`` is not the plugin's to hook.
+
+    Until :func:`keep_flags` takes it over, the value is in the flag's environment variable, too, which
+    every scheduler process inherits.
+    """
+
+    def __init__(self, *args: Any, variable: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._variable = variable
+
+    def __call__(
+        self, parser: object, namespace: object, value: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, value)
+        _carried.setdefault(self._variable, os.environ.get(self._variable))
+        os.environ[self._variable] = str(value)
+
+
+_carried: dict[str, str | None] = {}  # variables that hold a flag's value, and what they held before
+
+
+def _restore_variables() -> None:
+    for variable, before in _carried.items():
+        if before is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = before
+    _carried.clear()
+
+
 def add_flags(original: Callable[..., Any], parser: argparse.ArgumentParser) -> Any:
     """Around ``ServerArgs.add_cli_args``: adds the flags."""
     result = original(parser)
-    parser.add_argument(FLAG, ALIAS, choices=CHOICES, default=None, help=HELP)
-    parser.add_argument(CHECK_FLAG, type=_whole_number, metavar="N", default=None, help=CHECK_HELP)
+    parser.add_argument(
+        FLAG, ALIAS, action=_Carried, variable=VARIABLE, choices=CHOICES, default=None, help=HELP
+    )
+    parser.add_argument(
+        CHECK_FLAG,
+        action=_Carried,
+        variable=CHECK_VARIABLE,
+        type=_whole_number,
+        metavar="N",
+        default=None,
+        help=CHECK_HELP,
+    )
     return result
 
 
@@ -83,6 +124,7 @@ def keep_flags(original: Callable[..., Any], cls: type, args: argparse.Namespace
     server_args = original(cls, args)
     setattr(server_args, ATTRIBUTE, getattr(args, "nsa_metadata_backend", None))
     setattr(server_args, CHECK_ATTRIBUTE, getattr(args, "nsa_metadata_check", None))
+    _restore_variables()
     return server_args
 
 

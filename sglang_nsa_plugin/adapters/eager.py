@@ -52,7 +52,7 @@ def adapter_for_installed() -> Adapter:
     """The adapter with the tables of the installed SGLang."""
     names = names_of_generation()
     if names is DSA:
-        return Adapter(NAME, _hooks(DSA), _needs(DSA), _takeover)
+        return Adapter(NAME, _hooks(DSA), _needs(DSA), _takeover, _why_unfilled)
     replay = Hook(
         f"{NSA.backend}.init_forward_metadata_replay_cuda_graph",
         (*_REPLAY_PARAMETERS, "actual_forward_mode"),
@@ -61,7 +61,11 @@ def adapter_for_installed() -> Adapter:
     )
     is_ragged = Call(f"{_FORWARD_BATCH}.ForwardMode.is_draft_extend", ("self",))
     return Adapter(
-        NAME, (*_hooks(NSA), replay), (*_needs(NSA), _accepted_tokens(), is_ragged), _takeover
+        NAME,
+        (*_hooks(NSA), replay),
+        (*_needs(NSA), _accepted_tokens(), is_ragged),
+        _takeover,
+        _why_unfilled,
     )
 
 
@@ -111,6 +115,11 @@ def hand_back(backend: Any) -> None:
 
 
 _takeover = Takeover(hand_back)
+
+
+def _why_unfilled(backend: Any) -> None:
+    """Each step is filled by a launch of its own, so there is nothing to wait for."""
+    return None
 
 
 def why_unsupported(backend: Any, model_runner: Any, names: SglangNames) -> str | None:

@@ -89,6 +89,12 @@ def _revalidate(backend: Any) -> None:
 _takeover = Takeover(hand_back, _revalidate)
 
 
+def _why_unfilled(backend: Any) -> str | None:
+    if getattr(backend, ATTRIBUTE).captured:
+        return None
+    return "SGLang captured no CUDA graph of draft-extend, and this adapter fills nothing else"
+
+
 def why_unsupported(backend: Any, model_runner: Any) -> str | None:
     """Why this configuration stays with SGLang, or None when the adapter covers it."""
     missing = [name for name in BACKEND_ATTRIBUTES if not hasattr(backend, name)]
@@ -274,7 +280,7 @@ _NEEDS = (
     Sets(f"{_RUNNER}.execute", ("bs",)),
 )
 
-ADAPTER = Adapter(NAME, _HOOKS, _NEEDS, _takeover)
+ADAPTER = Adapter(NAME, _HOOKS, _NEEDS, _takeover, _why_unfilled)
 
 
 def is_generation() -> bool:

@@ -10,7 +10,7 @@ from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters.releases import SGLANG
 from sglang_nsa_plugin.dispatch import BackendUnavailableError, Choice
 from sglang_nsa_plugin.shadow import Difference
-from sglang_nsa_plugin.state import STATE, VERSION
+from sglang_nsa_plugin.state import DRAFT_EXTEND, NOT_ASKED, STATE, VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,16 @@ class Outcome:
     def has_failed(self) -> bool:
         """Whether a shadow check of this process has found a difference."""
         return self.phase is Phase.FAILED
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether nothing of the plugin has run in this process that decides who fills."""
+        return self.reason == NOT_ASKED
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the plugin is set up, so that only the end of start-up shows whether it fills."""
+        return self.phase is Phase.ACTIVE or self.reason == WAITING
 
     def report_waiting(self, adapter: str) -> None:
         """The hooks of this adapter are in place, and SGLang has not made its backend yet."""
@@ -95,12 +105,31 @@ class Outcome:
             "the plugin fills" if on else "SGLang fills",
         )
 
+    def report_in_place(self) -> None:
+        """Start-up is over, and draft-extend steps are filled by the plugin."""
+        STATE.in_place[DRAFT_EXTEND] = True
+        sizes = sorted(STATE.captures)
+        where = (
+            f"in {len(sizes)} CUDA graphs, batch sizes {sizes[0]} to {sizes[-1]}"
+            if sizes
+            else "every step"
+        )
+        logger.info(
+            "sglang-nsa-plugin %s: %s is in place: adapter %s, implementation %s, %s",
+            VERSION,
+            DRAFT_EXTEND,
+            self.adapter,
+            self.backend,
+            where,
+        )
+
     def report_idle(self, reason: str) -> None:
         """SGLang fills the metadata itself; the same reason is logged once."""
         if self.phase is Phase.IDLE and self.reason == reason:
             return
         if not self.has_failed:
             self._set(Phase.IDLE, reason)
+            STATE.in_place[DRAFT_EXTEND] = False
             STATE.captures.clear()
         logger.info(
             "sglang-nsa-plugin %s: not used: %s; SGLang fills draft-extend metadata itself",
@@ -135,6 +164,7 @@ class Outcome:
     def fail(self, difference: Difference) -> None:
         """The shadow check found this difference."""
         self.phase = Phase.FAILED
+        STATE.in_place[DRAFT_EXTEND] = False
         STATE.mismatches += difference.count
         STATE.first_mismatch = str(difference)
         logger.error(

@@ -92,7 +92,8 @@ def samples(folder: Path) -> dict[str, float]:
 
 def test_every_rank_shows_its_state_until_the_last_step(tmp_path):
     for rank in (0, 1):
-        succeed(SERVE, **SPARSE, labels=labels(rank), PROMETHEUS_MULTIPROC_DIR=tmp_path)
+        served = {**SPARSE, "implementation": "torch", "labels": labels(rank)}
+        succeed(SERVE, **served, PROMETHEUS_MULTIPROC_DIR=tmp_path)
     found = samples(tmp_path)
     for rank in (0, 1):
         of_rank = f"engine_type=unified model_name=a model pp_rank=0{{}} tp_rank={rank}"
@@ -103,6 +104,7 @@ def test_every_rank_shows_its_state_until_the_last_step(tmp_path):
         assert found.pop(f"mismatches_total {plain}") == 0
         assert found.pop(f"switched_on {plain}") == 0
         assert found.pop(f"fallbacks_total {of_rank.format(' reason=a reason')}") == 2
+        assert found.pop(f"in_place {of_rank.format(' role=draft-extend')}") == 1
     assert len(found) == 2
     assert all(name.startswith("info ") for name in found)
 
@@ -113,7 +115,8 @@ def test_info_names_version_adapter_and_implementation(tmp_path, implementation)
     arguments = {**SPARSE, "implementation": implementation, "labels": labels(0)}
     succeed(SCHEDULER, **arguments, PROMETHEUS_MULTIPROC_DIR=tmp_path)
     (info,) = (name for name in samples(tmp_path) if name.startswith("info "))
-    assert re.match(r"info adapter=(in-graph|eager) ", info)
+    adapter = "none" if implementation is None else "(in-graph|eager)"
+    assert re.match(f"info adapter={adapter} ", info)
     assert f" implementation={implementation or 'none'} " in info
     assert re.search(r" version=\d+\.\d+\.\d+", info)
 
@@ -121,9 +124,14 @@ def test_info_names_version_adapter_and_implementation(tmp_path, implementation)
 def test_a_server_that_the_plugin_leaves_alone_shows_that_and_no_counters(tmp_path):
     arguments = {"attention_backend": "fa3", "labels": labels(0)}
     assert threads_and_import(tmp_path, **arguments) == (["MainThread"], True)
-    (info,) = samples(tmp_path).items()
-    assert info[0].startswith("info adapter=none ")
-    assert info[1] == 1
+    found = samples(tmp_path)
+    (info,) = (name for name in found if name.startswith("info "))
+    assert info.startswith("info adapter=none ")
+    assert found.pop(info) == 1
+    ((in_place, value),) = found.items()
+    assert in_place.startswith("in_place ")
+    assert " role=draft-extend" in in_place
+    assert value == 0
 
 
 def test_nothing_exists_when_metrics_are_off(tmp_path):
