@@ -439,7 +439,7 @@ def written(tmp_path: Path) -> dict:
             },
         ),
         (("corruption", "memory"), {"corruption", "memory"}),
-        (("parallel", "load"), {"tp2", "dp2", "load"}),
+        (("parallel", "load", "other-plugin"), {"tp2", "dp2", "load", "other-plugin"}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
@@ -584,13 +584,21 @@ def test_metrics_are_separate_by_rank_and_agree_with_the_record(tmp_path):
     # a rank that the plugin leaves alone shows what runs and no counters
     assert shown["pp_rank=0 tp_rank=0"] == {
         "fallbacks": {},
+        "in_place": {"draft-extend": False},
         "info": metrics_page.expected(idle)["info"],
     }
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("replays", 5), ("checks", 5), ("fallbacks", {}), ("version", "0"), ("backend", "triton")],
+    [
+        ("replays", 5),
+        ("checks", 5),
+        ("fallbacks", {}),
+        ("version", "0"),
+        ("backend", "triton"),
+        ("in_place", {}),
+    ],
 )
 def test_a_metric_that_differs_from_the_record_is_seen(name, value, tmp_path):
     text, record = metrics_and_record(1, tmp_path)
