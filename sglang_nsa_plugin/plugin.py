@@ -8,7 +8,6 @@ Scheduler is made. Registering imports none of them and starts no CUDA context.
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.hooks import Hook
+from sglang_nsa_plugin.log import logger_of
 from sglang_nsa_plugin.state import VERSION, record
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"

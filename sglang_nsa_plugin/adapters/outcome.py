@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import textwrap
 from enum import Enum
 
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters.releases import SGLANG
 from sglang_nsa_plugin.dispatch import BackendUnavailableError, Choice
+from sglang_nsa_plugin.log import logger_of
 from sglang_nsa_plugin.shadow import Difference
 from sglang_nsa_plugin.state import STATE, VERSION
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 WAITING = "waiting for the draft-extend backend"
 

@@ -8,14 +8,14 @@ SGLang's own endpoint reaches every rank, between two steps of its scheduler. Va
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
 from sglang_nsa_plugin.adapters import install
 from sglang_nsa_plugin.adapters.outcome import OUTCOME
+from sglang_nsa_plugin.log import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 KEY = "nsa_metadata"
 

@@ -41,7 +41,7 @@ def test_a_running_process_keeps_its_versions(read, state, monkeypatch, caplog):
     registry = prometheus_client.CollectorRegistry()
     gauge = functools.partial(prometheus_client.Gauge, registry=registry)
     monkeypatch.setattr(prometheus_client, "Gauge", gauge)
-    caplog.set_level(logging.INFO, "sglang_nsa_plugin")
+    caplog.set_level(logging.INFO, "sglang.nsa_plugin")
     mine = outcome.Outcome()
     mine.report_idle("no kernel")
     mine.fail(Difference())
