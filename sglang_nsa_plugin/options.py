@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+from sglang_nsa_plugin.log import logger_of
+
+logger = logger_of(__name__)
+_Value = TypeVar("_Value")
 
 CHOICES = ("auto", "cuda", "triton", "torch", "off")
 DEFAULT = "auto"
@@ -17,6 +22,9 @@ CHECK_VARIABLE = "SGLANG_NSA_METADATA_CHECK"
 # process with the ServerArgs object, and SGLang's resolution of arguments leaves them alone.
 ATTRIBUTE = "_nsa_metadata_backend"
 CHECK_ATTRIBUTE = "_nsa_metadata_check"
+# In YAML, `off` and `no` without quotes are booleans, which SGLang's --config hands over as `false`.
+OFF_WORDS = ("off", "false", "no", "0")
+ON_WORDS = ("on", "true", "yes", "1")
 
 HELP = (
     "Who fills the draft-extend metadata of NSA/DSA sparse attention (sglang-nsa-plugin): auto takes "
@@ -32,31 +40,35 @@ CHECK_HELP = (
 def validate_environment() -> None:
     """Validates both variables.
 
+    The error is logged as well: a SystemExit ends a thread that loads plugins without a word.
+
     Raises:
         SystemExit: one has an invalid value. SGLang only logs a plugin's ordinary errors, and a mistyped
             setting must end the start.
     """
-    _backend_from_environment()
-    _check_from_environment()
+    for read in (_backend_from_environment, _check_from_environment):
+        try:
+            read()
+        except SystemExit as error:
+            logger.error("%s", error)
+            raise
 
 
 def _backend_from_environment() -> str | None:
     """The variable's value, or None where it is unset or empty."""
-    value = os.environ.get(VARIABLE, "").strip()
-    if value and value not in CHOICES:
-        raise SystemExit(
-            f"sglang-nsa-plugin: {VARIABLE}: must be one of {', '.join(CHOICES)}, got {value!r}"
-        )
-    return value or None
+    return _from_environment(VARIABLE, _one_backend)
 
 
 def _check_from_environment() -> int | None:
-    value = os.environ.get(CHECK_VARIABLE, "").strip()
-    if value and not value.isdecimal():
-        raise SystemExit(
-            f"sglang-nsa-plugin: {CHECK_VARIABLE}: must be a whole number, 0 or more, got {value!r}"
-        )
-    return int(value) if value else None
+    return _from_environment(CHECK_VARIABLE, _whole_number)
+
+
+def _from_environment(variable: str, read: Callable[[str], _Value]) -> _Value | None:
+    value = os.environ.get(variable, "").strip()
+    try:
+        return read(value) if value else None
+    except argparse.ArgumentTypeError as error:
+        raise SystemExit(f"sglang-nsa-plugin: {variable}: {error}") from error
 
 
 def backend_of(server_args: object) -> str:
@@ -105,7 +117,14 @@ def add_flags(original: Callable[..., Any], parser: argparse.ArgumentParser) -> 
     """Around ``ServerArgs.add_cli_args``: adds the flags."""
     result = original(parser)
     parser.add_argument(
-        FLAG, ALIAS, action=_Carried, variable=VARIABLE, choices=CHOICES, default=None, help=HELP
+        FLAG,
+        ALIAS,
+        action=_Carried,
+        variable=VARIABLE,
+        type=_one_backend,
+        choices=CHOICES,
+        default=None,
+        help=HELP,
     )
     parser.add_argument(
         CHECK_FLAG,
@@ -128,7 +147,18 @@ def keep_flags(original: Callable[..., Any], cls: type, args: argparse.Namespace
     return server_args
 
 
+def _one_backend(text: str) -> str:
+    if text.lower() in OFF_WORDS:
+        return "off"
+    if text not in CHOICES:
+        advice = f"; for the plugin's own choice, set {DEFAULT}" if text.lower() in ON_WORDS else ""
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(CHOICES)}, got {text!r}{advice}")
+    return text
+
+
 def _whole_number(text: str) -> int:
+    if text.lower() in OFF_WORDS:
+        return 0
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
     return int(text)

@@ -8,7 +8,6 @@ Scheduler is made. Registering imports none of them and starts no CUDA context.
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +15,11 @@ from typing import Any
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.hooks import Hook
+from sglang_nsa_plugin.containment import attempt
+from sglang_nsa_plugin.log import logger_of, loses
 from sglang_nsa_plugin.state import VERSION, record
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
@@ -59,6 +60,10 @@ def _report_hooks() -> None:
 
     A hook that did not take never runs, so the hooks that run report those that do not.
     """
+    attempt(_report_skipped_hooks, loses("the report on hooks that do not run"))
+
+
+def _report_skipped_hooks() -> None:
     _report_skipped(hooks.why_not_applied(_hooks_of_process()))
 
 
@@ -146,6 +151,8 @@ def _init_scheduler(
     original: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
 ) -> None:
     """The adapter's hooks must be in place before the Scheduler makes its attention backends."""
+    from sglang_nsa_plugin.adapters import switch  # noqa: F401  # in service it may be gone from the disk
+
     _report_hooks()
     activate(server_args)
     original(scheduler, server_args, *args, **kwargs)
@@ -181,15 +188,19 @@ def _conclude(scheduler: Any, server_args: Any) -> None:
     if collector is not None:
         from sglang_nsa_plugin import metrics
 
-        metrics.export(collector.labels)
+        attempt(metrics.export, loses("its part of /metrics"), collector.labels)
 
 
 def _get_internal_state(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """``/server_info`` shows what this rank does."""
     _report_hooks()
     output = original(scheduler, *args, **kwargs)
-    output.internal_state[RECORD_KEY] = record()
+    attempt(_add_record, loses("its part of /server_info"), output)
     return output
+
+
+def _add_record(output: Any) -> None:
+    output.internal_state[RECORD_KEY] = record()
 
 
 def _set_internal_state(

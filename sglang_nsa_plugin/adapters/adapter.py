@@ -84,6 +84,17 @@ class Takeover:
         self.outcome.step_aside_after(self.request.backend, error)
         self.release()
 
+    def abandon(self, error: Exception) -> bool:
+        """Filling a step in service failed: hands every backend back. Returns False, for "not filled".
+
+        Raises:
+            RuntimeError: a captured fill cannot be switched off on the device. It would write over
+                SGLang's values in silence, so the process ends instead.
+        """
+        self.release()
+        self.outcome.fail_in_service(error)
+        return False
+
     def release(self) -> None:
         """Hands every backend back to SGLang; none is taken over from now on."""
         self.request = None

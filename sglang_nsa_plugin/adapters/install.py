@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases
 from sglang_nsa_plugin.adapters.adapter import Adapter, Request
 from sglang_nsa_plugin.adapters.server_config import resolved
+from sglang_nsa_plugin.log import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 SPARSE_ATTENTION = ("dsa", "nsa")
 _BACKEND_ARGUMENTS = (
@@ -80,8 +80,6 @@ def switch(on: bool) -> None:
 
 
 def _warn_of_untested_release() -> None:
-    import sglang
-
-    warning = releases.why_untested(sglang.__version__)
+    warning = releases.why_untested(releases.SGLANG)
     if warning is not None:
         logger.warning("sglang-nsa-plugin: %s", warning)

@@ -26,7 +26,7 @@ class Difference:
 
 @pytest.fixture
 def outcome(state, caplog) -> Outcome:
-    caplog.set_level("INFO", "sglang_nsa_plugin")
+    caplog.set_level("INFO", "sglang.nsa_plugin")
     return Outcome()
 
 

@@ -138,7 +138,7 @@ print(json.dumps(sorted(scheduler.get_internal_state("all").internal_state)))
 
 def warnings_of(done: subprocess.CompletedProcess[str]) -> list[str]:
     lines = done.stdout.splitlines()
-    return [line.partition(" ")[2] for line in lines if line.startswith("sglang_nsa_plugin.plugin ")]
+    return [line.partition(" ")[2] for line in lines if line.startswith("sglang.nsa_plugin.plugin ")]
 
 
 def assert_reported(done: subprocess.CompletedProcess[str], target: str) -> None:
@@ -224,9 +224,7 @@ def test_flag_wins_over_environment_and_survives_pickling(arguments, environment
 def test_unknown_flag_value_ends_with_the_choices():
     done = run(PARSE, "--nsa-metadata-backend", "cudaa")
     assert done.returncode == 2
-    assert "invalid choice: 'cudaa'" in done.stderr
-    for choice in ("auto", "cuda", "triton", "torch", "off"):
-        assert choice in done.stderr.rsplit("invalid choice", 1)[1]
+    assert "must be one of auto, cuda, triton, torch, off, got 'cudaa'" in done.stderr
 
 
 @pytest.mark.parametrize(
