@@ -39,7 +39,7 @@ GUARDS = {
     containment.attempt,
     in_graph._slow_path,
     in_graph._itself,
-    plugin._warn_of_skipped_hooks.__wrapped__,
+    plugin._report_hooks.__wrapped__,
     log.loses,
     switch.set_internal_state,
     *AT_START,
@@ -118,7 +118,7 @@ def fresh() -> None:
     STATE.__init__()  # type: ignore[misc]
     OUTCOME.__init__()  # type: ignore[misc]
     log._lost.clear()
-    plugin._warn_of_skipped_hooks.cache_clear()
+    plugin._report_hooks.cache_clear()
 
 
 def errors_of(caplog) -> list[str]:

@@ -178,7 +178,8 @@ def threads_and_import(folder: Path, **arguments: object) -> tuple[list[str], bo
     ids=["at start", "later"],
 )
 def test_metrics_that_fail_are_lost_and_nothing_else(program, lost, replays, tmp_path):
-    arguments = {**SPARSE, "labels": labels(0), "PROMETHEUS_MULTIPROC_DIR": tmp_path}
+    served = {"implementation": "torch", "labels": labels(0)}
+    arguments = {**SPARSE, **served, "PROMETHEUS_MULTIPROC_DIR": tmp_path}
     assert succeed(f"{ERRORS}{program}", **arguments).count(lost) == 1
     found = [value for name, value in samples(tmp_path).items() if name.startswith("replays_total ")]
     assert found == ([] if replays is None else [replays])
