@@ -164,7 +164,7 @@ def _add_ab(commands: Commands) -> None:
         "--output-len", type=_positive, default=256, metavar="N", help="tokens to answer (default: 256)"
     )
     ab.add_argument(
-        "--rounds", type=_rounds, default=9, metavar="N", help="rounds of on, off, off (default: 9)"
+        "--rounds", type=_rounds, default=12, metavar="N", help="rounds of on, off, off (default: 12)"
     )
     ab.add_argument(
         "--load",

@@ -1,13 +1,14 @@
 """Ratios of a cell's rounds, how sure they are, and the verdict in words.
 
-A round measures three arms: on, off and off again, in rotated order. It gives one ratio on ÷ off, where
-off is the mean of both, and one ratio off ÷ off as a control. Drift from one round to the next cancels. A
-ratio is reported as its median over the rounds, with a range that holds the true median in 95 of 100 runs:
-the sorted ratios without as many at either end as the sign test leaves out. That assumes nothing about how
-the noise is distributed.
+A round measures three arms: on, off and off again, in rotated order. It gives a ratio on ÷ off, where
+off is the mean of both, and a ratio off ÷ off, the control. Drift from one round to the next cancels. A
+ratio is reported as its median over the rounds, with a range that holds the true median in 95 of 100
+runs: the sorted ratios without as many at either end as the sign test leaves out. That assumes nothing
+about the distribution of the noise.
 
 A cell is resolved if its control lies within 2 % of 1. There is a difference if the range of on ÷ off
-leaves out 1 and its median lies outside the control's range.
+leaves out 1 and its median is further from 1 than both ends of the control's range. In a simulation of
+3,000 cells with noise alone, 12 rounds each, 5 were said to have one.
 """
 
 from __future__ import annotations
@@ -71,19 +72,19 @@ def verdict_of(step: Ratio, control: Ratio) -> tuple[bool, str]:
     """Whether the cell is resolved, and what it says."""
     if abs(control.median - 1) > CONTROL_TOLERANCE:
         return False, (
-            f"not resolved: off ÷ off is {control.median:.3f}, more than {CONTROL_TOLERANCE:.0%} from 1. "
-            "Something else changes the step time: take other load away or raise --rounds"
+            f"not resolved: off ÷ off is {control.median:.3f}, more than {CONTROL_TOLERANCE:.0%} "
+            "from 1. Something else changes the step time: take other load away or raise --rounds"
         )
-    if step.low <= 1 <= step.high or control.low <= step.median <= control.high:
+    noise = max(abs(control.low - 1), abs(control.high - 1))
+    if step.low <= 1 <= step.high or abs(step.median - 1) <= noise:
         return True, (
             "no difference beyond noise: on ÷ off "
             f"{step.low:.3f} to {step.high:.3f}, off ÷ off {control.low:.3f} to {control.high:.3f}"
         )
     word = "faster" if step.median < 1 else "slower"
-    by = [
-        abs(1 - each) for each in (step.median, *sorted((step.low, step.high), key=lambda x: abs(1 - x)))
-    ]
-    return True, f"with the plugin a step is {by[0]:.1%} {word} ({by[1]:.1%} to {by[2]:.1%})"
+    least, most = sorted(abs(1 - each) for each in (step.low, step.high))
+    by = abs(1 - step.median)
+    return True, f"with the plugin a step is {by:.1%} {word} ({least:.1%} to {most:.1%})"
 
 
 def _left_out(count: int) -> int:

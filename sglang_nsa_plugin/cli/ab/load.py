@@ -109,8 +109,8 @@ class OtherLoad:
         steps = max(after - before for before, after in zip(steps_begin, steps_end, strict=True))
         if steps < FEWEST_STEPS:
             raise NotResolvedError(
-                f"the server took {steps} steps in {self.seconds:g} s, fewer than {FEWEST_STEPS}: keep it "
-                "busy all the while"
+                f"the server took {steps} steps in {self.seconds:g} s, fewer than {FEWEST_STEPS}: "
+                "keep it busy all the while"
             )
         has_tokens = tokens_begin is not None and tokens_end is not None
         generated = tokens_end - tokens_begin if has_tokens else None  # type: ignore[operator]
@@ -125,12 +125,12 @@ class OtherLoad:
 
 def all_steps(record: Record) -> int:
     """The draft-extend steps of a rank, whoever filled them."""
-    return filled_by_plugin(record) + sum(record["fallbacks"].values())
+    return filled_by_plugin(record) + sum(map(int, record["fallbacks"].values()))
 
 
 def filled_by_plugin(record: Record) -> int:
     """The draft-extend steps of a rank that the plugin filled."""
-    return int(record["replays"] + record["launches"])
+    return int(record["replays"]) + int(record["launches"])
 
 
 def collect(events: Iterable[bytes]) -> list[Answer]:

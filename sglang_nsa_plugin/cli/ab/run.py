@@ -118,8 +118,8 @@ def why_not_comparable(info: dict[str, Any], url: str) -> str | None:
         )
     if len(set(shown)) > 1:
         return (
-            f"the ranks of the server at {url} are switched differently ({json.dumps(shown)}). Switch all "
-            f"of them first: {Server(url).curl(True)}"
+            f"the ranks of the server at {url} are switched differently ({json.dumps(shown)}). Switch "
+            f"all of them first: {Server(url).curl(True)}"
         )
     return None
 

@@ -110,7 +110,7 @@ class Server:
                 raise ServerError(f"{self.url}{path} answered no JSON: {_in_words(error)}") from error
 
     def _open(
-        self, path: str, body: Any = None, key: str | None = None, limit_s: float = ANSWER_S
+        self, path: str, body: Any = None, key: str | None = None, limit_s: float | None = None
     ) -> Any:
         """An answer to be read: POST with a body, else GET."""
         key = key or self.api_key
@@ -120,7 +120,7 @@ class Server:
             {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
         )
         try:
-            return urllib.request.urlopen(request, timeout=limit_s)
+            return urllib.request.urlopen(request, timeout=limit_s or ANSWER_S)
         except urllib.error.HTTPError as error:
             raise ServerError(f"{self.url}{path} answered {_refusal(error)}") from error
         except NO_ANSWER as error:
