@@ -41,6 +41,8 @@ from integration.serving.server import Server
 
 REQUESTS = (1, 16, 64)
 MILLION = 1 << 20
+ROUNDS = 7
+RESOLVED, NOT_RESOLVED = 0, 1  # exit codes of ab: some cells are, or none
 LIMIT_S = 240.0
 
 
@@ -57,6 +59,11 @@ class Regime:
         """As the result file names it."""
         context = "1m" if self.context == MILLION else "160k"
         return f"{self.layers}-layers-{context}-{'fp8' if self.is_fp8 else 'bf16'}"
+
+    @property
+    def new_tokens(self) -> int:
+        """Of each request; drafts of dummy weights are not accepted, so there a step is a token."""
+        return 256 if self.layers == 2 else 96
 
     @property
     def args(self) -> list[str]:
@@ -101,24 +108,33 @@ def server(request: pytest.FixtureRequest, gpus: int, model: Path, folder: Path)
 
 
 @pytest.mark.parametrize("server", REGIMES, ids=lambda regime: regime.name, indirect=True)
-def test_gain(server: Server, report: Report, folder: Path) -> None:
+def test_gain(server: Server, report: Report, folder: Path, request: pytest.FixtureRequest) -> None:
     """Every cell has its control beside it; a cell whose control is off says that it is not resolved."""
-    found = compare(server, folder / f"{server.name}.json")
+    regime: Regime = request.node.callspec.params["server"]
+    found = compare(server, regime.new_tokens, folder / f"{server.name}.json")
     report(f"gain.{server.name}", found)
-    assert [cell["requests"] for cell in found["cells"]] == list(REQUESTS)
+    assert [cell["load"] for cell in found["cells"]] == list(map(str, REQUESTS))
     assert all(cell["verdict"] for cell in found["cells"])
 
 
-def compare(server: Server, file: Path) -> dict[str, Any]:
+def compare(server: Server, new_tokens: int, file: Path) -> dict[str, Any]:
     """What ``sglang-nsa-plugin ab`` finds."""
     command = [sys.executable, "-m", "sglang_nsa_plugin", "ab", server.url]
-    options = ["--requests", ",".join(map(str, REQUESTS)), "--json", str(file)]
+    options = [
+        *("--requests", ",".join(map(str, REQUESTS))),
+        *("--rounds", str(ROUNDS)),
+        *("--output-len", str(new_tokens)),
+        *("--json", str(file)),
+    ]
     done = subprocess.run(
         [*command, *options], capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     print(done.stdout)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(file.read_text()))
+    assert done.returncode in (RESOLVED, NOT_RESOLVED), done.stderr
+    found = dict(json.loads(file.read_text()))
+    for cell in found["cells"]:
+        cell.pop("every_round", None)  # the medians and ranges are kept
+    return found
 
 
 # The first minute
