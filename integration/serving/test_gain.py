@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 import pytest
 import requests
 
+from integration import result_files
 from integration.serving import checkpoint
 from integration.serving.ab_servers import (
     FP8,
@@ -36,9 +38,9 @@ from integration.serving.ab_servers import (
     START_LIMIT_S,
     serve_args,
 )
-from integration.serving.compare import Report
 from integration.serving.server import Server
 
+COMMAND = "make serve-test PART=gain"
 REQUESTS = (1, 16, 64)
 MILLION = 1 << 20
 ROUNDS = 7
@@ -89,6 +91,12 @@ REGIMES = (
 )
 
 
+def keep(part: str, figures: dict[str, Any]) -> None:
+    """Each GPU has a result file, gain-GPU-VERSION.json."""
+    file = f"gain-{result_files.gpu_name()}-{version('sglang')}.json"
+    result_files.merge(file, COMMAND, {part: figures}, alone=True)
+
+
 def captured(sizes: tuple[int, ...]) -> list[str]:
     """Options that capture graphs for these numbers of requests alone: the server starts sooner."""
     return ["--cuda-graph-max-bs", str(sizes[-1]), "--cuda-graph-bs", *map(str, sizes)]
@@ -108,11 +116,11 @@ def server(request: pytest.FixtureRequest, gpus: int, model: Path, folder: Path)
 
 
 @pytest.mark.parametrize("server", REGIMES, ids=lambda regime: regime.name, indirect=True)
-def test_gain(server: Server, report: Report, folder: Path, request: pytest.FixtureRequest) -> None:
+def test_gain(server: Server, folder: Path, request: pytest.FixtureRequest) -> None:
     """Every cell has its control beside it; a cell whose control is off says that it is not resolved."""
     regime: Regime = request.node.callspec.params["server"]
     found = compare(server, regime.new_tokens, folder / f"{server.name}.json")
-    report(f"gain.{server.name}", found)
+    keep(server.name, found)
     assert [cell["load"] for cell in found["cells"]] == list(map(str, REQUESTS))
     assert all(cell["verdict"] for cell in found["cells"])
 
@@ -147,7 +155,7 @@ KERNELS = "_fused_dsa_"  # SGLang's metadata kernels, which it compiles for each
 ARMS = {"off": {**PLUGIN_ENV, "SGLANG_NSA_METADATA_BACKEND": "off"}, "on": PLUGIN_ENV}
 
 
-def test_first_minute(gpus: int, model: Path, folder: Path, tmp_path: Path, report: Report) -> None:
+def test_first_minute(gpus: int, model: Path, folder: Path, tmp_path: Path) -> None:
     """Longest pauses in a stream of tokens while the batch grows, where nothing is compiled yet."""
     if not gpus:
         pytest.skip("needs an NVIDIA GPU, nvidia-smi lists none")
@@ -160,7 +168,7 @@ def test_first_minute(gpus: int, model: Path, folder: Path, tmp_path: Path, repo
         with Server(args, env, log_path=log_path, name=name) as target:
             target.wait_ready(START_LIMIT_S)
             found[name] = pauses(target)
-    report("gain.first-minute", found)
+    keep("first-minute", found)
     assert all(each["pauses"] > LONG // 8 for each in found.values()), found
 
 

@@ -20,7 +20,9 @@ from sglang_nsa_plugin.state import STATE
 AT_START = {
     plugin._add_cli_args,
     plugin._from_cli_args,
+    plugin._configure_scheduler_process,
     plugin._init_scheduler,
+    plugin._get_init_info,
     in_graph._create_backend,
     in_graph._init_cuda_graph_state,
     in_graph._in_graph,
