@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from sglang_nsa_plugin.containment import attempt
+from sglang_nsa_plugin.log import loses
 from sglang_nsa_plugin.state import STATE, VERSION
 
 PREFIX = "sglang_nsa_plugin:"
@@ -107,4 +109,4 @@ class Copier:
 def _copy_forever(copier: Copier) -> None:
     while True:
         time.sleep(PERIOD_S)
-        copier.copy()
+        attempt(copier.copy, loses("a copy of the counters to /metrics"))

@@ -15,7 +15,8 @@ from typing import Any
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.hooks import Hook
-from sglang_nsa_plugin.log import logger_of
+from sglang_nsa_plugin.containment import attempt
+from sglang_nsa_plugin.log import logger_of, loses
 from sglang_nsa_plugin.state import VERSION, record
 
 logger = logger_of(__name__)
@@ -57,6 +58,10 @@ def _warn_of_skipped_hooks() -> None:
 
     A hook that did not take never runs, so the hooks that run report those that do not.
     """
+    attempt(_report_skipped_hooks, loses("the report on hooks that do not run"))
+
+
+def _report_skipped_hooks() -> None:
     why_not = hooks.why_not_applied(_hooks_of_process())
     if why_not is not None:
         logger.warning("sglang-nsa-plugin: %s, so the plugin's hook there does not run", why_not)
@@ -99,6 +104,8 @@ def _init_scheduler(
 
     With ``--enable-metrics`` a scheduler has a collector afterwards, whose labels name its rank.
     """
+    from sglang_nsa_plugin.adapters import switch  # noqa: F401  # in service it may be gone from the disk
+
     _warn_of_skipped_hooks()
     activate(server_args)
     original(scheduler, server_args, *args, **kwargs)
@@ -106,15 +113,19 @@ def _init_scheduler(
     if collector is not None:
         from sglang_nsa_plugin import metrics
 
-        metrics.export(collector.labels)
+        attempt(metrics.export, loses("its part of /metrics"), collector.labels)
 
 
 def _get_internal_state(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """``/server_info`` shows what this rank does."""
     _warn_of_skipped_hooks()
     output = original(scheduler, *args, **kwargs)
-    output.internal_state[RECORD_KEY] = record()
+    attempt(_add_record, loses("its part of /server_info"), output)
     return output
+
+
+def _add_record(output: Any) -> None:
+    output.internal_state[RECORD_KEY] = record()
 
 
 def _set_internal_state(

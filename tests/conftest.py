@@ -24,6 +24,7 @@ import hypothesis  # noqa: E402
 from cases import CPU, Backend  # noqa: E402
 from memcpy_trace import MemcpyTrace  # noqa: E402
 
+from sglang_nsa_plugin import log  # noqa: E402
 from sglang_nsa_plugin.adapters.outcome import OUTCOME  # noqa: E402
 from sglang_nsa_plugin.state import STATE, State  # noqa: E402
 
@@ -83,6 +84,7 @@ def state() -> Iterator[State]:
 def _reset() -> None:
     STATE.__init__()  # type: ignore[misc]
     OUTCOME.__init__()  # type: ignore[misc]
+    log._lost.clear()
 
 
 @pytest.fixture

@@ -77,6 +77,20 @@ class Takeover:
         """
         assert self.request is not None  # nothing is set up before
         self.outcome.step_aside_after(self.request.backend, error)
+        self._release()
+
+    def abandon(self, error: Exception) -> bool:
+        """Filling a step in service failed: hands every backend back. Returns False, for "not filled".
+
+        Raises:
+            RuntimeError: a captured fill cannot be switched off on the device. It would write over
+                SGLang's values in silence, so the process ends instead.
+        """
+        self._release()
+        self.outcome.fail_in_service(error)
+        return False
+
+    def _release(self) -> None:
         self.request = None
         for backend in list(self._backends):
             self._hand_back(backend)

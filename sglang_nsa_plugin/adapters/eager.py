@@ -22,6 +22,7 @@ from sglang_nsa_plugin.adapters.eager_fill import EagerFill
 from sglang_nsa_plugin.adapters.eager_names import DSA, NSA, SglangNames, names_of_generation
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Requirement
 from sglang_nsa_plugin.adapters.ragged_fill import RaggedFill
+from sglang_nsa_plugin.containment import attempt
 
 NAME = "eager"
 ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend that the plugin took over: its EagerFill
@@ -156,7 +157,8 @@ def _init_forward_metadata(original: Callable[..., Any], backend: Any, forward_b
     if fill is None or not forward_batch.forward_mode.is_draft_extend_v2():
         return original(backend, forward_batch)
     sglang_plan = functools.partial(original, backend, forward_batch)
-    return None if fill.step(forward_batch, sglang_plan) else sglang_plan()
+    filled = attempt(fill.step, _takeover.abandon, forward_batch, sglang_plan)
+    return None if filled else sglang_plan()
 
 
 def _replay(
@@ -176,7 +178,7 @@ def _replay(
     if (
         fill is not None
         and forward_mode.is_draft_extend()
-        and fill.replay(bs, seq_lens, req_pool_indices, spec_info)
+        and attempt(fill.replay, _takeover.abandon, bs, seq_lens, req_pool_indices, spec_info)
     ):
         return None
     return original(

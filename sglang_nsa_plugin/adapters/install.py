@@ -65,8 +65,6 @@ def switch(on: bool) -> None:
 
 
 def _warn_of_untested_release() -> None:
-    import sglang
-
-    warning = releases.why_untested(sglang.__version__)
+    warning = releases.why_untested(releases.SGLANG)
     if warning is not None:
         logger.warning("sglang-nsa-plugin: %s", warning)

@@ -7,6 +7,7 @@ from enum import Enum
 
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters.releases import SGLANG
+from sglang_nsa_plugin.containment import described
 from sglang_nsa_plugin.dispatch import BackendUnavailableError, Choice
 from sglang_nsa_plugin.log import logger_of
 from sglang_nsa_plugin.shadow import Difference
@@ -25,8 +26,8 @@ class Phase(Enum):
 
     active: the plugin fills the backends that it took over, from the first one on.
 
-    failed: the shadow check found a difference. SGLang fills every step, which is counted as a
-    fallback, for the life of the process.
+    failed: the shadow check found a difference, or filling a step raised an error. SGLang fills every
+    step for the life of the process.
     """
 
     IDLE = "idle"
@@ -43,10 +44,11 @@ class Outcome:
         self.adapter: str | None = None
         self.backend: str | None = None
         self.is_switched_on = True
+        self.why_failed = ""
 
     @property
     def has_failed(self) -> bool:
-        """Whether a shadow check of this process has found a difference."""
+        """Whether this process has left its fill to SGLang for good."""
         return self.phase is Phase.FAILED
 
     def report_waiting(self, adapter: str) -> None:
@@ -82,7 +84,7 @@ class Outcome:
         if self.phase is Phase.IDLE:
             return f"the plugin fills nothing here: {self.reason}"
         if self.has_failed and on:
-            return "the shadow check found a difference, so SGLang fills until this process ends"
+            return f"{self.why_failed}, so SGLang fills until this process ends"
         return None
 
     def switch(self, on: bool) -> None:
@@ -134,15 +136,25 @@ class Outcome:
 
     def fail(self, difference: Difference) -> None:
         """The shadow check found this difference."""
-        self.phase = Phase.FAILED
+        self.phase = Phase.FAILED  # first: whatever fails below, this is certain
         STATE.mismatches += difference.count
         STATE.first_mismatch = str(difference)
+        self._fail("the shadow check found a difference", str(difference))
+
+    def fail_in_service(self, error: Exception) -> None:
+        """Filling a step raised this error."""
+        what = described(error)
+        self.reason = STATE.reason = f"filling a step failed: {what}"
+        self._fail("filling a step failed", what)
+
+    def _fail(self, why: str, what: str) -> None:
+        self.phase, self.why_failed = Phase.FAILED, why
         logger.error(
-            "sglang-nsa-plugin %s: the shadow check found a difference: %s. SGLang %s, adapter %s, "
-            "implementation %s. From now on this process serves through SGLang's own fill; please "
-            "report this line",
+            "sglang-nsa-plugin %s: %s: %s. SGLang %s, adapter %s, implementation %s. From now on this "
+            "process serves through SGLang's own fill; please report this line",
             VERSION,
-            difference,
+            why,
+            what,
             SGLANG,
             self.adapter,
             self.backend,
