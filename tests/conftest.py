@@ -124,6 +124,7 @@ OF_GRAPHS = (
     "test_declined.py",
     "test_ranks.py",
     "test_runner.py",
+    "test_service_faults.py",
     "test_shadow_check.py",
     "test_start_faults.py",
     "test_wide_table.py",

@@ -7,58 +7,34 @@ touched: their errors are SGLang's.
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cpu_pair import make_pair, on_the_cpu, random_batch
+from failing_calls import (
+    AT_START,
+    IN_SERVICE,
+    Original,
+    PlantedError,
+    errors_of,
+    every_call,
+    failing_call,
+    fresh,
+    sglangs,
+)
 from test_runner import make_runner
 from test_start_faults import serve_and_expect_sglangs_values
 from test_switch import real_scheduler
 
-from sglang_nsa_plugin import containment, log, plugin
+from sglang_nsa_plugin import log, plugin
 from sglang_nsa_plugin.adapters import eager, in_graph
 from sglang_nsa_plugin.adapters.outcome import OUTCOME
+from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.state import record
 
 pytestmark = on_the_cpu
-
-# They run while a server starts, where an error by name is to end the start; see test_start_faults.py.
-AT_START = {
-    plugin._add_cli_args,
-    plugin._from_cli_args,
-    plugin._init_scheduler,
-    in_graph._create_backend,
-    in_graph._init_cuda_graph_state,
-    in_graph._in_graph,
-    eager._init,
-}
-IN_SERVICE = {
-    plugin._get_internal_state,
-    plugin._set_internal_state,
-    in_graph._out_graph,
-    in_graph._execute,
-    eager._init_forward_metadata,  # test_eager.py
-    eager._replay,  # test_eager.py
-}
-# What decides to catch, and what runs before it: objects' attributes, no calls that could fail.
-GUARDS = {
-    containment.attempt,
-    in_graph._slow_path,
-    in_graph._itself,
-    plugin._warn_of_skipped_hooks.__wrapped__,
-    log.loses,
-    *AT_START,
-    *IN_SERVICE,
-}
-GUARD_CODE = {function.__code__ for function in GUARDS}
-
-
-class Planted(Exception):
-    """No error that the plugin expects anywhere."""
 
 
 def test_every_hook_is_one_of_the_two() -> None:
@@ -68,72 +44,6 @@ def test_every_hook_is_one_of_the_two() -> None:
     tables = (*plugin._COMMAND_LINE, *plugin._IN_SCHEDULER, *in_graph._HOOKS)
     hooks = (*tables, *eager._hooks(DSA), *eager._hooks(NSA))
     assert {hook.replacement for hook in hooks} | {eager._replay} == AT_START | IN_SERVICE
-
-
-@contextlib.contextmanager
-def failing_call(number: int) -> Iterator[list[str]]:
-    """The call of this number that the plugin makes raises; yields its name, once it has."""
-    failed: list[str] = []
-    seen = 0
-
-    def profile(frame, event, called):
-        nonlocal seen
-        if event == "call":
-            code, name = frame.f_code, frame.f_code.co_qualname
-            is_ours = frame.f_globals["__name__"].startswith("sglang_nsa_plugin.")
-        elif event == "c_call":
-            code, name = frame.f_code, called.__name__
-            is_ours = frame.f_globals["__name__"].startswith("sglang_nsa_plugin.adapters")
-        else:
-            return
-        if not is_ours or code in GUARD_CODE or code.co_name == "<genexpr>":
-            return
-        if seen == number:
-            sys.setprofile(None)
-            failed.append(name)
-            raise Planted(name)
-        seen += 1
-
-    sys.setprofile(profile)
-    try:
-        yield failed
-    finally:
-        sys.setprofile(None)
-
-
-def every_call(run: Callable[[int], list[str]]) -> list[str]:
-    """Runs with the first call failing, then the second, until none is left."""
-    names: list[str] = []
-    while failed := run(len(names)):
-        names += failed
-    return names
-
-
-class Original:
-    """SGLang's function under a hook, counted."""
-
-    def __init__(self, function: Callable[..., object]) -> None:
-        self.function = function
-        self.calls = 0
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        profile = sys.getprofile()
-        sys.setprofile(None)  # what SGLang calls is not planted in
-        self.calls += 1
-        try:
-            return self.function(*args, **kwargs)
-        finally:
-            sys.setprofile(profile)
-
-
-def sglangs(function: Callable[..., object]) -> Original:
-    import inspect
-
-    return Original(inspect.unwrap(function))
-
-
-def errors_of(caplog) -> list[str]:
-    return [line.getMessage() for line in caplog.records if line.levelname == "ERROR"]
 
 
 # --- the fill ---
@@ -151,9 +61,7 @@ def unchanged(view): ...
 def test_sglang_fills_a_step_whose_fill_failed_and_all_after_it(prepare, check_every, state, caplog):
     def run(number: int) -> list[str]:
         caplog.clear()
-        state.__init__()
-        OUTCOME.__init__()
-        log._lost.clear()
+        fresh()
         pair = make_pair(check_every=check_every)
         backend, fills = pair.ours.backend, pair.fills()
         captured = dict(fills.captured)
@@ -169,7 +77,7 @@ def test_sglang_fills_a_step_whose_fill_failed_and_all_after_it(prepare, check_e
             assert original.calls == 1, failed
             assert len(errors_of(caplog)) == 1, failed
             assert "please report this line" in errors_of(caplog)[0]
-            assert f"Planted: {failed[0]}" in record()["reason"]
+            assert f"PlantedError: {failed[0]}" in record()["reason"]
             assert not fills.enabled.any(), failed
             assert not hasattr(backend, in_graph.FAST_PATH)
             for _ in range(3):
@@ -180,7 +88,7 @@ def test_sglang_fills_a_step_whose_fill_failed_and_all_after_it(prepare, check_e
         return failed
 
     names = every_call(run)
-    assert {"BackendFills.validate", "GraphFill.reads", "data_ptr"} <= set(names)
+    assert {"BackendFills.validate", "GraphFill.reads", "_addresses"} <= set(names)
     if prepare is replaced_lengths:
         assert {"count_fallback", "BackendFills._switch", "fill_", "Logger.warning"} <= set(names)
 
@@ -223,9 +131,7 @@ def test_after_an_error_behind_a_replay_the_scheduler_waits_for_the_whole_forwar
 ):
     def run(number: int) -> list[str]:
         caplog.clear()
-        state.__init__()
-        OUTCOME.__init__()
-        log._lost.clear()
+        fresh()
         pair = make_pair(check_every=check_every)
         runner = make_runner(pair)
         fence = in_graph._fence_event(runner.model_runner)
@@ -268,20 +174,18 @@ def test_a_check_that_fails_is_lost_and_the_fill_goes_on(call, state, monkeypatc
     pair = make_pair(check_every=1)
 
     def failing(*_):
-        raise Planted(call)
+        raise PlantedError(call)
 
     monkeypatch.setattr(f"sglang_nsa_plugin.adapters.{call}", failing)
     generator = torch.Generator().manual_seed(3)
     for _ in range(4):
         bs = random_batch(pair, generator)
-        from sglang_nsa_plugin.harness.diff import Diff
-
         result = Diff()
         pair.step(bs, result)
         assert result.first is None, result.first
     assert (state.replays, OUTCOME.has_failed) == (4, False)
     (said,) = errors_of(caplog)
-    assert said.startswith(f"sglang-nsa-plugin: the shadow check is lost: Planted: {call} (")
+    assert said.startswith(f"sglang-nsa-plugin: the shadow check is lost: PlantedError: {call} (")
     assert "Nothing else is" in said
 
 
@@ -290,9 +194,8 @@ def test_a_check_that_fails_is_lost_and_the_fill_goes_on(call, state, monkeypatc
 
 def test_server_info_loses_its_own_part_alone(state, caplog):
     def run(number: int) -> list[str]:
-        log._lost.clear()
         caplog.clear()
-        plugin._warn_of_skipped_hooks.cache_clear()
+        fresh()
         original = Original(lambda _: SimpleNamespace(internal_state={"SGLang's": 1}))
         with failing_call(number) as failed:
             output = plugin._get_internal_state(original, None)
@@ -321,8 +224,7 @@ def test_a_switch_that_fails_leaves_the_answer_to_sglang(state, caplog):
 
     def run(number: int) -> list[str]:
         caplog.clear()
-        log._lost.clear()
-        OUTCOME.__init__()
+        fresh()
         make_pair()
         original = sglangs(Scheduler.set_internal_state)
         request = SetInternalStateReq(server_args={"nsa_metadata": 0})
@@ -339,10 +241,9 @@ def test_a_switch_that_fails_leaves_the_answer_to_sglang(state, caplog):
 
 def test_a_log_that_raises_loses_a_line_alone(state, monkeypatch):
     """A filter of a configuration file, say: handlers' errors are caught by `logging` itself."""
-    import logging
 
     def failing(_):
-        raise Planted("filter")
+        raise PlantedError("filter")
 
     logger = logging.getLogger("sglang.nsa_plugin.adapters.fallbacks")
     monkeypatch.setattr(logger, "filters", [failing])
