@@ -48,6 +48,30 @@ for steps in (1000, 24):
     time.sleep(1.5)
 """
 )
+# Somebody has registered a metric of our name; then copies fail for a while, as on a full disk.
+FAILS_AT_START = SCHEDULER.replace(
+    "module.Scheduler(S",
+    """import prometheus_client
+prometheus_client.Gauge("sglang_nsa_plugin:info", "another's", ["rank"])
+module.Scheduler(S""",
+)
+FAILS_LATER = (
+    SCHEDULER
+    + """
+metrics.PERIOD_S = 0.1
+inc = metrics.Copier._raise
+metrics.Copier._raise = lambda *_: 1 / 0
+STATE.replays += 5
+time.sleep(2)
+metrics.Copier._raise = inc
+STATE.replays += 5
+time.sleep(1)
+"""
+)
+ERRORS = """
+import logging, sys
+logging.basicConfig(level=logging.ERROR, stream=sys.stdout, format="%(message)s")
+"""
 LEFT = (
     SCHEDULER
     + """
@@ -135,6 +159,21 @@ def threads_and_import(folder: Path, **arguments: object) -> tuple[list[str], bo
     out = succeed(LEFT, **arguments, PROMETHEUS_MULTIPROC_DIR=folder)
     left = json.loads(out.strip().splitlines()[-1])
     return left["threads"], left["imported"]
+
+
+@pytest.mark.parametrize(
+    ("program", "lost", "replays"),
+    [
+        (FAILS_AT_START, "its part of /metrics is lost: ", None),
+        (FAILS_LATER, "a copy of the counters to /metrics is lost: ZeroDivisionError", 10),
+    ],
+    ids=["at start", "later"],
+)
+def test_metrics_that_fail_are_lost_and_nothing_else(program, lost, replays, tmp_path):
+    arguments = {**SPARSE, "labels": labels(0), "PROMETHEUS_MULTIPROC_DIR": tmp_path}
+    assert succeed(f"{ERRORS}{program}", **arguments).count(lost) == 1
+    found = [value for name, value in samples(tmp_path).items() if name.startswith("replays_total ")]
+    assert found == ([] if replays is None else [replays])
 
 
 def test_sglang_keeps_its_collector_and_labels_where_the_hook_looks():
