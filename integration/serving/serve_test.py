@@ -26,6 +26,7 @@ SLICES: dict[str, tuple[str, ...]] = {
     "widths": ("test_widths.py", "--servers=6"),
     "eager": ("test_eager.py", "--servers=4"),
     "memory": ("test_memory.py",),
+    "memory-graphs": ("test_memory_graphs.py",),
     "sampling": ("test_sampling.py", "--servers=3"),
     "shadow": ("test_shadow_serving.py",),
     "shadow-load": ("test_shadow_load.py",),

@@ -455,6 +455,18 @@ def test_slices_run_alone_and_merge_into_one_file(tmp_path, names, setups):
         assert parts["memory.recapture"]["outcomes"] == {"plugin": "ended", "sglang": "ended"}
 
 
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_the_slice_that_needs_torch_memory_saver(tmp_path, is_installed):
+    """Three ways to release memory, then the record; skipped with the reason where it is missing."""
+    if is_installed:
+        (tmp_path / "torch_memory_saver.py").touch()
+    folders = os.pathsep.join([str(Path(__file__).parent / "stand_in"), str(tmp_path)])
+    run = slices(tmp_path / "run", "memory-graphs", PYTHONPATH=folders)
+    assert run.returncode == 0, run.stdout[-3_000:]
+    assert ("4 passed" if is_installed else "4 skipped") in run.stdout
+    assert ("needs torch_memory_saver" in run.stdout) != is_installed
+
+
 @pytest.mark.parametrize(
     ("fault", "mismatches", "failed"),
     [("", 0, []), ("mismatch", 4, ["test_every_replay_was_checked_and_equal"] * 4)],
