@@ -7,9 +7,6 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sglang_nsa_plugin.log import logger_of
-
-logger = logger_of(__name__)
 _Value = TypeVar("_Value")
 
 CHOICES = ("auto", "cuda", "triton", "torch", "off")
@@ -40,18 +37,12 @@ CHECK_HELP = (
 def validate_environment() -> None:
     """Validates both variables.
 
-    The error is logged as well: a SystemExit ends a thread that loads plugins without a word.
-
     Raises:
         SystemExit: one has an invalid value. SGLang only logs a plugin's ordinary errors, and a mistyped
             setting must end the start.
     """
-    for read in (_backend_from_environment, _check_from_environment):
-        try:
-            read()
-        except SystemExit as error:
-            logger.error("%s", error)
-            raise
+    _backend_from_environment()
+    _check_from_environment()
 
 
 def _backend_from_environment() -> str | None:

@@ -33,7 +33,11 @@ def register() -> None:
 
     A second call changes nothing: a flag that is added twice would end the start.
     """
-    options.validate_environment()
+    try:
+        options.validate_environment()
+    except SystemExit as error:
+        logger.error("%s", error)  # a SystemExit ends a thread that loads plugins without a word
+        raise
     for hook in _hooks_of_process():
         misfits = hooks.misfits([hook])
         if misfits:

@@ -109,5 +109,5 @@ thread.join()
 def test_a_mistyped_variable_is_logged_where_a_thread_ends_without_a_word(variable, value, said):
     done = run(IN_A_THREAD, **{variable: value})
     assert done.stdout.splitlines() == [
-        f"ERROR sglang.nsa_plugin.options sglang-nsa-plugin: {variable}: {said}"
+        f"ERROR sglang.nsa_plugin.plugin sglang-nsa-plugin: {variable}: {said}"
     ]
