@@ -14,7 +14,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-HEADER = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+HEADER = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 PATIENCE_S = 10
 
 
@@ -59,7 +59,8 @@ class StandIn:
     """A server with the plugin, as an HTTP client sees it.
 
     Attributes to plant something: ``step_ms`` by who fills, ``prefill_ms`` likewise, ``noise`` as a
-    share of each batch's step time, ``steps_per_event``, ``at_once`` (requests that it runs at once).
+    share of each batch's step time, ``steps_per_event``, ``at_once`` (requests that it runs at once),
+    ``share_of_fewer`` (of the step time, once a request of the batch has ended).
 
     Faults: ``stuck_ranks`` take no switch, ``refuses`` answers the switch with false, ``dies_in_batch``
     is the batch in whose middle it goes away, ``hangs`` answers nothing, ``ignores_switch`` lets the
@@ -73,6 +74,7 @@ class StandIn:
         self.noise = 0.0
         self.steps_per_event = 1
         self.at_once = 1_000
+        self.share_of_fewer = 1.0
         self.info: dict[str, Any] = {"version": "0.5.17", "speculative_algorithm": "EAGLE"}
         self.records: list[dict[str, Any] | None] = [_record() for _ in range(ranks)]
         self.api_key: str | None = None
@@ -145,7 +147,8 @@ class StandIn:
                 self.clock.advance(self.prefill_ms[arm] / 1e3)
                 running.append(waiting.pop(0))
                 yield running[-1].event(self.aborts)
-            self.clock.advance(step_s)
+            is_full = len(running) == len(body["input_ids"])
+            self.clock.advance(step_s if is_full else step_s * self.share_of_fewer)
             self.count_step()
             for request in running:
                 request.step(self.random)
@@ -228,6 +231,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
     def _generate(self, body: dict[str, Any]) -> None:
         self.wfile.write(HEADER)
         try:
@@ -236,9 +242,10 @@ class _Handler(BaseHTTPRequestHandler):
                     self.stand_in.is_dead = True
                     return
                 self.stand_in.clock.expect_reading()
-                self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+                self._chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
                 self.stand_in.generating.set()
-            self.wfile.write(b"data: [DONE]\n\n")
+            self._chunk(b"data: [DONE]\n\n")
+            self._chunk(b"")
         except (BrokenPipeError, ConnectionResetError):
             self.stand_in.aborted.set()
 

@@ -28,8 +28,9 @@ TOKENS = range(100, 4000)
 FEWEST_STEPS = 8
 GENERATED = "sglang:generation_tokens_total"
 
-_ID = re.compile(rb'"id":\s*"([^"]+)"')
-_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+# In an event, which is not parsed as a whole: it may be long, and the next one waits.
+_ID = rb'"id":\s*"([^"]+)"'
+_TOKENS = rb'"completion_tokens":\s*(\d+)'
 
 
 class NotResolvedError(Exception):
@@ -59,10 +60,12 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     last: bytes = b""
 
-    def raise_if_aborted(self) -> None:
-        """SGLang ended the request before its time."""
-        reason = self.meta["finish_reason"] or {}
-        if reason.get("type") != "length":
+    def raise_if_cut_short(self) -> None:
+        """Neither SGLang nor a lost connection ended the request before its last token."""
+        reason = self.meta["finish_reason"]
+        if reason is None:
+            raise ServerError("the answer of /generate broke off: did the server die? Its log says more")
+        if reason["type"] != "length":
             raise ServerError(f"the server ended a request early: {json.dumps(reason)}")
 
     @property
@@ -86,7 +89,7 @@ class OwnRequests:
         prompts = [random.choices(TOKENS, k=self.input_len) for _ in range(self.requests)]
         answers = collect(self.server.generate(prompts, self.output_len))
         for answer in answers:
-            answer.raise_if_aborted()
+            answer.raise_if_cut_short()
         if len(answers) != self.requests:
             raise ServerError(
                 f"{self.server.url}/generate answered {len(answers)} of {self.requests} requests"
@@ -138,7 +141,7 @@ def collect(events: Iterable[bytes]) -> list[Answer]:
     answers: dict[bytes, Answer] = {}
     for event in events:
         now = perf_counter()
-        request, tokens = _ID.search(event), _TOKENS.search(event)
+        request, tokens = re.search(_ID, event), re.search(_TOKENS, event)
         if request is None or tokens is None:
             raise ServerError(f"/generate sent {event[:300].decode(errors='replace').strip()}")
         answer = answers.setdefault(request[1], Answer())
