@@ -1,4 +1,4 @@
-"""An SGLang server that decodes by a clock of its own: for faults and planted gains that a real one lacks.
+"""An SGLang server that decodes by a clock of its own, with planted gains and faults.
 
 With a :class:`SharedClock` no time passes but what the stand-in lets pass, so that a planted gain is
 exact however busy the machine is. With a :class:`WallClock` it sleeps, for a client in another process.
@@ -32,7 +32,7 @@ class WallClock:
 
 
 class SharedClock:
-    """Read by the client for each event; goes on only when the client has read it for all events sent."""
+    """Goes on only when the client has read it once for each event sent."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -62,8 +62,8 @@ class StandIn:
     of each batch's step time, ``steps_per_event``, ``at_once`` (requests that it runs at once).
 
     Faults: ``stuck_ranks`` take no switch, ``refuses`` answers the switch with false, ``dies_in_batch``
-    is the number of the batch in whose middle it goes away, ``hangs`` answers nothing, ``ignores_switch``
-    lets the plugin fill whatever the switch says, ``aborts`` requests.
+    is the batch in whose middle it goes away, ``hangs`` answers nothing, ``ignores_switch`` lets the
+    plugin fill whatever the switch says, ``aborts`` requests.
     """
 
     def __init__(self, clock: Any, ranks: int = 1) -> None:
@@ -81,12 +81,13 @@ class StandIn:
         self.refuses = self.hangs = self.ignores_switch = self.aborts = self.is_dead = False
         self.dies_in_batch: int | None = None
         self.metrics: str | None = None
+        self.redirect: str | None = None
         self.calls: Counter[str] = Counter()
         self.prompts: list[list[int]] = []
         self.switched: list[int] = []
         self.generating = threading.Event()
         self.aborted = threading.Event()
-        self.random = random.Random(0)
+        self.random = random.Random(1)
         self.server = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("Handler", (_Handler,), {"stand_in": self})
         )
@@ -188,6 +189,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.stand_in.hangs:
             time.sleep(1)
+        if self.stand_in.redirect is not None:
+            self.send_response(307)
+            self.send_header("Location", self.stand_in.redirect)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if self.path == "/metrics" and self.stand_in.metrics is not None:
             self._send(200, self.stand_in.metrics.encode())
         elif self.path == "/server_info":

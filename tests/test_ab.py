@@ -165,7 +165,7 @@ def test_keys_reach_the_server(stand_in, ab):
 
 @pytest.mark.parametrize("keys", [(), ("--api-key", "user")])
 def test_a_key_that_is_missing(stand_in, ab, capsys, keys):
-    """Without any, nothing is sent; without the right to switch, the switch cannot be put back either."""
+    """Nothing is sent."""
     stand_in.api_key, stand_in.admin_api_key = "user", "admin"
     assert ab(*keys, code=1) is None
     assert (
@@ -173,6 +173,13 @@ def test_a_key_that_is_missing(stand_in, ab, capsys, keys):
         in capsys.readouterr().err
     )
     assert stand_in.calls["batches"] == 0
+
+
+def test_a_redirect_takes_no_key_elsewhere(stand_in, ab, capsys):
+    with StandIn(WallClock()) as other:
+        stand_in.redirect = f"{other.url}/server_info"
+        assert ab("--api-key", "secret", code=1) is None
+        assert "/server_info answered HTTP 307" in capsys.readouterr().err
 
 
 # Servers with nothing to compare: exit code 2, nothing sent, nothing switched

@@ -7,16 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = (
-    "requests",
-    "step ms",
-    "on ÷ off",
-    "range",
-    "off ÷ off",
-    "tokens/s",
-    "on ÷ off",
-    "tokens/step",
-)
+COLUMNS = ("requests", "step ms", "on÷off", "off÷off", "tokens/s", "on÷off", "tokens/step")
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
@@ -26,7 +17,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
         f"{result['adapter']}, implementation {result['implementation']}, {result['ranks']} rank(s)\n"
         "medians, with the plugin on / off"
     )
-    table = Table()
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for column in COLUMNS:
         table.add_column(column, justify="right")
     for cell in result["cells"]:
@@ -42,9 +33,8 @@ def _row(cell: dict[str, Any]) -> tuple[str, ...]:
         cell[name] for name in ("step_on_over_off", "step_off_over_off", "tokens_on_over_off")
     )
     return (
-        _pair(cell["step_ms"], ".3f"),
+        _pair(cell["step_ms"], ".4g"),
         f"{step['median']:.3f}",
-        f"{step['low']:.3f}-{step['high']:.3f}",
         f"{control['median']:.3f}",
         _pair(cell["tokens_per_s"], ",.0f"),
         "-" if tokens is None else f"{tokens['median']:.3f}",

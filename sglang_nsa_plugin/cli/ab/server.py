@@ -29,6 +29,16 @@ class ServerError(RuntimeError):
     """The server gave no answer, or another one than was asked for."""
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: the key is for this server alone."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 class Server:
     """One SGLang server.
 
@@ -120,7 +130,7 @@ class Server:
             {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
         )
         try:
-            return urllib.request.urlopen(request, timeout=limit_s or ANSWER_S)
+            return _OPENER.open(request, timeout=limit_s or ANSWER_S)
         except urllib.error.HTTPError as error:
             raise ServerError(f"{self.url}{path} answered {_refusal(error)}") from error
         except NO_ANSWER as error:
