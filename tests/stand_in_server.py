@@ -58,8 +58,8 @@ class SharedClock:
 class StandIn:
     """A server with the plugin, as an HTTP client sees it.
 
-    Attributes to plant something: ``step_ms`` by who fills, ``prefill_ms`` likewise, ``noise`` as a share
-    of each batch's step time, ``steps_per_event``, ``at_once`` (requests that it runs at once).
+    Attributes to plant something: ``step_ms`` by who fills, ``prefill_ms`` likewise, ``noise`` as a
+    share of each batch's step time, ``steps_per_event``, ``at_once`` (requests that it runs at once).
 
     Faults: ``stuck_ranks`` take no switch, ``refuses`` answers the switch with false, ``dies_in_batch``
     is the batch in whose middle it goes away, ``hangs`` answers nothing, ``ignores_switch`` lets the
