@@ -59,7 +59,8 @@ class StandIn:
     """A server with the plugin, as an HTTP client sees it.
 
     Attributes to plant something: ``step_ms`` by who fills, ``prefill_ms`` likewise, ``noise`` as a
-    share of each batch's step time, ``steps_per_event``, ``at_once`` (requests that it runs at once).
+    share of each batch's step time, ``steps_per_event``, ``at_once`` (requests that it runs at once),
+    ``share_of_fewer`` (of the step time, once a request of the batch has ended).
 
     Faults: ``stuck_ranks`` take no switch, ``refuses`` answers the switch with false, ``dies_in_batch``
     is the batch in whose middle it goes away, ``hangs`` answers nothing, ``ignores_switch`` lets the
@@ -73,6 +74,7 @@ class StandIn:
         self.noise = 0.0
         self.steps_per_event = 1
         self.at_once = 1_000
+        self.share_of_fewer = 1.0
         self.info: dict[str, Any] = {"version": "0.5.17", "speculative_algorithm": "EAGLE"}
         self.records: list[dict[str, Any] | None] = [_record() for _ in range(ranks)]
         self.api_key: str | None = None
@@ -145,7 +147,8 @@ class StandIn:
                 self.clock.advance(self.prefill_ms[arm] / 1e3)
                 running.append(waiting.pop(0))
                 yield running[-1].event(self.aborts)
-            self.clock.advance(step_s)
+            is_full = len(running) == len(body["input_ids"])
+            self.clock.advance(step_s if is_full else step_s * self.share_of_fewer)
             self.count_step()
             for request in running:
                 request.step(self.random)

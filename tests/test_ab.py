@@ -80,6 +80,12 @@ def test_prefill_is_not_counted(stand_in, ab):
         assert cell["step_on_over_off"]["median"] == pytest.approx(1)
 
 
+def test_steps_after_the_first_request_has_ended_are_not_counted(stand_in, ab):
+    stand_in.share_of_fewer = 0.5
+    (cell,) = ab("--rounds", "6", requests="6")
+    assert cell["step_ms"]["on"] == pytest.approx(10)
+
+
 def test_events_of_several_steps_are_counted_by_their_tokens(stand_in, ab):
     stand_in.step_ms = {"on": 8.0, "off": 10.0}
     stand_in.steps_per_event = 4
@@ -246,7 +252,9 @@ def test_a_server_with_nothing_to_compare(stand_in, ab, capsys, plant, words):
 def test_a_switch_that_is_refused(stand_in, ab, capsys):
     stand_in.refuses = True
     assert ab(code=1) is None
-    assert "answered [false] to nsa_metadata = 0 instead of true" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "answered [false] to nsa_metadata = 0 instead of true" in told
+    assert "could not switch" not in told  # it never was switched
     assert stand_in.calls["batches"] == 0
 
 

@@ -155,7 +155,8 @@ def _switch_back(server: Server, on: bool) -> None:
     try:
         for pause_s in (*PAUSES_S, None):
             try:
-                server.switch(on)
+                if any(record.get("switched_on") is not on for record in server.records()):
+                    server.switch(on)
                 done = True
                 return
             except ServerError as error:
