@@ -28,8 +28,9 @@ TOKENS = range(100, 4000)
 FEWEST_STEPS = 8
 GENERATED = "sglang:generation_tokens_total"
 
-_ID = re.compile(rb'"id":\s*"([^"]+)"')
-_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+# In an event, which is not parsed as a whole: it may be long, and the next one waits.
+_ID = rb'"id":\s*"([^"]+)"'
+_TOKENS = rb'"completion_tokens":\s*(\d+)'
 
 
 class NotResolvedError(Exception):
@@ -138,7 +139,7 @@ def collect(events: Iterable[bytes]) -> list[Answer]:
     answers: dict[bytes, Answer] = {}
     for event in events:
         now = perf_counter()
-        request, tokens = _ID.search(event), _TOKENS.search(event)
+        request, tokens = re.search(_ID, event), re.search(_TOKENS, event)
         if request is None or tokens is None:
             raise ServerError(f"/generate sent {event[:300].decode(errors='replace').strip()}")
         answer = answers.setdefault(request[1], Answer())
