@@ -14,7 +14,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-HEADER = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+HEADER = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 PATIENCE_S = 10
 
 
@@ -231,6 +231,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
     def _generate(self, body: dict[str, Any]) -> None:
         self.wfile.write(HEADER)
         try:
@@ -239,9 +242,10 @@ class _Handler(BaseHTTPRequestHandler):
                     self.stand_in.is_dead = True
                     return
                 self.stand_in.clock.expect_reading()
-                self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+                self._chunk(b"data: " + json.dumps(event).encode() + b"\n\n")
                 self.stand_in.generating.set()
-            self.wfile.write(b"data: [DONE]\n\n")
+            self._chunk(b"data: [DONE]\n\n")
+            self._chunk(b"")
         except (BrokenPipeError, ConnectionResetError):
             self.stand_in.aborted.set()
 
