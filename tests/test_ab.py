@@ -311,6 +311,7 @@ def test_a_server_that_dies_midway(stand_in, ab, capsys):
     stand_in.dies_in_batch = 4
     assert ab(code=1) is None
     told = capsys.readouterr().err
+    assert "the answer of /generate broke off: did the server die?" in told
     assert "could not switch the plugin on again, as it was found" in told
     assert (
         f"""curl {stand_in.url}/set_internal_state --json '{{"server_args": {{"nsa_metadata": 1}}}}'"""

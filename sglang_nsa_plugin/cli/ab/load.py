@@ -60,10 +60,12 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     last: bytes = b""
 
-    def raise_if_aborted(self) -> None:
-        """SGLang ended the request before its time."""
-        reason = self.meta["finish_reason"] or {}
-        if reason.get("type") != "length":
+    def raise_if_cut_short(self) -> None:
+        """Neither SGLang nor a lost connection ended the request before its last token."""
+        reason = self.meta["finish_reason"]
+        if reason is None:
+            raise ServerError("the answer of /generate broke off: did the server die? Its log says more")
+        if reason["type"] != "length":
             raise ServerError(f"the server ended a request early: {json.dumps(reason)}")
 
     @property
@@ -87,7 +89,7 @@ class OwnRequests:
         prompts = [random.choices(TOKENS, k=self.input_len) for _ in range(self.requests)]
         answers = collect(self.server.generate(prompts, self.output_len))
         for answer in answers:
-            answer.raise_if_aborted()
+            answer.raise_if_cut_short()
         if len(answers) != self.requests:
             raise ServerError(
                 f"{self.server.url}/generate answered {len(answers)} of {self.requests} requests"

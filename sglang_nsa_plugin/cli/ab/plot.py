@@ -37,7 +37,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             places, medians, (below, above), fmt="o", color=colour, markersize=4, capsize=3, label=label
         )
     axes.set_xticks(range(len(cells)), [cell["load"] for cell in cells])
-    axes.set_xlim(-0.5, len(cells) - 0.5)
+    axes.set_xlim(-0.5, max(len(cells), 1) - 0.5)
     axes.set_xlabel("requests at once")
     axes.set_ylabel("time of a step, ratio")
     axes.grid(visible=True, axis="y", linewidth=0.4)
