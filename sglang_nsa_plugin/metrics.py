@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from sglang_nsa_plugin.containment import attempt
+from sglang_nsa_plugin.log import loses
 from sglang_nsa_plugin.state import STATE, VERSION
 
 PREFIX = "sglang_nsa_plugin:"
@@ -39,11 +41,15 @@ def export(labels: Mapping[str, Any]) -> None:
     To be called once a process, after start-up has decided who fills.
     """
     _expose_info(labels)
+    in_place = InPlace(labels)
+    in_place.copy()
     if STATE.adapter is None:
         return
     copier = Copier(labels)
     copier.copy()
-    threading.Thread(target=_copy_forever, args=[copier], name="nsa-metrics", daemon=True).start()
+    threading.Thread(
+        target=_copy_forever, args=[copier, in_place], name="nsa-metrics", daemon=True
+    ).start()
 
 
 def _expose_info(labels: Mapping[str, Any]) -> None:
@@ -62,6 +68,26 @@ def _expose_info(labels: Mapping[str, Any]) -> None:
         multiprocess_mode="mostrecent",
     )
     info.labels(**every).set(1)
+
+
+class InPlace:
+    """For each role, whether the plugin fills its steps."""
+
+    def __init__(self, labels: Mapping[str, Any]) -> None:
+        from prometheus_client import Gauge
+
+        self._labels = labels
+        self._gauge = Gauge(
+            f"{PREFIX}in_place",
+            "1 where the plugin fills the metadata of this role, 0 where SGLang does.",
+            list({**labels, "role": ""}),
+            multiprocess_mode="mostrecent",
+        )
+
+    def copy(self) -> None:
+        """Shows what holds now: a failed shadow check ends a fill that was in place."""
+        for role, is_in_place in STATE.in_place.items():
+            self._gauge.labels(**{**self._labels, "role": role}).set(int(is_in_place))
 
 
 class Copier:
@@ -104,7 +130,8 @@ class Copier:
         self._copied[name] = count
 
 
-def _copy_forever(copier: Copier) -> None:
+def _copy_forever(*copiers: Copier | InPlace) -> None:
     while True:
         time.sleep(PERIOD_S)
-        copier.copy()
+        for copier in copiers:
+            attempt(copier.copy, loses("a copy of the counters to /metrics"))

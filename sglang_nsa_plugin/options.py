@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+_Value = TypeVar("_Value")
 
 CHOICES = ("auto", "cuda", "triton", "torch", "off")
 DEFAULT = "auto"
@@ -17,6 +19,9 @@ CHECK_VARIABLE = "SGLANG_NSA_METADATA_CHECK"
 # process with the ServerArgs object, and SGLang's resolution of arguments leaves them alone.
 ATTRIBUTE = "_nsa_metadata_backend"
 CHECK_ATTRIBUTE = "_nsa_metadata_check"
+# In YAML, `off` and `no` without quotes are booleans, which SGLang's --config hands over as `false`.
+OFF_WORDS = ("off", "false", "no", "0")
+ON_WORDS = ("on", "true", "yes", "1")
 
 HELP = (
     "Who fills the draft-extend metadata of NSA/DSA sparse attention (sglang-nsa-plugin): auto takes "
@@ -42,21 +47,19 @@ def validate_environment() -> None:
 
 def _backend_from_environment() -> str | None:
     """The variable's value, or None where it is unset or empty."""
-    value = os.environ.get(VARIABLE, "").strip()
-    if value and value not in CHOICES:
-        raise SystemExit(
-            f"sglang-nsa-plugin: {VARIABLE}: must be one of {', '.join(CHOICES)}, got {value!r}"
-        )
-    return value or None
+    return _from_environment(VARIABLE, _one_backend)
 
 
 def _check_from_environment() -> int | None:
-    value = os.environ.get(CHECK_VARIABLE, "").strip()
-    if value and not value.isdecimal():
-        raise SystemExit(
-            f"sglang-nsa-plugin: {CHECK_VARIABLE}: must be a whole number, 0 or more, got {value!r}"
-        )
-    return int(value) if value else None
+    return _from_environment(CHECK_VARIABLE, _whole_number)
+
+
+def _from_environment(variable: str, read: Callable[[str], _Value]) -> _Value | None:
+    value = os.environ.get(variable, "").strip()
+    try:
+        return read(value) if value else None
+    except argparse.ArgumentTypeError as error:
+        raise SystemExit(f"sglang-nsa-plugin: {variable}: {error}") from error
 
 
 def backend_of(server_args: object) -> str:
@@ -70,11 +73,59 @@ def check_of(server_args: object) -> int:
     return flag if flag is not None else _check_from_environment() or 0
 
 
+class _Carried(argparse.Action):
+    """Keeps a flag's value where ``ServerArgs.from_cli_args`` is not the plugin's to hook.
+
+    Until :func:`keep_flags` takes it over, the value is in the flag's environment variable, too, which
+    every scheduler process inherits.
+    """
+
+    def __init__(self, *args: Any, variable: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._variable = variable
+
+    def __call__(
+        self, parser: object, namespace: object, value: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, value)
+        _carried.setdefault(self._variable, os.environ.get(self._variable))
+        os.environ[self._variable] = str(value)
+
+
+_carried: dict[str, str | None] = {}  # variables that hold a flag's value, and what they held before
+
+
+def _restore_variables() -> None:
+    for variable, before in _carried.items():
+        if before is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = before
+    _carried.clear()
+
+
 def add_flags(original: Callable[..., Any], parser: argparse.ArgumentParser) -> Any:
     """Around ``ServerArgs.add_cli_args``: adds the flags."""
     result = original(parser)
-    parser.add_argument(FLAG, ALIAS, choices=CHOICES, default=None, help=HELP)
-    parser.add_argument(CHECK_FLAG, type=_whole_number, metavar="N", default=None, help=CHECK_HELP)
+    parser.add_argument(
+        FLAG,
+        ALIAS,
+        action=_Carried,
+        variable=VARIABLE,
+        type=_one_backend,
+        choices=CHOICES,
+        default=None,
+        help=HELP,
+    )
+    parser.add_argument(
+        CHECK_FLAG,
+        action=_Carried,
+        variable=CHECK_VARIABLE,
+        type=_whole_number,
+        metavar="N",
+        default=None,
+        help=CHECK_HELP,
+    )
     return result
 
 
@@ -83,10 +134,22 @@ def keep_flags(original: Callable[..., Any], cls: type, args: argparse.Namespace
     server_args = original(cls, args)
     setattr(server_args, ATTRIBUTE, getattr(args, "nsa_metadata_backend", None))
     setattr(server_args, CHECK_ATTRIBUTE, getattr(args, "nsa_metadata_check", None))
+    _restore_variables()
     return server_args
 
 
+def _one_backend(text: str) -> str:
+    if text.lower() in OFF_WORDS:
+        return "off"
+    if text not in CHOICES:
+        advice = f"; for the plugin's own choice, set {DEFAULT}" if text.lower() in ON_WORDS else ""
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(CHOICES)}, got {text!r}{advice}")
+    return text
+
+
 def _whole_number(text: str) -> int:
+    if text.lower() in OFF_WORDS:
+        return 0
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
     return int(text)

@@ -8,7 +8,6 @@ Scheduler is made. Registering imports none of them and starts no CUDA context.
 from __future__ import annotations
 
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +15,17 @@ from typing import Any
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.hooks import Hook
+from sglang_nsa_plugin.containment import attempt
+from sglang_nsa_plugin.log import logger_of, loses
 from sglang_nsa_plugin.state import VERSION, record
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 _SCHEDULER = f"{_SCHEDULER_MODULE}.Scheduler"
 RECORD_KEY = "nsa_metadata"
+CONCLUDED = "_nsa_concluded"  # on a scheduler whose verdict was given
 
 
 @functools.cache
@@ -32,13 +34,18 @@ def register() -> None:
 
     A second call changes nothing: a flag that is added twice would end the start.
     """
-    options.validate_environment()
+    try:
+        options.validate_environment()
+    except SystemExit as error:
+        logger.error("%s", error)  # a SystemExit ends a thread that loads plugins without a word
+        raise
     for hook in _hooks_of_process():
         misfits = hooks.misfits([hook])
         if misfits:
             logger.warning("sglang-nsa-plugin: this SGLang does not fit: %s", misfits[0])
         else:
             hooks.register([hook])
+    _report_skipped(hooks.why_skipped(_hooks_of_process()))
     _export_to_sgl_kernel()
 
 
@@ -52,25 +59,35 @@ def _hooks_of_process() -> tuple[Hook, ...]:
 
 
 @functools.cache
-def _warn_of_skipped_hooks() -> None:
+def _report_hooks() -> None:
     """Called by each hook of a process: SGLang applies hooks after :func:`register` has returned.
 
     A hook that did not take never runs, so the hooks that run report those that do not.
     """
-    why_not = hooks.why_not_applied(_hooks_of_process())
+    attempt(_report_skipped_hooks, loses("the report on hooks that do not run"))
+
+
+def _report_skipped_hooks() -> None:
+    _report_skipped(hooks.why_not_applied(_hooks_of_process()))
+
+
+@functools.cache
+def _report_skipped(why_not: str | None) -> None:
     if why_not is not None:
-        logger.warning("sglang-nsa-plugin: %s, so the plugin's hook there does not run", why_not)
+        logger.warning(
+            "sglang-nsa-plugin: %s, so the plugin's hook there does not run. %s", why_not, _LEAVE_OUT
+        )
 
 
 def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
-    _warn_of_skipped_hooks()
+    _report_hooks()
     return options.add_flags(original, parser)
 
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     from sglang_nsa_plugin.kernels import cuda
 
-    _warn_of_skipped_hooks()
+    _report_hooks()
     server_args = options.keep_flags(original, cls, args)
     backend = options.backend_of(server_args)
     if backend == "cuda":
@@ -78,11 +95,7 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
     if backend != "off" and options.check_of(server_args):
         _end_if(options.CHECK_FLAG, cuda.why_unavailable())
     _export_to_sgl_kernel()
-    logger.info(
-        "sglang-nsa-plugin %s: metadata backend %s, set up in each scheduler process",
-        VERSION,
-        backend,
-    )
+    _foretell(server_args, backend)
     return server_args
 
 
@@ -92,29 +105,106 @@ def _end_if(asked_for: str, why_not: str | None) -> None:
         raise SystemExit(f"sglang-nsa-plugin: {asked_for} cannot run: {why_not}")
 
 
+def _foretell(server_args: Any, backend: str) -> None:
+    """The launcher says where the fill is set up, or that no scheduler process is going to do it."""
+    from sglang_nsa_plugin.adapters import install
+
+    why_not = _why_no_scheduler_asks(server_args)
+    if why_not is None or backend == "off" or install.why_idle(server_args) is not None:
+        logger.info(
+            "sglang-nsa-plugin %s: metadata backend %s, set up in each scheduler process",
+            VERSION,
+            backend,
+        )
+        return
+    if backend != options.DEFAULT:
+        _end_if(f"{options.FLAG} {backend}", why_not)
+    logger.warning(
+        "sglang-nsa-plugin %s: not used: %s; SGLang fills draft-extend metadata itself", VERSION, why_not
+    )
+
+
+def _why_no_scheduler_asks(server_args: Any) -> str | None:
+    """Schedulers load the plugins that the launcher has loaded, in the same order."""
+    if getattr(server_args, "use_ray", False):
+        return (
+            "with --use-ray schedulers run in Ray actors, where SGLang loads no plugins. Start without "
+            "--use-ray to use this one"
+        )
+    skipped = hooks.why_skipped([_SCHEDULER_INIT])
+    return skipped and f"{skipped}. {_LEAVE_OUT}"
+
+
+def _configure_scheduler_process(
+    original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Runs before the scheduler is made, with its arguments, and sets up its log.
+
+    Where the hook around the constructor was skipped, nothing else of the plugin runs before minutes of
+    loading a model.
+    """
+    result = original(server_args, *args, **kwargs)
+    _report_hooks()
+    skipped = hooks.why_not_applied([_SCHEDULER_INIT])
+    if skipped is not None:
+        _decline(server_args, f"{skipped}. {_LEAVE_OUT}")
+    return result
+
+
 def _init_scheduler(
     original: Callable[..., None], scheduler: Any, server_args: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """The adapter's hooks must be in place before the Scheduler makes its attention backends.
+    """The adapter's hooks must be in place before the Scheduler makes its attention backends."""
+    from sglang_nsa_plugin.adapters import switch  # noqa: F401  # in service it may be gone from the disk
 
-    With ``--enable-metrics`` a scheduler has a collector afterwards, whose labels name its rank.
-    """
-    _warn_of_skipped_hooks()
+    _report_hooks()
     activate(server_args)
     original(scheduler, server_args, *args, **kwargs)
+    _conclude(scheduler, server_args)
+
+
+def _get_init_info(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs when the constructor has returned, also where the hook around it did not run."""
+    _report_hooks()
+    _conclude(scheduler, scheduler.server_args)
+    return original(scheduler, *args, **kwargs)
+
+
+def _conclude(scheduler: Any, server_args: Any) -> None:
+    """Start-up is over: says whether the fill is in place, once for a scheduler.
+
+    With ``--enable-metrics`` a scheduler has a collector now, whose labels name its rank.
+
+    Raises:
+        BackendUnavailableError: a backend was asked for by name and does not fill.
+    """
+    from sglang_nsa_plugin.adapters import verdict
+    from sglang_nsa_plugin.adapters.outcome import OUTCOME
+
+    if CONCLUDED in vars(scheduler):
+        return
+    setattr(scheduler, CONCLUDED, True)
+    if OUTCOME.is_undecided:
+        _decline(server_args, f"the plugin's hook of {_SCHEDULER_INIT.target} did not run")
+    else:
+        verdict.conclude(server_args, options.backend_of(server_args))
     collector = getattr(scheduler, "metrics_collector", None)
     if collector is not None:
         from sglang_nsa_plugin import metrics
 
-        metrics.export(collector.labels)
+        attempt(metrics.export, loses("its part of /metrics"), collector.labels)
 
 
 def _get_internal_state(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
     """``/server_info`` shows what this rank does."""
-    _warn_of_skipped_hooks()
+    _report_hooks()
     output = original(scheduler, *args, **kwargs)
-    output.internal_state[RECORD_KEY] = record()
+    attempt(_add_record, loses("its part of /server_info"), output)
     return output
+
+
+def _add_record(output: Any) -> None:
+    output.internal_state[RECORD_KEY] = record()
 
 
 def _set_internal_state(
@@ -123,18 +213,30 @@ def _set_internal_state(
     """``/set_internal_state`` switches the fill of this rank."""
     from sglang_nsa_plugin.adapters import switch
 
-    _warn_of_skipped_hooks()
+    _report_hooks()
     return switch.set_internal_state(
         lambda request: original(scheduler, request, *args, **kwargs), recv_req
     )
 
 
+_LEAVE_OUT = (
+    "It called HookRegistry.apply_hooks() itself, which SGLang does when all plugins are loaded; this "
+    "plugin runs without that call, or without that plugin (SGLANG_PLUGINS lists those to load)"
+)
 _COMMAND_LINE = (
     Hook(f"{_SERVER_ARGS}.add_cli_args", ("parser",), _add_cli_args),
     Hook(f"{_SERVER_ARGS}.from_cli_args", ("args",), _from_cli_args),
 )
+_SCHEDULER_INIT = Hook(f"{_SCHEDULER}.__init__", ("self", "server_args"), _init_scheduler, and_more=True)
 _IN_SCHEDULER = (
-    Hook(f"{_SCHEDULER}.__init__", ("self", "server_args"), _init_scheduler, and_more=True),
+    Hook(
+        f"{_SCHEDULER_MODULE}.configure_scheduler_process",
+        ("server_args",),
+        _configure_scheduler_process,
+        and_more=True,
+    ),
+    _SCHEDULER_INIT,
+    Hook(f"{_SCHEDULER}.get_init_info", ("self",), _get_init_info, and_more=True),
     Hook(f"{_SCHEDULER}.get_internal_state", ("self",), _get_internal_state, and_more=True),
     Hook(f"{_SCHEDULER}.set_internal_state", ("self", "recv_req"), _set_internal_state, and_more=True),
 )
@@ -148,17 +250,42 @@ def activate(server_args: Any) -> None:
     """
     from sglang_nsa_plugin.adapters import install
     from sglang_nsa_plugin.adapters.adapter import Request
-    from sglang_nsa_plugin.adapters.outcome import OUTCOME
 
     _export_to_sgl_kernel()
+    if _is_idle(server_args):
+        return
     request = Request(options.backend_of(server_args), options.check_of(server_args))
-    why_idle = "switched off" if request.backend == "off" else install.why_idle(server_args)
+    why_not = install.why_other_attention(server_args) or install.install(request)
+    if why_not is not None:
+        _step_aside(request.backend, why_not)
+
+
+def _decline(server_args: Any, why_not: str) -> None:
+    """The plugin cannot be set up in this process; says so where there is something to fill.
+
+    Raises:
+        BackendUnavailableError: a backend was asked for by name.
+    """
+    if not _is_idle(server_args):
+        _step_aside(options.backend_of(server_args), why_not)
+
+
+def _is_idle(server_args: Any) -> bool:
+    """Whether there is nothing to fill, which is logged."""
+    from sglang_nsa_plugin.adapters import install
+    from sglang_nsa_plugin.adapters.outcome import OUTCOME
+
+    is_off = options.backend_of(server_args) == "off"
+    why_idle = "switched off" if is_off else install.why_idle(server_args)
     if why_idle is not None:
         OUTCOME.report_idle(why_idle)
-        return
-    why_not = install.install(request)
-    if why_not is not None:
-        OUTCOME.step_aside(request.backend, why_not)
+    return why_idle is not None
+
+
+def _step_aside(asked_for: str, why_not: str) -> None:
+    from sglang_nsa_plugin.adapters.outcome import OUTCOME
+
+    OUTCOME.step_aside(asked_for, why_not)
 
 
 def _export_to_sgl_kernel() -> None:

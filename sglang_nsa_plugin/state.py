@@ -20,6 +20,10 @@ def version_of(distribution: str) -> str:
 # Read once: a server outlives the files on disk, which an upgrade replaces and an uninstall removes.
 VERSION = version_of("sglang-nsa-plugin")
 
+NOT_ASKED = "not asked yet"
+DRAFT_EXTEND = "draft-extend"
+ROLES = (DRAFT_EXTEND,)
+
 
 @dataclass
 class State:
@@ -32,6 +36,7 @@ class State:
             of the installed DeepGEMM is another; None until SGLang has made its draft-extend backend.
         reason: why this adapter and implementation, or why none.
         switched_on: whether the fill is switched on in service.
+        in_place: for each role, whether the plugin fills its steps; false until start-up is over.
         captures: batch sizes whose fill was recorded in a CUDA graph.
         replays: draft-extend replays whose fill was in the graph.
         launches: draft-extend steps whose fill was one launch from Python.
@@ -45,8 +50,9 @@ class State:
     adapter: str | None = None
     backend: str | None = None
     mqa_schedule: str | None = None
-    reason: str = "not asked yet"
+    reason: str = NOT_ASKED
     switched_on: bool = True
+    in_place: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(ROLES, False))
     captures: set[int] = field(default_factory=set)
     replays: int = 0
     launches: int = 0
@@ -69,6 +75,7 @@ def record() -> dict[str, Any]:
         "mqa_schedule": STATE.mqa_schedule,
         "reason": STATE.reason,
         "switched_on": STATE.switched_on,
+        "in_place": dict(STATE.in_place),
         "in_graph": bool(STATE.captures),
         "captures": sorted(STATE.captures),
         "replays": STATE.replays,

@@ -24,6 +24,7 @@ import hypothesis  # noqa: E402
 from cases import CPU, Backend  # noqa: E402
 from memcpy_trace import MemcpyTrace  # noqa: E402
 
+from sglang_nsa_plugin import log  # noqa: E402
 from sglang_nsa_plugin.adapters.outcome import OUTCOME  # noqa: E402
 from sglang_nsa_plugin.state import STATE, State  # noqa: E402
 
@@ -83,6 +84,7 @@ def state() -> Iterator[State]:
 def _reset() -> None:
     STATE.__init__()  # type: ignore[misc]
     OUTCOME.__init__()  # type: ignore[misc]
+    log._lost.clear()
 
 
 @pytest.fixture
@@ -123,6 +125,7 @@ OF_GRAPHS = (
     "test_ranks.py",
     "test_roles.py",
     "test_runner.py",
+    "test_service_faults.py",
     "test_shadow_check.py",
     "test_start_faults.py",
     "test_wide_table.py",

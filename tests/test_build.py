@@ -71,3 +71,37 @@ def test_unknown_switch_is_refused_with_the_choices(tmp_path, without_nvcc) -> N
     done = configure(tmp_path / "build", without_nvcc, NSA_CUDA="YES")
     assert done.returncode != 0
     assert "NSA_CUDA must be AUTO, ON or OFF, got 'YES'." in sentence(done.stderr)
+
+
+@pytest.fixture(params=["PATH", "CUDACXX"])
+def old_nvcc(request, tmp_path, without_nvcc) -> tuple[Path, dict[str, str]]:
+    """An nvcc of CUDA 12, which says its version and compiles nothing."""
+    nvcc = tmp_path / "cuda12" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    if request.param == "PATH":
+        return nvcc, {**without_nvcc, "PATH": f"{without_nvcc['PATH']}:{nvcc.parent}"}
+    return nvcc, {**without_nvcc, "CUDACXX": str(nvcc)}
+
+
+def test_an_old_nvcc_builds_the_cpu_twin_and_says_why(tmp_path, old_nvcc) -> None:
+    """As README has it: without nvcc 13 the CPU code only, and a warning."""
+    nvcc, environment = old_nvcc
+    done = configure(tmp_path / "build", environment, NSA_CUDA="AUTO")
+    assert done.returncode == 0, done.stderr
+    assert f"{nvcc} is version 12.4, and the CUDA kernel needs nvcc 13.0 or newer" in sentence(
+        done.stderr
+    )
+    assert "building the CPU twin alone, WITHOUT the CUDA kernel" in sentence(done.stderr)
+    assert "# needs nvcc 13; without both you get the CPU code only" in (ROOT / "README.md").read_text()
+
+
+def test_cuda_asked_for_with_an_old_nvcc_fails_and_says_what_pip_takes(tmp_path, old_nvcc) -> None:
+    nvcc, environment = old_nvcc
+    done = configure(tmp_path / "build", environment, NSA_CUDA="ON")
+    assert done.returncode != 0
+    said = sentence(done.stderr)
+    assert f"NSA_CUDA=ON, but {nvcc} is version 12.4, and the CUDA kernel needs nvcc 13.0" in said
+    assert "set CUDACXX to it, or build the CPU twin alone: NSA_CUDA=OFF pip install ." in said
+    assert "-DNSA_CUDA" not in said

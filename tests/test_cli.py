@@ -11,7 +11,7 @@ from commands import command, needs_sglang, program
 
 from sglang_nsa_plugin.cli import main
 
-COMMANDS = ("verify", "demo", "bench")
+COMMANDS = ("verify", "demo", "bench", "ab")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -132,7 +132,9 @@ def test_paths_of_the_documents_exist(document: str) -> None:
 OF_SGLANG = {
     "--disable-cuda-graph",
     "--enable-metrics",
+    "--log-level",
     "SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
+    "SGLANG_LOGGING_CONFIG_PATH",
     "SGLANG_PLUGINS",
 }
 OF_OTHERS = {"--build": "cmake", "PYTEST_ADDOPTS": "pytest", "LD_LIBRARY_PATH": "the loader"}
@@ -155,7 +157,7 @@ def test_flags_and_variables_of_the_documents_exist(document: str) -> None:
 @needs_sglang
 def test_flags_and_variables_of_sglang_exist() -> None:
     (package,) = find_spec("sglang").submodule_search_locations  # type: ignore[union-attr]
-    files = ("server_args.py", "environ.py", "plugins/__init__.py")
+    files = ("server_args.py", "environ.py", "plugins/__init__.py", "utils/common.py")
     text = "\n".join((Path(package) / "srt" / name).read_text() for name in files)
     assert [name for name in sorted(OF_SGLANG) if name not in text] == []
 

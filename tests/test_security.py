@@ -242,7 +242,8 @@ OF_COMMANDS = {
     "cli/bench/timing.py": {
         f"ctypes.{name}" for name in ("CDLL", "byref", "c_int", "c_size_t", "c_void_p")
     },
-    **{f"cli/{name}.py": {"write_text("} for name in ("bench/run", "demo", "verify")},
+    "cli/ab/server.py": {"http.client", "open(", "urllib.error", "urllib.request"},  # opens URLs
+    **{f"cli/{name}.py": {"write_text("} for name in ("ab/run", "bench/run", "demo", "verify")},
 }
 
 

@@ -19,6 +19,7 @@ SETUPS = {
     "no-graphs": "`--disable-cuda-graph`: SGLang's own fill",
     "no-overlap": "`--disable-overlap-schedule`",
     "memory": "memory released and resumed, weights updated",
+    "memory-graphs": "the memory of CUDA graphs released and resumed, every replay shadow-checked",
     "sampling": "temperature 0.3 to 1, a seeded server",
     "tp2": "two GPUs, tensor parallel",
     "dp2": "two GPUs, data parallel attention",

@@ -192,6 +192,7 @@ def check_record(servers: AbServers, report: Report) -> None:
     steps = probe["replays"] if in_graph(probe) else probe["fills"]
     report(f"{servers.setup.name}.record", {"record": record, "probe_steps": steps})
     assert record["backend"] == "cuda", record
+    assert record["in_place"] == {"draft-extend": True}, record
     assert record["fallbacks"] == {}, record
     assert record["pid"] == probe["pid"]
     assert steps > 0

@@ -23,7 +23,7 @@ def read(url: str) -> dict[str, dict[str, Any]]:
 
 
 def shown(text: str) -> dict[str, dict[str, Any]]:
-    """What each rank shows: its counters, its fallbacks by reason, and the labels of its info metric.
+    """What each rank shows: its counters, fallbacks by reason, roles, and the labels of its info metric.
 
     Ranks are named as their labels name them, such as ``pp_rank=0 tp_rank=1``.
     """
@@ -34,7 +34,9 @@ def shown(text: str) -> dict[str, dict[str, Any]]:
                 continue
             name = sample.name.removeprefix(PREFIX).removesuffix("_total")
             of_rank = ranks.setdefault(_rank(sample.labels), {"fallbacks": {}})
-            if name == "info":
+            if name == "in_place":
+                of_rank.setdefault(name, {})[sample.labels["role"]] = bool(sample.value)
+            elif name == "info":
                 of_rank["info"] = {fact: sample.labels[fact] for fact in FACTS}
             elif name == "fallbacks":
                 of_rank["fallbacks"][sample.labels["reason"]] = int(sample.value)
@@ -53,6 +55,7 @@ def expected(record: dict[str, Any]) -> dict[str, Any]:
         **{name: record[name] for name in COUNTERS},
         "switched_on": int(record["switched_on"]),
         "fallbacks": record["fallbacks"],
+        "in_place": record["in_place"],
         "info": {
             "version": record["version"],
             "adapter": record["adapter"] or "none",

@@ -26,10 +26,13 @@ SLICES: dict[str, tuple[str, ...]] = {
     "widths": ("test_widths.py", "--servers=6"),
     "eager": ("test_eager.py", "--servers=4"),
     "memory": ("test_memory.py",),
+    "other-plugin": ("test_other_plugin.py",),
+    "memory-graphs": ("test_memory_graphs.py",),
     "sampling": ("test_sampling.py", "--servers=3"),
     "shadow": ("test_shadow_serving.py",),
     "shadow-load": ("test_shadow_load.py",),
     "load": ("test_load.py",),
+    "gain": ("test_gain.py",),
     "switch": ("test_switch.py",),
     "parallel": ("test_parallel.py", "--servers=4"),
 }

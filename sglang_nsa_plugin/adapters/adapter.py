@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_nsa_plugin.adapters.hooks import Hook, Requirement
+from sglang_nsa_plugin.adapters.hooks import Hook, Requirement, why_replaced
 from sglang_nsa_plugin.adapters.outcome import OUTCOME, Outcome
 
 # What setting up a fill may raise where it cannot run; torch's out-of-memory error is a RuntimeError.
@@ -31,7 +31,7 @@ class Takeover:
     """The backends that an adapter fills in this process, and on whose request.
 
     Attributes:
-        request: None while no backend is to be taken over: before :meth:`arm` and after :meth:`fail`.
+        request: None while no backend is to be taken over: before :meth:`arm` and after :meth:`release`.
         outcome: what came of it.
 
     Args:
@@ -55,6 +55,11 @@ class Takeover:
         """From now on backends are taken over."""
         self.request = request
 
+    @property
+    def backends(self) -> list[Any]:
+        """The backends that are ours."""
+        return list(self._backends)
+
     def add(self, backend: Any) -> None:
         """This backend is ours."""
         self._backends.add(backend)
@@ -77,8 +82,23 @@ class Takeover:
         """
         assert self.request is not None  # nothing is set up before
         self.outcome.step_aside_after(self.request.backend, error)
+        self.release()
+
+    def abandon(self, error: Exception) -> bool:
+        """Filling a step in service failed: hands every backend back. Returns False, for "not filled".
+
+        Raises:
+            RuntimeError: a captured fill cannot be switched off on the device. It would write over
+                SGLang's values in silence, so the process ends instead.
+        """
+        self.release()
+        self.outcome.fail_in_service(error)
+        return False
+
+    def release(self) -> None:
+        """Hands every backend back to SGLang; none is taken over from now on."""
         self.request = None
-        for backend in list(self._backends):
+        for backend in self.backends:
             self._hand_back(backend)
         self._backends.clear()
 
@@ -92,12 +112,28 @@ class Adapter:
         hooks: the methods of SGLang that are replaced. Each goes when SGLang does its part itself.
         needs: what else of SGLang the adapter calls or reads.
         takeover: what the hooks have taken over.
+        why_unfilled: of a backend that was taken over: why no step of it is filled, or None. To be asked
+            when start-up is over.
     """
 
     name: str
     hooks: tuple[Hook, ...]
     needs: tuple[Requirement, ...]
     takeover: Takeover
+    why_unfilled: Callable[[Any], str | None]
+
+    def why_not_in_place(self) -> str | None:
+        """Why no step is going to be filled, or None. To be asked when start-up is over.
+
+        Adaptive speculation has several backends; one that is filled is enough.
+        """
+        replaced = why_replaced(self.hooks)
+        if replaced is not None:
+            return replaced
+        reasons = [self.why_unfilled(backend) for backend in self.takeover.backends]
+        if not reasons:
+            return "SGLang made no NSA/DSA attention backend for draft-extend, as EAGLE and MTP have one"
+        return None if None in reasons else reasons[0]
 
     def arm(self, request: Request) -> None:
         """From now on SGLang's backends are taken over."""

@@ -12,6 +12,7 @@ from sglang_nsa_plugin.adapters import fields, mqa_schedule
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
 from sglang_nsa_plugin.adapters.outcome import Outcome
 from sglang_nsa_plugin.adapters.shadow_check import ShadowedReplays
+from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.state import STATE
 
@@ -146,7 +147,8 @@ class BackendFills:
         captured = self.captured.get(bs)
         if captured is None:
             return None
-        sglang_read_done = None if self.shadowed is None else self.shadowed.run()
+        shadowed = self.shadowed
+        sglang_read_done = None if shadowed is None else attempt(shadowed.run, shadowed.check.stop)
         return sglang_read_done or captured.read_done
 
     def _leave_to_sglang(self, reason: FallbackReason) -> bool:

@@ -22,6 +22,7 @@ from sglang_nsa_plugin.adapters.eager_fill import EagerFill
 from sglang_nsa_plugin.adapters.eager_names import DSA, NSA, SglangNames, names_of_generation
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Requirement
 from sglang_nsa_plugin.adapters.ragged_fill import RaggedFill
+from sglang_nsa_plugin.containment import attempt
 
 NAME = "eager"
 ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend that the plugin took over: its EagerFill
@@ -52,7 +53,7 @@ def adapter_for_installed() -> Adapter:
     """The adapter with the tables of the installed SGLang."""
     names = names_of_generation()
     if names is DSA:
-        return Adapter(NAME, _hooks(DSA), _needs(DSA), _takeover)
+        return Adapter(NAME, _hooks(DSA), _needs(DSA), _takeover, _why_unfilled)
     replay = Hook(
         f"{NSA.backend}.init_forward_metadata_replay_cuda_graph",
         (*_REPLAY_PARAMETERS, "actual_forward_mode"),
@@ -61,7 +62,11 @@ def adapter_for_installed() -> Adapter:
     )
     is_ragged = Call(f"{_FORWARD_BATCH}.ForwardMode.is_draft_extend", ("self",))
     return Adapter(
-        NAME, (*_hooks(NSA), replay), (*_needs(NSA), _accepted_tokens(), is_ragged), _takeover
+        NAME,
+        (*_hooks(NSA), replay),
+        (*_needs(NSA), _accepted_tokens(), is_ragged),
+        _takeover,
+        _why_unfilled,
     )
 
 
@@ -113,6 +118,11 @@ def hand_back(backend: Any) -> None:
 _takeover = Takeover(hand_back)
 
 
+def _why_unfilled(backend: Any) -> None:
+    """Each step is filled by a launch of its own, so there is nothing to wait for."""
+    return None
+
+
 def why_unsupported(backend: Any, model_runner: Any, names: SglangNames) -> str | None:
     """Why this configuration stays with SGLang, or None when the adapter covers it."""
     from sglang.srt.environ import envs
@@ -156,7 +166,8 @@ def _init_forward_metadata(original: Callable[..., Any], backend: Any, forward_b
     if fill is None or not forward_batch.forward_mode.is_draft_extend_v2():
         return original(backend, forward_batch)
     sglang_plan = functools.partial(original, backend, forward_batch)
-    return None if fill.step(forward_batch, sglang_plan) else sglang_plan()
+    filled = attempt(fill.step, _takeover.abandon, forward_batch, sglang_plan)
+    return None if filled else sglang_plan()
 
 
 def _replay(
@@ -176,7 +187,7 @@ def _replay(
     if (
         fill is not None
         and forward_mode.is_draft_extend()
-        and fill.replay(bs, seq_lens, req_pool_indices, spec_info)
+        and attempt(fill.replay, _takeover.abandon, bs, seq_lens, req_pool_indices, spec_info)
     ):
         return None
     return original(

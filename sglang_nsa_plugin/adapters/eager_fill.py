@@ -21,6 +21,7 @@ from sglang_nsa_plugin.adapters.eager_names import SglangNames
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
 from sglang_nsa_plugin.adapters.outcome import Outcome
 from sglang_nsa_plugin.adapters.shadow_check import ShadowCheck, compare
+from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.dispatch import Choice
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.state import STATE
@@ -97,14 +98,16 @@ class EagerFill:
         )
         STATE.launches += 1
         if self.check is not None and self.check.is_due():
-            self._compare_with(sglang_plan, self.check)
+            attempt(self._compare_with, self.check.stop, sglang_plan, self.check)
         return True
 
     def _compare_with(self, sglang_plan: Callable[[], object], check: ShadowCheck) -> None:
         backend, ours = self.backend, self.backend.forward_metadata
-        sglang_plan()
-        check.run(compare(ours, backend.forward_metadata, self.names.outputs, check))
-        backend.forward_metadata = ours
+        try:
+            sglang_plan()
+            check.run(compare(ours, backend.forward_metadata, self.names.outputs, check))
+        finally:
+            backend.forward_metadata = ours
 
     def _why_fallback(self, batch: Any) -> FallbackReason | None:
         if not self.outcome.is_switched_on:

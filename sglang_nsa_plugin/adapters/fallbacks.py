@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from enum import Enum
 
+from sglang_nsa_plugin.log import logger_of
 from sglang_nsa_plugin.state import STATE
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class FallbackReason(Enum):

@@ -14,6 +14,8 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
+DISTRIBUTION = "sglang-nsa-plugin"
+
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
@@ -99,36 +101,87 @@ def _attributes_set(method: Callable[..., Any]) -> set[str]:
 
 
 _before: dict[str, object] = {}  # target: the function that was there when we registered our hook
+_after: dict[str, object] = {}  # target: the function that was there when our hook had taken
 
 
 def register(hooks: Iterable[Hook]) -> None:
     """Hands the hooks to SGLang's HookRegistry, each target once; SGLang applies them later."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
-    source = HookSource(plugin_name="nsa", dist_name="sglang-nsa-plugin")
+    source = HookSource(plugin_name="nsa", dist_name=DISTRIBUTION)
     for hook in hooks:
         if hook.target not in _before:
             _before[hook.target] = _function(hook.target)
             HookRegistry.register(hook.target, hook.replacement, HookType.AROUND, source=source)
 
 
-def why_not_applied(hooks: Iterable[Hook]) -> str | None:
-    """Which of the registered hooks did not take, or None. To be asked after SGLang applied them.
+def why_skipped(hooks: Iterable[Hook]) -> str | None:
+    """Which of the registered hooks SGLang is going to skip, or None. Known before it applies them.
 
     The registry applies hooks once per target: a target that another plugin patched before is skipped.
+    It has no public way to ask; should its attribute go, :func:`why_not_applied` still finds out.
     """
-    registered = [hook.target for hook in hooks if hook.target in _before]
-    skipped = [target for target in registered if not _is_applied(target)]
-    return f"another plugin patched {', '.join(skipped)} before" if skipped else None
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    patched = getattr(HookRegistry, "_patched", ())
+    return _patched_before([target for target in _registered(hooks) if target in patched])
+
+
+def why_not_applied(hooks: Iterable[Hook]) -> str | None:
+    """Which of the registered hooks did not take, or None. To be asked after SGLang applied them."""
+    skipped = []
+    for target in _registered(hooks):
+        if _is_applied(target):
+            _after.setdefault(target, _function(target))
+        else:
+            skipped.append(target)
+    return _patched_before(skipped)
+
+
+def why_replaced(hooks: Iterable[Hook]) -> str | None:
+    """Which hooks took and are out of force now, or None: something replaced the function since then.
+
+    A wrapper that sets ``__wrapped__``, as ``functools.wraps`` does, keeps the hook in force.
+    """
+    replaced = [target for target in _registered(hooks) if target in _after and not _in_force(target)]
+    return f"another plugin replaced {', '.join(replaced)} after this one" if replaced else None
 
 
 def applied(hooks: Iterable[Hook]) -> list[str]:
     """The targets of these hooks at which the plugin's hook is in force."""
-    return sorted(hook.target for hook in hooks if hook.target in _before and _is_applied(hook.target))
+    return sorted(target for target in _registered(hooks) if _is_applied(target))
+
+
+def _registered(hooks: Iterable[Hook]) -> list[str]:
+    return [hook.target for hook in hooks if hook.target in _before]
+
+
+def _patched_before(targets: list[str]) -> str | None:
+    if not targets:
+        return None
+    names = sorted({name for target in targets for name in _other_plugins(target)})
+    which = f" ({', '.join(names)})" if names else ""
+    return f"another plugin{which} patched {', '.join(targets)} before"
+
+
+def _other_plugins(target: str) -> list[str]:
+    """The plugins that SGLang's registry knows to have hooked a target, as far as it says so."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    entries = getattr(HookRegistry, "_hooks", {}).get(target, ())
+    sources = [source for *_, source in entries if source is not None]
+    return [source.plugin_name for source in sources if source.dist_name != DISTRIBUTION]
 
 
 def _is_applied(target: str) -> bool:
     return _function(target) is not _before[target]
+
+
+def _in_force(target: str) -> bool:
+    function = _function(target)
+    while function is not None and function is not _after[target]:
+        function = getattr(function, "__wrapped__", None)
+    return function is not None
 
 
 def _function(target: str) -> object:

@@ -19,6 +19,7 @@ from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Adapter, Request, 
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills, CaptureError, is_capturing
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Sets
 from sglang_nsa_plugin.adapters.server_config import resolved
+from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.state import STATE
 
 NAME = "in-graph"
@@ -87,6 +88,12 @@ def _revalidate(backend: Any) -> None:
 
 
 _takeover = Takeover(hand_back, _revalidate)
+
+
+def _why_unfilled(backend: Any) -> str | None:
+    if getattr(backend, ATTRIBUTE).captured:
+        return None
+    return "SGLang captured no CUDA graph of draft-extend, and this adapter fills nothing else"
 
 
 def why_unsupported(backend: Any, model_runner: Any) -> str | None:
@@ -176,21 +183,28 @@ def _out_graph(
 
 
 def _slow_path(original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool) -> Any:
-    """Validates a batch whose objects are new, or whose replay has more to do."""
-    fills: BackendFills = getattr(backend, ATTRIBUTE)
-    if in_capture or forward_batch.forward_mode is not fills.mode:
+    """SGLang fills what the plugin does not serve, and after an error of the plugin every step."""
+    if in_capture or not attempt(_serve, _takeover.abandon, backend, forward_batch, original):
         return original(backend, forward_batch, in_capture=in_capture)
+    return None
+
+
+def _serve(backend: Any, forward_batch: Any, original: Callable[..., Any]) -> bool:
+    """Validates a batch whose objects are new, or whose replay has more to do; False leaves it alone."""
+    fills: BackendFills = getattr(backend, ATTRIBUTE)
+    if forward_batch.forward_mode is not fills.mode:
+        return False
     captured = fills.captured.get(forward_batch.batch_size)
     if captured is None or not fills.validate(captured, forward_batch):
-        return original(backend, forward_batch)
+        return False
     # Called only where it can change something: it takes longer than the rest of a replay.
     if backend.use_mha or backend.enable_auto_select_prefill_impl:
         backend.set_dsa_prefill_impl(forward_batch=None)
     backend.forward_metadata = captured.metadata
     STATE.replays += 1
     if fills.shadowed is not None:
-        fills.shadowed.plan(forward_batch, original)
-    return None
+        attempt(fills.shadowed.plan, fills.shadowed.check.stop, forward_batch, original)
+    return True
 
 
 def _in_graph(original: Callable[..., Any], backend: Any, forward_batch: Any) -> Any:
@@ -217,16 +231,32 @@ def _execute(original: Callable[..., Any], runner: Any, *batch: Any, **more: Any
     target-verify publishes an event from inside the graph in the same way.
     """
     output = original(runner, *batch, **more)
+    error = attempt(_publish_read_done, _itself, runner)
+    if error is not None:
+        # The scheduler waits for the whole forward then, and does not overwrite what the graph reads.
+        _set_fence(runner.model_runner, None)
+        _takeover.abandon(error)
+    return output
+
+
+def _itself(error: Exception) -> Exception | None:
+    return error
+
+
+def _publish_read_done(runner: Any) -> None:
     fills = getattr(runner.draft_extend_attn_backend, ATTRIBUTE, None)
     read_done = None if fills is None else fills.read_done(runner.bs)
     if read_done is not None:
         model_runner = runner.model_runner
-        name = _fence_event(model_runner)
-        assert name is not None  # required when the backend was taken over
         # SGLang's KV canary, a debugging aid, reads req_to_token in the graph after the fill.
         has_canary = getattr(model_runner, "canary_manager", None) is not None
-        setattr(model_runner, name, None if has_canary else read_done)
-    return output
+        _set_fence(model_runner, None if has_canary else read_done)
+
+
+def _set_fence(model_runner: Any, event: torch.cuda.Event | None) -> None:
+    name = _fence_event(model_runner)
+    assert name is not None  # required when the backend was taken over
+    setattr(model_runner, name, event)
 
 
 def _fence_event(model_runner: Any) -> str | None:
@@ -274,7 +304,7 @@ _NEEDS = (
     Sets(f"{_RUNNER}.execute", ("bs",)),
 )
 
-ADAPTER = Adapter(NAME, _HOOKS, _NEEDS, _takeover)
+ADAPTER = Adapter(NAME, _HOOKS, _NEEDS, _takeover, _why_unfilled)
 
 
 def is_generation() -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases
 from sglang_nsa_plugin.adapters.adapter import Adapter, Request
 from sglang_nsa_plugin.adapters.server_config import resolved
+from sglang_nsa_plugin.log import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 SPARSE_ATTENTION = ("dsa", "nsa")
 _BACKEND_ARGUMENTS = (
@@ -28,7 +28,22 @@ def why_idle(server_args: Any) -> str | None:
     backends = {str(getattr(arguments, name, None)) for name in _BACKEND_ARGUMENTS} - {"None"}
     if not backends.intersection(SPARSE_ATTENTION):
         return f"attention backend {', '.join(sorted(backends))} is not NSA/DSA sparse attention"
+    if getattr(arguments, "disaggregation_mode", None) == "prefill" and not getattr(
+        arguments, "enable_pd_role_switch", False
+    ):
+        return "a prefill server (--disaggregation-mode prefill) runs no draft-extend steps"
     return None
+
+
+def why_other_attention(server_args: Any) -> str | None:
+    """Why draft-extend runs on other attention though the target model runs NSA/DSA, or None."""
+    draft = getattr(resolved(server_args), "speculative_draft_attention_backend", None)
+    if draft is None or draft in SPARSE_ATTENTION:
+        return None
+    return (
+        f"draft-extend runs on --speculative-draft-attention-backend {draft}, which has no NSA/DSA "
+        "metadata; leave that flag out to run it on the target's NSA/DSA attention"
+    )
 
 
 def adapter_for_installed() -> Adapter:
@@ -65,8 +80,6 @@ def switch(on: bool) -> None:
 
 
 def _warn_of_untested_release() -> None:
-    import sglang
-
-    warning = releases.why_untested(sglang.__version__)
+    warning = releases.why_untested(releases.SGLANG)
     if warning is not None:
         logger.warning("sglang-nsa-plugin: %s", warning)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import textwrap
 from enum import Enum
 
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters.releases import SGLANG
+from sglang_nsa_plugin.containment import described
 from sglang_nsa_plugin.dispatch import BackendUnavailableError, Choice
+from sglang_nsa_plugin.log import logger_of
 from sglang_nsa_plugin.shadow import Difference
-from sglang_nsa_plugin.state import STATE, VERSION
+from sglang_nsa_plugin.state import DRAFT_EXTEND, NOT_ASKED, STATE, VERSION
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 WAITING = "waiting for the draft-extend backend"
 
@@ -25,8 +26,8 @@ class Phase(Enum):
 
     active: the plugin fills the backends that it took over, from the first one on.
 
-    failed: the shadow check found a difference. SGLang fills every step, which is counted as a
-    fallback, for the life of the process.
+    failed: the shadow check found a difference, or filling a step raised an error. SGLang fills every
+    step for the life of the process.
     """
 
     IDLE = "idle"
@@ -43,11 +44,22 @@ class Outcome:
         self.adapter: str | None = None
         self.backend: str | None = None
         self.is_switched_on = True
+        self.why_failed = ""
 
     @property
     def has_failed(self) -> bool:
-        """Whether a shadow check of this process has found a difference."""
+        """Whether this process has left its fill to SGLang for good."""
         return self.phase is Phase.FAILED
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether nothing of the plugin has run in this process that decides who fills."""
+        return self.reason == NOT_ASKED
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the plugin is set up, so that only the end of start-up shows whether it fills."""
+        return self.phase is Phase.ACTIVE or self.reason == WAITING
 
     def report_waiting(self, adapter: str) -> None:
         """The hooks of this adapter are in place, and SGLang has not made its backend yet."""
@@ -82,7 +94,7 @@ class Outcome:
         if self.phase is Phase.IDLE:
             return f"the plugin fills nothing here: {self.reason}"
         if self.has_failed and on:
-            return "the shadow check found a difference, so SGLang fills until this process ends"
+            return f"{self.why_failed}, so SGLang fills until this process ends"
         return None
 
     def switch(self, on: bool) -> None:
@@ -95,12 +107,31 @@ class Outcome:
             "the plugin fills" if on else "SGLang fills",
         )
 
+    def report_in_place(self) -> None:
+        """Start-up is over, and draft-extend steps are filled by the plugin."""
+        STATE.in_place[DRAFT_EXTEND] = True
+        sizes = sorted(STATE.captures)
+        where = (
+            f"in {len(sizes)} CUDA graphs, batch sizes {sizes[0]} to {sizes[-1]}"
+            if sizes
+            else "every step"
+        )
+        logger.info(
+            "sglang-nsa-plugin %s: %s is in place: adapter %s, implementation %s, %s",
+            VERSION,
+            DRAFT_EXTEND,
+            self.adapter,
+            self.backend,
+            where,
+        )
+
     def report_idle(self, reason: str) -> None:
         """SGLang fills the metadata itself; the same reason is logged once."""
         if self.phase is Phase.IDLE and self.reason == reason:
             return
         if not self.has_failed:
             self._set(Phase.IDLE, reason)
+            STATE.in_place[DRAFT_EXTEND] = False
             STATE.captures.clear()
         logger.info(
             "sglang-nsa-plugin %s: not used: %s; SGLang fills draft-extend metadata itself",
@@ -134,15 +165,26 @@ class Outcome:
 
     def fail(self, difference: Difference) -> None:
         """The shadow check found this difference."""
-        self.phase = Phase.FAILED
+        self.phase = Phase.FAILED  # first: whatever fails below, this is certain
         STATE.mismatches += difference.count
         STATE.first_mismatch = str(difference)
+        self._fail("the shadow check found a difference", str(difference))
+
+    def fail_in_service(self, error: Exception) -> None:
+        """Filling a step raised this error."""
+        what = described(error)
+        self.reason = STATE.reason = f"filling a step failed: {what}"
+        self._fail("filling a step failed", what)
+
+    def _fail(self, why: str, what: str) -> None:
+        self.phase, self.why_failed = Phase.FAILED, why
+        STATE.in_place[DRAFT_EXTEND] = False
         logger.error(
-            "sglang-nsa-plugin %s: the shadow check found a difference: %s. SGLang %s, adapter %s, "
-            "implementation %s. From now on this process serves through SGLang's own fill; please "
-            "report this line",
+            "sglang-nsa-plugin %s: %s: %s. SGLang %s, adapter %s, implementation %s. From now on this "
+            "process serves through SGLang's own fill; please report this line",
             VERSION,
-            difference,
+            why,
+            what,
             SGLANG,
             self.adapter,
             self.backend,

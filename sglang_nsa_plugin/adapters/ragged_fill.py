@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import logging
 from typing import Any
 
 from sglang_nsa_plugin.adapters import fields
@@ -17,9 +16,10 @@ from sglang_nsa_plugin.adapters.eager_names import SglangNames
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
 from sglang_nsa_plugin.adapters.outcome import Outcome
 from sglang_nsa_plugin.dispatch import Choice
+from sglang_nsa_plugin.log import logger_of
 from sglang_nsa_plugin.state import STATE
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 UNCHECKED = (
     "a shadow check was asked for, but this server's draft-extend replays are not checked: SGLang "

@@ -11,6 +11,8 @@ import torch
 from sglang_nsa_plugin import shadow
 from sglang_nsa_plugin.adapters import fields
 from sglang_nsa_plugin.adapters.outcome import Outcome
+from sglang_nsa_plugin.containment import attempt
+from sglang_nsa_plugin.log import loses
 from sglang_nsa_plugin.shadow import Comparison, Field, Pair, Report
 from sglang_nsa_plugin.state import STATE
 
@@ -22,7 +24,7 @@ class ShadowCheck:
     """Counts steps, compares every Nth one, and reports what the comparisons found.
 
     Nothing waits for the device, so the result of a comparison is known some steps later. After a
-    difference :meth:`failed` is true, and SGLang has to fill.
+    difference :meth:`failed` is true, and SGLang has to fill. An error of the check itself stops it.
 
     Raises:
         RuntimeError: the library that compares does not run on this device.
@@ -36,13 +38,14 @@ class ShadowCheck:
         self._outcome = outcome
         self._every = every
         self._steps = 0
+        self._is_running = True
         self._latest: Comparison | None = None
         self._values = 0
 
     def is_due(self) -> bool:
         """Whether the step that is being planned is to be checked."""
         self._steps += 1
-        return self._steps % self._every == 0
+        return self._is_running and self._steps % self._every == 0
 
     def run(self, comparison: Comparison) -> None:
         """Compares on the current stream."""
@@ -51,15 +54,24 @@ class ShadowCheck:
         STATE.checks += 1
 
     def failed(self) -> bool:
-        """Whether a check of this process found a difference; takes in a result that has arrived."""
-        if not self._outcome.has_failed and self._latest is not None and self.report.arrived():
+        """Whether SGLang has to fill; takes in a result that has arrived."""
+        if self._is_running and not self._outcome.has_failed:
+            attempt(self._take_in, self.stop)
+        return self._outcome.has_failed
+
+    def stop(self, error: Exception) -> None:
+        """A check failed: no step is checked any more. The fill goes on."""
+        self._is_running = False
+        loses("the shadow check")(error)
+
+    def _take_in(self) -> None:
+        if self._latest is not None and self.report.arrived():
             values = self.report.values[Field.VALUES]
             STATE.values_checked += values - self._values
             self._values = values
             difference = self._latest.difference()
             if difference is not None:
                 self._outcome.fail(difference)
-        return self._outcome.has_failed
 
 
 class Scratch:

@@ -8,16 +8,18 @@ SGLang's own endpoint reaches every rank, between two steps of its scheduler. Va
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
 from sglang_nsa_plugin.adapters import install
 from sglang_nsa_plugin.adapters.outcome import OUTCOME
+from sglang_nsa_plugin.containment import attempt
+from sglang_nsa_plugin.log import logger_of, loses
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 KEY = "nsa_metadata"
+LOST = "a switch of the fill in service"
 
 
 def set_internal_state(original: Callable[[Any], Any], request: Any) -> Any:
@@ -26,19 +28,31 @@ def set_internal_state(original: Callable[[Any], Any], request: Any) -> Any:
     A request with a value that cannot be set goes to SGLang as it came. SGLang refuses the unknown key,
     and with it the whole request: it sets all of a request's values or none.
     """
-    if KEY not in request.server_args:
+    rest = attempt(_without_key, loses(LOST), request)
+    if rest is None:
         return original(request)
+    answer = original(rest)
+    attempt(_switch, loses(LOST), answer, request.server_args[KEY])
+    return answer
+
+
+def _without_key(request: Any) -> Any | None:
+    """The request without the key; None where it has none, or a value that cannot be set."""
+    if KEY not in request.server_args:
+        return None
     value = request.server_args[KEY]
     why_not = _why_invalid(value) or OUTCOME.why_not_switchable(bool(value))
     if why_not is not None:
         logger.warning("sglang-nsa-plugin: %s=%s is refused: %s", KEY, value, why_not)
-        return original(request)
+        return None
     rest = copy.copy(request)
     rest.server_args = {name: each for name, each in request.server_args.items() if name != KEY}
-    answer = original(rest)
+    return rest
+
+
+def _switch(answer: Any, value: Any) -> None:
     if answer.updated:
         install.switch(bool(value))
-    return answer
 
 
 def _why_invalid(value: Any) -> str | None:

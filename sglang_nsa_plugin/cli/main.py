@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from sglang_nsa_plugin.cli import environment
+from sglang_nsa_plugin.cli.ab.compare import FEWEST_ROUNDS
 
 # Errors that the machine or the caller can cause: a kernel that cannot run (BackendUnavailableError,
 # LibraryUnavailableError and torch's own errors are RuntimeErrors), a package that is not installed, a
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_demo(commands)
     _add_bench(commands)
+    _add_ab(commands)
     return parser
 
 
@@ -135,6 +137,59 @@ def _add_bench(commands: Commands) -> None:
     bench.set_defaults(run=_bench)
 
 
+def _add_ab(commands: Commands) -> None:
+    ab = _command(
+        commands,
+        "ab",
+        help="measure on a running server what the plugin gains, by switching it on and off",
+        description="Switches the plugin of a running server on and off in turn and compares the time "
+        "of a speculative step. Nothing restarts, and the server is left as it was found. Sends batches "
+        "of random prompts of its own; keep other traffic away meanwhile. The exit code is 0 if a "
+        "result was resolved, 1 if none was, and 2 if the server has nothing to compare: no plugin, or "
+        "one that fills nothing.",
+        epilog="example: sglang-nsa-plugin ab localhost:30000 --requests 1,16,64",
+    )
+    ab.add_argument("url", metavar="URL", help="the server's address")
+    ab.add_argument(
+        "--requests",
+        type=_counts,
+        default=(1, 16, 64),
+        metavar="N,N",
+        help="requests at once, a row of the table each (default: 1,16,64)",
+    )
+    ab.add_argument(
+        "--input-len", type=_positive, default=512, metavar="N", help="tokens of a prompt (default: 512)"
+    )
+    ab.add_argument(
+        "--output-len", type=_positive, default=256, metavar="N", help="tokens to answer (default: 256)"
+    )
+    ab.add_argument(
+        "--rounds", type=_rounds, default=12, metavar="N", help="rounds of on, off, off (default: 12)"
+    )
+    ab.add_argument(
+        "--load",
+        choices=("own", "external"),
+        default="own",
+        help="external: send nothing, only switch and watch the load of others",
+    )
+    ab.add_argument(
+        "--seconds",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="with --load external, how long to watch before the next switch (default: 5)",
+    )
+    ab.add_argument("--api-key", metavar="KEY", help="the server's --api-key")
+    ab.add_argument("--admin-api-key", metavar="KEY", help="the server's --admin-api-key")
+    ab.add_argument("--json", metavar="FILE", help="also write the result to FILE as JSON")
+    ab.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="also plot the ratios to FILE, PNG or SVG (needs sglang-nsa-plugin[bench])",
+    )
+    ab.set_defaults(run=_ab)
+
+
 def _command(
     commands: Commands, name: str, help: str, description: str, epilog: str
 ) -> argparse.ArgumentParser:
@@ -150,6 +205,19 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
     return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(each) for each in text.split(","))
+
+
+def _rounds(text: str) -> int:
+    rounds = _positive(text)
+    if rounds < FEWEST_ROUNDS:
+        raise argparse.ArgumentTypeError(
+            f"must be {FEWEST_ROUNDS} or more, got {rounds}: fewer rounds cannot tell a gain from noise"
+        )
+    return rounds
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -168,3 +236,19 @@ def _bench(arguments: argparse.Namespace) -> int:
     from sglang_nsa_plugin.cli.bench import run as bench
 
     return bench.run(arguments.json, arguments.plot, arguments.quick)
+
+
+def _ab(arguments: argparse.Namespace) -> int:
+    from sglang_nsa_plugin.cli.ab import run as ab
+    from sglang_nsa_plugin.cli.ab.server import Server
+
+    settings = ab.Settings(
+        requests=arguments.requests,
+        input_len=arguments.input_len,
+        output_len=arguments.output_len,
+        rounds=arguments.rounds,
+        load=arguments.load,
+        seconds=arguments.seconds,
+    )
+    server = Server(arguments.url, arguments.api_key, arguments.admin_api_key)
+    return ab.run(server, settings, arguments.json, arguments.plot)

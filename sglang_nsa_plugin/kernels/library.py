@@ -22,10 +22,14 @@ def _installed() -> Path:
     """The library that `pip install` put beside the distribution's metadata.
 
     It is not looked up beside this file: Python that runs from a clone, or is installed with `-e`, lies
-    in the source tree, which has no library.
+    in the source tree, which has no library. Without metadata there is no other place to look at.
     """
-    distribution = importlib.metadata.distribution("sglang-nsa-plugin")
-    return Path(str(distribution.locate_file("sglang_nsa_plugin/lib/nsa_metadata.so")))
+    library = "sglang_nsa_plugin/lib/nsa_metadata.so"
+    try:
+        distribution = importlib.metadata.distribution("sglang-nsa-plugin")
+    except importlib.metadata.PackageNotFoundError:
+        return ROOT / library
+    return Path(str(distribution.locate_file(library)))
 
 
 LIBRARY = _installed()

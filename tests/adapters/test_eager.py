@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import isolated
 import pytest
 import torch
+from failing_calls import Original, errors_of, every_call, failing_call, fresh, sglangs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("sglang")
 
-from sglang_nsa_plugin.adapters import eager_names, fields, in_graph
+from sglang_nsa_plugin.adapters import eager, eager_names, fields, in_graph
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
 from sglang_nsa_plugin.adapters.outcome import OUTCOME
 from sglang_nsa_plugin.shadow import Difference
@@ -392,15 +393,65 @@ def test_one_backend_that_fails_hands_back_the_others(state, monkeypatch):
     assert state.launches == 0
 
 
-def test_an_error_in_service_goes_on_to_sglang(pair, monkeypatch):
-    from sglang_nsa_plugin.adapters.eager_fill import PageTable
+@pytest.mark.parametrize("check_every", [0, 1])
+def test_sglang_plans_a_step_whose_fill_failed_and_all_after_it(check_every, state, caplog):
+    def run(number: int) -> list[str]:
+        caplog.clear()
+        fresh()
+        pair = make_pair(check_every=check_every)
+        backend = pair.ours.backend
+        original = sglangs(type(backend).init_forward_metadata)
+        generator = torch.Generator().manual_seed(number)
+        batch = long_enough_batch(pair, generator)
+        with pair.stub_process(), failing_call(number) as failed:
+            eager._init_forward_metadata(original, backend, batch)
+        expect_planned_as_sglang_does(pair, batch)
+        if failed:
+            assert len(errors_of(caplog)) == 1, failed
+            assert hasattr(backend, eager.ATTRIBUTE) != OUTCOME.has_failed, failed
+        if failed and OUTCOME.has_failed:
+            assert original.calls == 1, failed
+            launches = state.launches
+            for _ in range(2):
+                batch = long_enough_batch(pair, generator)
+                pair.ours.plan(batch)
+                expect_planned_as_sglang_does(pair, batch)
+            assert state.launches == launches
+        return failed
 
-    def no_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    names = every_call(run)
+    assert {"EagerFill._why_fallback", "PageTable.view", "run"} <= set(names)
 
-    monkeypatch.setattr(PageTable, "view", no_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        pair.ours.plan(pair.ours.batch(random_batch(pair, torch.Generator().manual_seed(18))))
+
+def long_enough_batch(pair, generator, raw_bs=None):
+    """As a server has it: each length includes the draft tokens."""
+    bs = random_batch(pair, generator, raw_bs)
+    pair.inputs.seq_lens.clamp_(min=DRAFT_TOKENS)
+    return pair.ours.batch(bs)
+
+
+def expect_planned_as_sglang_does(pair, batch):
+    from sglang_nsa_plugin.harness.diff import Diff, compare_planned
+
+    result = Diff()
+    pair.theirs.sglang_plan(batch)
+    ours, theirs = pair.ours.backend.forward_metadata, pair.theirs.backend.forward_metadata
+    compare_planned(ours, theirs, NAMES, result)
+    assert result.first is None, result.first
+
+
+def test_an_error_of_sglangs_own_plan_passes_as_it_is(pair, state):
+    batch = pair.ours.batch(random_batch(pair, torch.Generator().manual_seed(18)))
+    batch.seq_lens_cpu = None  # not served
+
+    def failing(*_):
+        raise KeyError("SGLang's own")
+
+    original = Original(failing)
+    with pytest.raises(KeyError, match="SGLang's own"):
+        eager._init_forward_metadata(original, pair.ours.backend, batch)
+    assert original.calls == 1
+    assert not OUTCOME.has_failed
 
 
 # --- the shadow check ---
@@ -538,6 +589,43 @@ def test_a_ragged_replay_is_one_launch_and_asks_the_device_for_nothing(pair, mon
         monkeypatch.undo()
     # up to where theirs ended
     assert set(ours.names[: ours.names.index("aten::max")]) <= VIEWS
+
+
+@replays_ragged
+def test_sglang_fills_a_ragged_replay_whose_fill_failed_and_all_after_it(state, caplog):
+    from sglang_nsa_plugin.harness.diff import Diff, compare_planned
+
+    accepted = torch.tensor([1, 4, 2, 3], dtype=torch.int32)
+
+    def expect_sglangs_values(pair):
+        result = Diff()
+        pair.theirs.sglang_replay(4, accepted)
+        ours, theirs = (one.backend.decode_cuda_graph_metadata[4] for one in (pair.ours, pair.theirs))
+        compare_planned(ours, theirs, NAMES, result, rows_per_request=accepted)
+        assert result.first is None, result.first
+        assert pair.ours.backend.forward_metadata is ours
+
+    def run(number: int) -> list[str]:
+        caplog.clear()
+        fresh()
+        pair = make_pair()
+        pair.capture_setup(4)
+        long_enough_batch(pair, torch.Generator().manual_seed(number), raw_bs=4)
+        backend = pair.ours.backend
+        original = sglangs(type(backend).init_forward_metadata_replay_cuda_graph)
+        arguments = pair.ours._replay_arguments(4, accepted)
+        with pair.stub_process(), failing_call(number) as failed:
+            eager._replay(original, backend, **arguments)
+        expect_sglangs_values(pair)
+        if failed:
+            assert (original.calls, OUTCOME.has_failed) == (1, True), failed
+            assert len(errors_of(caplog)) == 1, failed
+            assert not hasattr(backend, eager.RAGGED_ATTRIBUTE)
+            pair.ours.replay(4, accepted)
+            expect_sglangs_values(pair)
+        return failed
+
+    assert {"RaggedFill.replay", "read", "run"} <= set(every_call(run))
 
 
 @replays_ragged

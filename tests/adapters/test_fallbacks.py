@@ -8,7 +8,7 @@ from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
 
 
 def test_each_step_is_counted_and_the_first_of_each_reason_is_logged(state, caplog):
-    caplog.set_level(logging.WARNING, "sglang_nsa_plugin")
+    caplog.set_level(logging.WARNING, "sglang.nsa_plugin")
     for reason in (FallbackReason.NO_REQUESTS, FallbackReason.NO_REQUESTS, FallbackReason.OTHER_SIZES):
         count_fallback(reason)
     assert state.fallbacks == {

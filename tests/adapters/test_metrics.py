@@ -48,6 +48,30 @@ for steps in (1000, 24):
     time.sleep(1.5)
 """
 )
+# Somebody has registered a metric of our name; then copies fail for a while, as on a full disk.
+FAILS_AT_START = SCHEDULER.replace(
+    "module.Scheduler(S",
+    """import prometheus_client
+prometheus_client.Gauge("sglang_nsa_plugin:info", "another's", ["rank"])
+module.Scheduler(S""",
+)
+FAILS_LATER = (
+    SCHEDULER
+    + """
+metrics.PERIOD_S = 0.1
+inc = metrics.Copier._raise
+metrics.Copier._raise = lambda *_: 1 / 0
+STATE.replays += 5
+time.sleep(2)
+metrics.Copier._raise = inc
+STATE.replays += 5
+time.sleep(1)
+"""
+)
+ERRORS = """
+import logging, sys
+logging.basicConfig(level=logging.ERROR, stream=sys.stdout, format="%(message)s")
+"""
 LEFT = (
     SCHEDULER
     + """
@@ -92,7 +116,8 @@ def samples(folder: Path) -> dict[str, float]:
 
 def test_every_rank_shows_its_state_until_the_last_step(tmp_path):
     for rank in (0, 1):
-        succeed(SERVE, **SPARSE, labels=labels(rank), PROMETHEUS_MULTIPROC_DIR=tmp_path)
+        served = {**SPARSE, "implementation": "torch", "labels": labels(rank)}
+        succeed(SERVE, **served, PROMETHEUS_MULTIPROC_DIR=tmp_path)
     found = samples(tmp_path)
     for rank in (0, 1):
         of_rank = f"engine_type=unified model_name=a model pp_rank=0{{}} tp_rank={rank}"
@@ -103,6 +128,7 @@ def test_every_rank_shows_its_state_until_the_last_step(tmp_path):
         assert found.pop(f"mismatches_total {plain}") == 0
         assert found.pop(f"switched_on {plain}") == 0
         assert found.pop(f"fallbacks_total {of_rank.format(' reason=a reason')}") == 2
+        assert found.pop(f"in_place {of_rank.format(' role=draft-extend')}") == 1
     assert len(found) == 2
     assert all(name.startswith("info ") for name in found)
 
@@ -113,7 +139,8 @@ def test_info_names_version_adapter_and_implementation(tmp_path, implementation)
     arguments = {**SPARSE, "implementation": implementation, "labels": labels(0)}
     succeed(SCHEDULER, **arguments, PROMETHEUS_MULTIPROC_DIR=tmp_path)
     (info,) = (name for name in samples(tmp_path) if name.startswith("info "))
-    assert re.match(r"info adapter=(in-graph|eager) ", info)
+    adapter = "none" if implementation is None else "(in-graph|eager)"
+    assert re.match(f"info adapter={adapter} ", info)
     assert f" implementation={implementation or 'none'} " in info
     assert re.search(r" version=\d+\.\d+\.\d+", info)
 
@@ -121,9 +148,14 @@ def test_info_names_version_adapter_and_implementation(tmp_path, implementation)
 def test_a_server_that_the_plugin_leaves_alone_shows_that_and_no_counters(tmp_path):
     arguments = {"attention_backend": "fa3", "labels": labels(0)}
     assert threads_and_import(tmp_path, **arguments) == (["MainThread"], True)
-    (info,) = samples(tmp_path).items()
-    assert info[0].startswith("info adapter=none ")
-    assert info[1] == 1
+    found = samples(tmp_path)
+    (info,) = (name for name in found if name.startswith("info "))
+    assert info.startswith("info adapter=none ")
+    assert found.pop(info) == 1
+    ((in_place, value),) = found.items()
+    assert in_place.startswith("in_place ")
+    assert " role=draft-extend" in in_place
+    assert value == 0
 
 
 def test_nothing_exists_when_metrics_are_off(tmp_path):
@@ -135,6 +167,22 @@ def threads_and_import(folder: Path, **arguments: object) -> tuple[list[str], bo
     out = succeed(LEFT, **arguments, PROMETHEUS_MULTIPROC_DIR=folder)
     left = json.loads(out.strip().splitlines()[-1])
     return left["threads"], left["imported"]
+
+
+@pytest.mark.parametrize(
+    ("program", "lost", "replays"),
+    [
+        (FAILS_AT_START, "its part of /metrics is lost: ", None),
+        (FAILS_LATER, "a copy of the counters to /metrics is lost: ZeroDivisionError", 10),
+    ],
+    ids=["at start", "later"],
+)
+def test_metrics_that_fail_are_lost_and_nothing_else(program, lost, replays, tmp_path):
+    served = {"implementation": "torch", "labels": labels(0)}
+    arguments = {**SPARSE, **served, "PROMETHEUS_MULTIPROC_DIR": tmp_path}
+    assert succeed(f"{ERRORS}{program}", **arguments).count(lost) == 1
+    found = [value for name, value in samples(tmp_path).items() if name.startswith("replays_total ")]
+    assert found == ([] if replays is None else [replays])
 
 
 def test_sglang_keeps_its_collector_and_labels_where_the_hook_looks():

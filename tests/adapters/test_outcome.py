@@ -26,7 +26,7 @@ class Difference:
 
 @pytest.fixture
 def outcome(state, caplog) -> Outcome:
-    caplog.set_level("INFO", "sglang_nsa_plugin")
+    caplog.set_level("INFO", "sglang.nsa_plugin")
     return Outcome()
 
 
@@ -93,6 +93,26 @@ def test_a_backend_that_was_asked_for_by_name_may_not(outcome, state):
     with pytest.raises(BackendUnavailableError) as caught:
         outcome.step_aside_after("auto", complete)
     assert caught.value is complete
+
+
+def test_an_error_in_service_is_final_and_says_where_it_was_raised(outcome, state, caplog):
+    outcome.report_active("in-graph", CHOICE)
+    try:
+        raise RuntimeError("no\nmemory")
+    except RuntimeError as error:
+        outcome.fail_in_service(error)
+        line = error.__traceback__.tb_lineno
+    what = f"RuntimeError: no memory (test_outcome.py:{line})"
+    assert outcome.has_failed
+    assert reported(state) == ("in-graph", "cuda", f"filling a step failed: {what}")
+    assert outcome.why_not_switchable(on=True) == (
+        "filling a step failed, so SGLang fills until this process ends"
+    )
+    assert caplog.messages[1:] == [
+        f"{PLUGIN}: filling a step failed: {what}. SGLang {version('sglang')}, adapter in-graph, "
+        "implementation cuda. From now on this process serves through SGLang's own fill; please report "
+        "this line"
+    ]
 
 
 def test_a_failure_is_final(outcome, state, caplog):

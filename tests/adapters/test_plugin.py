@@ -107,7 +107,9 @@ def test_scheduler_is_hooked_where_it_is_loaded():
     assert json.loads(last_line(run(program))) == [
         "__init__",
         "add_cli_args",
+        "configure_scheduler_process",
         "from_cli_args",
+        "get_init_info",
         "get_internal_state",
         "set_internal_state",
     ]
@@ -136,7 +138,15 @@ print(json.dumps(sorted(scheduler.get_internal_state("all").internal_state)))
 
 def warnings_of(done: subprocess.CompletedProcess[str]) -> list[str]:
     lines = done.stdout.splitlines()
-    return [line.partition(" ")[2] for line in lines if line.startswith("sglang_nsa_plugin.plugin ")]
+    return [line.partition(" ")[2] for line in lines if line.startswith("sglang.nsa_plugin.plugin ")]
+
+
+def assert_reported(done: subprocess.CompletedProcess[str], target: str) -> None:
+    (warning,) = warnings_of(done)
+    assert warning.startswith(
+        f"sglang-nsa-plugin: another plugin patched {target} before, so the plugin's hook there does "
+        "not run. It called HookRegistry.apply_hooks() itself"
+    )
 
 
 def foreign(target: str) -> str:
@@ -149,10 +159,7 @@ def test_a_hook_of_the_command_line_that_did_not_take_is_reported_by_the_other(m
     target = f"sglang.srt.server_args.ServerArgs.{method}"
     done = run(LOGGED + foreign(target) + PARSE)
     assert last_line(done) == "auto"
-    assert warnings_of(done) == [
-        f"sglang-nsa-plugin: another plugin patched {target} before, so the plugin's hook there does "
-        "not run"
-    ]
+    assert_reported(done, target)
     assert warnings_of(run(LOGGED + PARSE)) == []
 
 
@@ -163,10 +170,7 @@ def test_a_hook_of_the_scheduler_that_did_not_take_is_reported_by_the_other(meth
     target = f"sglang.srt.managers.scheduler.Scheduler.{method}"
     done = run(LOGGED + SCHEDULER + foreign(target) + LOAD + USED)
     assert json.loads(last_line(done)) == record
-    assert warnings_of(done) == [
-        f"sglang-nsa-plugin: another plugin patched {target} before, so the plugin's hook there does "
-        "not run"
-    ]
+    assert_reported(done, target)
 
 
 def test_hooks_that_took_are_silent():
@@ -220,9 +224,7 @@ def test_flag_wins_over_environment_and_survives_pickling(arguments, environment
 def test_unknown_flag_value_ends_with_the_choices():
     done = run(PARSE, "--nsa-metadata-backend", "cudaa")
     assert done.returncode == 2
-    assert "invalid choice: 'cudaa'" in done.stderr
-    for choice in ("auto", "cuda", "triton", "torch", "off"):
-        assert choice in done.stderr.rsplit("invalid choice", 1)[1]
+    assert "must be one of auto, cuda, triton, torch, off, got 'cudaa'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
     from sglang_nsa_plugin.state import record
 
     fail(monkeypatch, error)
-    with caplog.at_level(logging.INFO, logger="sglang_nsa_plugin"):
+    with caplog.at_level(logging.INFO, logger="sglang.nsa_plugin"):
         pair = make_pair(check_every=1)
     backend = pair.ours.backend
     assert not hasattr(backend, in_graph.ATTRIBUTE)

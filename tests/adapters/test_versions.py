@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 import logging
+from pathlib import Path
 
 import prometheus_client
 import pytest
-from isolated import run_fresh
+from isolated import run, run_fresh
 
+import sglang_nsa_plugin
 from sglang_nsa_plugin import metrics
 from sglang_nsa_plugin.adapters import outcome, releases
 from sglang_nsa_plugin.state import record
 
+PACKAGE = Path(sglang_nsa_plugin.__file__).parent
 LABELS = {"rank": "0", "adapter": "none", "implementation": "none"}
 
 
@@ -41,7 +45,7 @@ def test_a_running_process_keeps_its_versions(read, state, monkeypatch, caplog):
     registry = prometheus_client.CollectorRegistry()
     gauge = functools.partial(prometheus_client.Gauge, registry=registry)
     monkeypatch.setattr(prometheus_client, "Gauge", gauge)
-    caplog.set_level(logging.INFO, "sglang_nsa_plugin")
+    caplog.set_level(logging.INFO, "sglang.nsa_plugin")
     mine = outcome.Outcome()
     mine.report_idle("no kernel")
     mine.fail(Difference())
@@ -83,3 +87,38 @@ def test_the_loaded_sglang_is_named_rather_than_one_on_disk(monkeypatch):
     sglang = type("sglang", (), {"__version__": "0.5.99"})
     monkeypatch.setitem(releases.sys.modules, "sglang", sglang)
     assert releases._running() == "0.5.99"
+
+
+# The same for a server's start and its record.
+SERVES_WITHOUT_DIST_INFO = """
+import importlib.metadata, json
+
+distribution = importlib.metadata.distribution
+
+def removed(name):
+    if name in ("sglang", "sglang-nsa-plugin"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return distribution(name)
+
+import sglang
+importlib.metadata.distribution = removed
+{sglang}
+from types import SimpleNamespace
+from sglang_nsa_plugin import plugin
+from sglang_nsa_plugin.kernels import library
+from sglang_nsa_plugin.state import record
+plugin.activate(SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa"))
+output = plugin._get_internal_state(lambda _: SimpleNamespace(internal_state={{}}), None)
+shown = output.internal_state["nsa_metadata"]
+print(json.dumps([str(library.LIBRARY), shown["version"], shown["adapter"]]))
+"""
+
+
+@pytest.mark.parametrize("sglang", ["", "del sglang.__version__"])
+def test_a_server_starts_and_reports_without_dist_info(sglang):
+    """The library is looked for beside the package then, where a copied folder has it."""
+    done = run(SERVES_WITHOUT_DIST_INFO.format(sglang=sglang))
+    assert done.returncode == 0, done.stderr
+    library, version, adapter = json.loads(done.stdout.splitlines()[-1])
+    assert (library, version) == (str(PACKAGE / "lib" / "nsa_metadata.so"), "unknown")
+    assert adapter in ("in-graph", "eager")

@@ -162,6 +162,35 @@ def test_replaced_inputs_go_through_sglang_and_are_not_overwritten():
     assert STATE.fallbacks[inputs_replaced] == fallbacks + 1
 
 
+def test_a_step_whose_fill_failed_and_all_after_it_are_sglangs(state, monkeypatch):
+    """The graphs still hold fills of the captured tensors, which are switched off on the device."""
+    from sglang_nsa_plugin.adapters.captured_fill import GraphFill
+    from sglang_nsa_plugin.adapters.outcome import OUTCOME
+    from sglang_nsa_plugin.harness.diff import Diff
+
+    pair = pair_for_installed("flashmla_sparse")
+    generator = torch.Generator().manual_seed(6)
+
+    def fails(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(GraphFill, "reads", fails)
+    for _ in range(6):
+        bs = random_batch(pair, generator)
+        kept = pair.inputs.seq_lens.clone()
+        with pair.stub_process():
+            pair.ours.backend.init_forward_metadata_out_graph(pair.ours.replay_view(bs))
+        pair.inputs.seq_lens.fill_(777)  # what a fill that still ran would read
+        pair.replay_graph(bs)
+        pair.inputs.seq_lens.copy_(kept)
+        pair.theirs.sglang_fill(bs)
+        result = Diff()
+        pair.compare(bs, result)
+        assert result.first is None, result.first
+    assert OUTCOME.has_failed
+    assert state.replays == 0
+
+
 @pytest.mark.parametrize("fault", ["in a capture", "in the last batch size"])
 def test_an_error_while_the_fill_is_set_up_leaves_every_graph_to_sglang(fault, monkeypatch):
     """Also graphs that hold our fill; and a capture that it broke leaves nothing behind."""

@@ -439,7 +439,7 @@ def written(tmp_path: Path) -> dict:
             },
         ),
         (("corruption", "memory"), {"corruption", "memory"}),
-        (("parallel", "load"), {"tp2", "dp2", "load"}),
+        (("parallel", "load", "other-plugin"), {"tp2", "dp2", "load", "other-plugin"}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
@@ -453,6 +453,18 @@ def test_slices_run_alone_and_merge_into_one_file(tmp_path, names, setups):
         assert parts["load"]["requests"]["plugin"]["answered"] > 48
     if "memory" in names:
         assert parts["memory.recapture"]["outcomes"] == {"plugin": "ended", "sglang": "ended"}
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_the_slice_that_needs_torch_memory_saver(tmp_path, is_installed):
+    """Three ways to release memory, then the record; skipped with the reason where it is missing."""
+    if is_installed:
+        (tmp_path / "torch_memory_saver.py").touch()
+    folders = os.pathsep.join([str(Path(__file__).parent / "stand_in"), str(tmp_path)])
+    run = slices(tmp_path / "run", "memory-graphs", PYTHONPATH=folders)
+    assert run.returncode == 0, run.stdout[-3_000:]
+    assert ("4 passed" if is_installed else "4 skipped") in run.stdout
+    assert ("needs torch_memory_saver" in run.stdout) != is_installed
 
 
 @pytest.mark.parametrize(
@@ -584,13 +596,21 @@ def test_metrics_are_separate_by_rank_and_agree_with_the_record(tmp_path):
     # a rank that the plugin leaves alone shows what runs and no counters
     assert shown["pp_rank=0 tp_rank=0"] == {
         "fallbacks": {},
+        "in_place": {"draft-extend": False},
         "info": metrics_page.expected(idle)["info"],
     }
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("replays", 5), ("checks", 5), ("fallbacks", {}), ("version", "0"), ("backend", "triton")],
+    [
+        ("replays", 5),
+        ("checks", 5),
+        ("fallbacks", {}),
+        ("version", "0"),
+        ("backend", "triton"),
+        ("in_place", {}),
+    ],
 )
 def test_a_metric_that_differs_from_the_record_is_seen(name, value, tmp_path):
     text, record = metrics_and_record(1, tmp_path)

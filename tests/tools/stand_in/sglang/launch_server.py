@@ -19,6 +19,7 @@ from typing import ClassVar
 READ = ("dsa_seqlens_expanded", "dsa_cache_seqlens_int32", "real_page_table")
 VOCAB = 4_000
 STEP_S = 0.002
+PATCHED = "another plugin (first) patched sglang.srt.managers.scheduler.Scheduler.__init__ before"
 
 
 def option(name: str, default: str) -> str:
@@ -35,6 +36,7 @@ class State:
     ranks = int(option("--tp", "1"))
     schedulers = int(option("--dp", "1"))
     graphs = "--disable-cuda-graph" not in sys.argv
+    is_patched = has_plugin and "first_plugin" in os.environ["PYTHONPATH"]
     model = option("--model-path", "")
     folder = os.environ.get("NSA_PROBE_DIR")
     mib = Path(os.environ["STAND_IN_DIR"]) / f"{os.getpid()}.mib"
@@ -103,16 +105,25 @@ def common(left: list[int], right: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))  # noqa: B905
 
 
+def why_not() -> str | None:
+    """Why the plugin fills nothing in this server, or None."""
+    if State.is_patched:
+        return PATCHED
+    return None if State.graphs else "no graph (CUDA graphs disabled)"
+
+
 def record(pid: int) -> dict:
+    why_idle = why_not()
     checks = State.replays if os.environ.get("SGLANG_NSA_METADATA_CHECK") == "1" else 0
     return {
         "version": "0",
-        "adapter": "in-graph",
-        "backend": "cuda",
+        "adapter": None if why_idle else "in-graph",
+        "backend": None if why_idle else "cuda",
         "mqa_schedule": "cuda",
-        "reason": "stand-in",
-        "captures": [1, 2] if State.graphs else [],
-        "replays": State.replays if State.graphs else 0,
+        "reason": why_idle or "stand-in",
+        "in_place": {"draft-extend": why_idle is None},
+        "captures": [] if why_idle else [1, 2],
+        "replays": 0 if why_idle else State.replays,
         "launches": 0,
         "checks": checks,
         "values_checked": 1000 * checks,
@@ -205,6 +216,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
+    if State.is_patched:
+        if option("--nsa-metadata-backend", "auto") != "auto":
+            sys.exit(f"sglang-nsa-plugin: --nsa-metadata-backend cuda cannot run: {PATCHED}")
+        print(f"[stand-in] sglang-nsa-plugin 0: not used: {PATCHED}", flush=True)
     State.mib.write_text("1000\n")
     if State.folder:
         threading.Thread(target=probe, daemon=True).start()

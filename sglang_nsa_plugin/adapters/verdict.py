@@ -1,0 +1,47 @@
+"""Is the fill in place? Asked once a scheduler is made: by then SGLang has captured its graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_nsa_plugin.adapters import install
+from sglang_nsa_plugin.adapters.server_config import resolved
+
+
+def conclude(server_args: Any, asked_for: str) -> None:
+    """Says in one line whether draft-extend is filled from now on, and if not, leaves it to SGLang.
+
+    What was decided before, such as a server without speculation, was logged then.
+
+    Raises:
+        BackendUnavailableError: a backend was asked for by name and fills nothing.
+    """
+    adapter = install.adapter_for_installed()
+    outcome = adapter.takeover.outcome
+    if not outcome.is_open:
+        return
+    why_not = adapter.why_not_in_place()
+    if why_not is None:
+        outcome.report_in_place()
+        return
+    adapter.takeover.release()
+    outcome.step_aside(asked_for, f"{why_not} ({_configuration(server_args)})")
+
+
+def _configuration(server_args: Any) -> str:
+    """What decides in SGLang whether draft-extend runs on NSA/DSA attention and is captured."""
+    arguments = resolved(server_args)
+    settings = {
+        "speculative algorithm": getattr(arguments, "speculative_algorithm", None),
+        "draft attention backend": getattr(arguments, "speculative_draft_attention_backend", None)
+        or getattr(arguments, "attention_backend", None),
+        "CUDA graphs": "disabled" if _has_no_graphs(arguments) else None,
+    }
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+
+
+def _has_no_graphs(arguments: Any) -> bool:
+    graphs = getattr(arguments, "cuda_graph_config", None)
+    if graphs is not None:
+        return bool(graphs.decode.backend == "disabled")
+    return bool(getattr(arguments, "disable_cuda_graph", False))

@@ -1,0 +1,208 @@
+"""``sglang-nsa-plugin ab``: what the plugin gains on a running server, by switching it on and off.
+
+One server and one process, so nothing else differs between the arms. Every cell, which is a number of
+requests at once, is warmed up once on and once off, because SGLang compiles for each batch size. Then
+each round measures every cell's three arms. After each arm, the plugin's counters must show who filled.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from sglang_nsa_plugin.cli import terminal
+from sglang_nsa_plugin.cli.ab import compare, report
+from sglang_nsa_plugin.cli.ab.compare import ARMS, ON, Round
+from sglang_nsa_plugin.cli.ab.load import (
+    Measured,
+    NotResolvedError,
+    OtherLoad,
+    OwnRequests,
+    all_steps,
+    filled_by_plugin,
+)
+from sglang_nsa_plugin.cli.ab.server import Record, Server, left_as_found
+
+NOTHING_TO_COMPARE = 2
+WARM_UPS = ("off", "on")
+MOSTLY = 0.9  # of the steps; SGLang fills those of a batch size without a graph
+
+
+@dataclass
+class Settings:
+    """The options of one run."""
+
+    requests: Sequence[int]
+    input_len: int
+    output_len: int
+    rounds: int
+    load: str
+    seconds: float
+
+
+@dataclass
+class Cell:
+    """One row of the table: a load, what it has measured, and why it is given up, if it is."""
+
+    title: str
+    load: OwnRequests | OtherLoad
+    rounds: list[Round]
+    why_not: str | None = None
+
+    def result(self) -> dict[str, Any]:
+        """The row as plain values, with every round."""
+        if self.why_not is not None:
+            return {"load": self.title, "resolved": False, "verdict": f"not resolved: {self.why_not}"}
+        rounds = [{arm: asdict(turn[arm]) for arm in ARMS} for turn in self.rounds]
+        return {"load": self.title, **compare.compared(self.rounds), "every_round": rounds}
+
+
+def run(server: Server, settings: Settings, json_path: str | None, plot_path: str | None) -> int:
+    """Measures and prints; 0 if a cell was resolved, 1 if none was, 2 if nothing can be compared."""
+    console = terminal.console()
+    if plot_path:
+        # First, so that a missing matplotlib costs no minutes.
+        from sglang_nsa_plugin.cli.ab import plot
+    info = server.info()
+    why_not = why_not_comparable(info, server.url)
+    if why_not is not None:
+        terminal.print_verdict(console, why_not, good=False)
+        return NOTHING_TO_COMPARE
+    begin = time.monotonic()
+    cells = _cells(server, settings)
+    with (
+        left_as_found(server, server.records()[0]["switched_on"]),
+        terminal.progress(console) as progress,
+    ):
+        _measure(server, settings, cells, progress)
+    result = {
+        **_described(server, info),
+        "settings": asdict(settings),
+        "seconds": round(time.monotonic() - begin, 1),
+        "cells": [cell.result() for cell in cells],
+    }
+    report.show(console, result)
+    if json_path:
+        Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
+    if plot_path:
+        plot.draw(result, Path(plot_path))
+    return 0 if any(cell["resolved"] for cell in result["cells"]) else 1
+
+
+def why_not_comparable(info: dict[str, Any], url: str) -> str | None:
+    """Why this server has nothing to compare, and what to do; None if it has."""
+    records: list[Record] = [state.get("nsa_metadata") for state in info["internal_states"]]
+    if not records or None in records:
+        return (
+            f"the server at {url} does not load the plugin: /server_info has no nsa_metadata. Install "
+            "sglang-nsa-plugin in the server's Python, name nsa in SGLANG_PLUGINS if that is set, and "
+            "start the server again. There, sglang-nsa-plugin verify says whether SGLang finds it"
+        )
+    if not info.get("speculative_algorithm"):
+        return (
+            f"the server at {url} runs without speculative decoding, so the plugin has nothing to fill. "
+            "Start it with --speculative-algorithm EAGLE and its options"
+        )
+    idle = next((record for record in records if record["adapter"] is None), None)
+    if idle is not None:
+        return f"the plugin fills nothing on the server at {url}: {idle['reason']}"
+    shown = [record.get("switched_on") for record in records]
+    if None in shown:
+        return (
+            f"the plugin {records[0]['version']} of the server at {url} cannot be switched in service: "
+            "upgrade it there and start the server again"
+        )
+    if len(set(shown)) > 1:
+        return (
+            f"the ranks of the server at {url} are switched differently ({json.dumps(shown)}). Switch "
+            f"all of them first: {Server(url).curl(True)}"
+        )
+    return None
+
+
+def _cells(server: Server, settings: Settings) -> list[Cell]:
+    if settings.load == "external":
+        return [Cell("external", OtherLoad(server, settings.seconds), [])]
+    sizes = (settings.input_len, settings.output_len)
+    return [Cell(str(n), OwnRequests(server, n, *sizes), []) for n in settings.requests]
+
+
+def _measure(server: Server, settings: Settings, cells: list[Cell], progress: Progress) -> None:
+    """Warms up, then fills the rounds of each cell."""
+    arms = len(cells) * (len(WARM_UPS) + settings.rounds * len(ARMS))
+    bar = progress.add_task("warming up", total=arms)
+    switched = Switched(server)
+
+    def measure(cell: Cell, arm: str) -> Measured | None:
+        measured = None
+        if cell.why_not is None:
+            try:
+                measured = switched.measured(arm, cell.load.measure)
+            except NotResolvedError as error:
+                cell.why_not = str(error)
+        progress.advance(bar)
+        return measured
+
+    for cell in cells:
+        for arm in WARM_UPS:
+            measure(cell, arm)
+    for number in range(settings.rounds):
+        progress.update(bar, description=f"round {number + 1} of {settings.rounds}")
+        turn = number % len(ARMS)
+        for cell in cells:
+            measured = {arm: measure(cell, arm) for arm in (*ARMS[turn:], *ARMS[:turn])}
+            cell.rounds.append({arm: each for arm, each in measured.items() if each is not None})
+
+
+class Switched:
+    """Measures with the switch on or off, and looks who filled."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def measured(self, arm: str, measure: Callable[[], Measured]) -> Measured:
+        """One arm.
+
+        Raises:
+            NotResolvedError: the plugin filled steps of an off arm, or too few of an on arm.
+        """
+        self.server.switch(arm == ON)
+        before = self.server.records()
+        measured = measure()
+        ranks = list(zip(before, self.server.records(), strict=True))
+        fills = [filled_by_plugin(after) - filled_by_plugin(begin) for begin, after in ranks]
+        steps = [all_steps(after) - all_steps(begin) for begin, after in ranks]
+        _raise_if_other(arm, *max(zip(fills, steps, strict=True)))
+        return measured
+
+
+def _raise_if_other(arm: str, fills: int, steps: int) -> None:
+    """The busiest rank's fills by the plugin, of all its steps, must be those of this arm."""
+    if arm == ON and fills < MOSTLY * steps:
+        raise NotResolvedError(
+            f"the plugin filled {fills} of {steps} steps while it was on: /server_info counts why, "
+            "under fallbacks"
+        )
+    if arm != ON and fills > 0:
+        raise NotResolvedError(
+            f"the plugin filled {fills} of {steps} steps while it was off: does somebody else switch it?"
+        )
+
+
+def _described(server: Server, info: dict[str, Any]) -> dict[str, Any]:
+    records = [state["nsa_metadata"] for state in info["internal_states"]]
+    first = records[0]
+    return {
+        "url": server.url,
+        "sglang": info.get("version"),
+        "plugin": first["version"],
+        "adapter": first["adapter"],
+        "implementation": first["backend"],
+        "ranks": len(records),
+    }
