@@ -16,14 +16,14 @@ from typing import Any
 
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.log import loses
-from sglang_nsa_plugin.state import STATE, VERSION
+from sglang_nsa_plugin.state import STATE, VERSION, State, reported
 
 PREFIX = "sglang_nsa_plugin:"
 PERIOD_S = 1.0
 # Fields of State; prometheus_client adds the suffix _total.
 COUNTERS = {
-    "replays": "Draft-extend replays whose metadata was filled in the CUDA graph.",
-    "launches": "Draft-extend steps whose metadata was filled by one launch from Python.",
+    "replays": "Replays whose metadata was filled in the CUDA graph.",
+    "launches": "Steps whose metadata was filled by one launch from Python.",
     "checks": "Steps that the shadow check compared with SGLang's own fill.",
     "mismatches": "Values that differed in the check that found some; SGLang fills from then on.",
 }
@@ -36,14 +36,14 @@ GAUGES = {
 
 
 def export(labels: Mapping[str, Any]) -> None:
-    """Exposes this rank's state under SGLang's labels; counters only where there is an adapter.
+    """Exposes this rank's states under SGLang's labels; counters only where there is an adapter.
 
     To be called once a process, after start-up has decided who fills.
     """
     _expose_info(labels)
     in_place = InPlace(labels)
     in_place.copy()
-    if STATE.adapter is None:
+    if all(state.adapter is None for state in reported()):
         return
     copier = Copier(labels)
     copier.copy()
@@ -86,48 +86,49 @@ class InPlace:
 
     def copy(self) -> None:
         """Shows what holds now: a failed shadow check ends a fill that was in place."""
-        for role, is_in_place in STATE.in_place.items():
-            self._gauge.labels(**{**self._labels, "role": role}).set(int(is_in_place))
+        for state in reported():
+            self._gauge.labels(**{**self._labels, "role": state.role}).set(int(state.in_place))
 
 
 class Copier:
-    """Copies what the state has counted into the metrics."""
+    """Copies what the states have counted into the metrics, with the role as a label."""
 
     def __init__(self, labels: Mapping[str, Any]) -> None:
         from prometheus_client import Counter as Metric
         from prometheus_client import Gauge
 
         self._labels = labels
-        self._plain = {
-            name: Metric(PREFIX + name, meaning, list(labels)).labels(**labels)
-            for name, meaning in COUNTERS.items()
-        }
+        names = list({**labels, "role": ""})
+        self._plain = {name: Metric(PREFIX + name, meaning, names) for name, meaning in COUNTERS.items()}
         self._gauges = {
-            name: Gauge(PREFIX + name, meaning, list(labels), multiprocess_mode="mostrecent").labels(
-                **labels
-            )
+            name: Gauge(PREFIX + name, meaning, names, multiprocess_mode="mostrecent")
             for name, meaning in GAUGES.items()
         }
         self._fallbacks = Metric(
             f"{PREFIX}fallbacks",
-            "Draft-extend steps that SGLang filled although the adapter was there.",
-            list({**labels, "reason": ""}),
+            "Steps that SGLang filled although the adapter was there.",
+            [*names, "reason"],
         )
-        self._copied: Counter[str] = Counter()
+        self._copied: Counter[tuple[str, str]] = Counter()
 
     def copy(self) -> None:
         """Adds what was counted since the last copy."""
-        for name, metric in self._plain.items():
-            self._raise(name, metric, getattr(STATE, name))
-        for name, gauge in self._gauges.items():
-            gauge.set(getattr(STATE, name))
-        for reason, count in dict(STATE.fallbacks).items():
-            labelled = self._fallbacks.labels(**{**self._labels, "reason": reason})
-            self._raise(f"fallbacks: {reason}", labelled, count)
+        for state in reported():
+            self._copy_role(state)
 
-    def _raise(self, name: str, metric: Any, count: int) -> None:
-        metric.inc(count - self._copied[name])
-        self._copied[name] = count
+    def _copy_role(self, state: State) -> None:
+        labels = {**self._labels, "role": state.role}
+        for name, metric in self._plain.items():
+            self._raise((state.role, name), metric.labels(**labels), getattr(state, name))
+        for name, gauge in self._gauges.items():
+            gauge.labels(**labels).set(getattr(state, name))
+        for reason, count in dict(state.fallbacks).items():
+            labelled = self._fallbacks.labels(**labels, reason=reason)
+            self._raise((state.role, f"fallbacks: {reason}"), labelled, count)
+
+    def _raise(self, key: tuple[str, str], metric: Any, count: int) -> None:
+        metric.inc(count - self._copied[key])
+        self._copied[key] = count
 
 
 def _copy_forever(*copiers: Copier | InPlace) -> None:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from sglang_nsa_plugin.state import DRAFT_EXTEND, ROLES
+
 _Value = TypeVar("_Value")
 
 CHOICES = ("auto", "cuda", "triton", "torch", "off")
@@ -15,27 +17,37 @@ FLAG, ALIAS = "--nsa-metadata-backend", "--dsa-metadata-backend"
 VARIABLE = "SGLANG_NSA_METADATA_BACKEND"
 CHECK_FLAG = "--nsa-metadata-check"
 CHECK_VARIABLE = "SGLANG_NSA_METADATA_CHECK"
+ROLES_FLAG = "--nsa-metadata-roles"
+ROLES_VARIABLE = "SGLANG_NSA_METADATA_ROLES"
+# Wrong verify metadata gives wrong tokens; wrong draft-extend metadata costs accepted drafts alone.
+DEFAULT_ROLES = (DRAFT_EXTEND,)
 # From the command line SGLang copies only its own fields. Attributes with an underscore travel to every
 # process with the ServerArgs object, and SGLang's resolution of arguments leaves them alone.
 ATTRIBUTE = "_nsa_metadata_backend"
 CHECK_ATTRIBUTE = "_nsa_metadata_check"
+ROLES_ATTRIBUTE = "_nsa_metadata_roles"
 # In YAML, `off` and `no` without quotes are booleans, which SGLang's --config hands over as `false`.
 OFF_WORDS = ("off", "false", "no", "0")
 ON_WORDS = ("on", "true", "yes", "1")
 
 HELP = (
-    "Who fills the draft-extend metadata of NSA/DSA sparse attention (sglang-nsa-plugin): auto takes "
+    "Who fills the speculative metadata of NSA/DSA sparse attention (sglang-nsa-plugin): auto takes "
     "the compiled CUDA kernel and steps aside where it cannot run; cuda, triton and torch insist on "
     f"one; off leaves the fill to SGLang. Environment: {VARIABLE}. Default: {DEFAULT}."
 )
 CHECK_HELP = (
-    "Compare every Nth draft-extend fill with SGLang's own, on the device and without waiting "
+    "Compare every Nth fill of each role with SGLang's own, on the device and without waiting "
     f"(sglang-nsa-plugin); 0 never does. Environment: {CHECK_VARIABLE}. Default: 0."
+)
+ROLES_HELP = (
+    f"The plans of a speculative step to fill, with commas between them: {', '.join(ROLES)} "
+    "(sglang-nsa-plugin). verify is new: it has not run on a GPU yet, and wrong verify metadata would "
+    f"give wrong tokens. Environment: {ROLES_VARIABLE}. Default: {','.join(DEFAULT_ROLES)}."
 )
 
 
 def validate_environment() -> None:
-    """Validates both variables.
+    """Validates the variables.
 
     Raises:
         SystemExit: one has an invalid value. SGLang only logs a plugin's ordinary errors, and a mistyped
@@ -43,6 +55,7 @@ def validate_environment() -> None:
     """
     _backend_from_environment()
     _check_from_environment()
+    _roles_from_environment()
 
 
 def _backend_from_environment() -> str | None:
@@ -52,6 +65,10 @@ def _backend_from_environment() -> str | None:
 
 def _check_from_environment() -> int | None:
     return _from_environment(CHECK_VARIABLE, _whole_number)
+
+
+def _roles_from_environment() -> tuple[str, ...] | None:
+    return _from_environment(ROLES_VARIABLE, _roles)
 
 
 def _from_environment(variable: str, read: Callable[[str], _Value]) -> _Value | None:
@@ -73,6 +90,11 @@ def check_of(server_args: object) -> int:
     return flag if flag is not None else _check_from_environment() or 0
 
 
+def roles_of(server_args: object) -> tuple[str, ...]:
+    """The roles to fill: by the flag, else by the environment, else the default."""
+    return getattr(server_args, ROLES_ATTRIBUTE, None) or _roles_from_environment() or DEFAULT_ROLES
+
+
 class _Carried(argparse.Action):
     """Keeps a flag's value where ``ServerArgs.from_cli_args`` is not the plugin's to hook.
 
@@ -89,7 +111,17 @@ class _Carried(argparse.Action):
     ) -> None:
         setattr(namespace, self.dest, value)
         _carried.setdefault(self._variable, os.environ.get(self._variable))
-        os.environ[self._variable] = str(value)
+        os.environ[self._variable] = ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+class _CarriedRoles(_Carried):
+    """The same for a list, which YAML's lists come as."""
+
+    def __call__(
+        self, parser: object, namespace: object, value: Any, option_string: str | None = None
+    ) -> None:
+        asked = tuple(role for role in ROLES if any(role in roles for roles in value))
+        super().__call__(parser, namespace, asked, option_string)
 
 
 _carried: dict[str, str | None] = {}  # variables that hold a flag's value, and what they held before
@@ -126,6 +158,16 @@ def add_flags(original: Callable[..., Any], parser: argparse.ArgumentParser) -> 
         default=None,
         help=CHECK_HELP,
     )
+    parser.add_argument(
+        ROLES_FLAG,
+        action=_CarriedRoles,
+        variable=ROLES_VARIABLE,
+        type=_roles,
+        nargs="+",
+        metavar="ROLE",
+        default=None,
+        help=ROLES_HELP,
+    )
     return result
 
 
@@ -134,6 +176,7 @@ def keep_flags(original: Callable[..., Any], cls: type, args: argparse.Namespace
     server_args = original(cls, args)
     setattr(server_args, ATTRIBUTE, getattr(args, "nsa_metadata_backend", None))
     setattr(server_args, CHECK_ATTRIBUTE, getattr(args, "nsa_metadata_check", None))
+    setattr(server_args, ROLES_ATTRIBUTE, getattr(args, "nsa_metadata_roles", None))
     _restore_variables()
     return server_args
 
@@ -145,6 +188,15 @@ def _one_backend(text: str) -> str:
         advice = f"; for the plugin's own choice, set {DEFAULT}" if text.lower() in ON_WORDS else ""
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(CHOICES)}, got {text!r}{advice}")
     return text
+
+
+def _roles(text: str) -> tuple[str, ...]:
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in ROLES]
+    if unknown or not asked:
+        got = ", ".join(unknown) or repr(text)
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(ROLES)}, with commas, got {got}")
+    return tuple(role for role in ROLES if role in asked)
 
 
 def _whole_number(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The entry point: decides whether this process fills draft-extend metadata, and logs it in one line.
+"""The entry point: decides whether this process fills speculative metadata, and logs it in one line.
 
 SGLang calls :func:`register` in the main process before it parses arguments, and again in each
 scheduler process. Only the scheduler needs SGLang's GPU modules, so the adapter is installed when the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sglang_nsa_plugin import options
@@ -17,7 +17,7 @@ from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.hooks import Hook
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.log import logger_of, loses
-from sglang_nsa_plugin.state import VERSION, record
+from sglang_nsa_plugin.state import DRAFT_EXTEND, VERSION, record
 
 logger = logger_of(__name__)
 
@@ -255,9 +255,14 @@ def activate(server_args: Any) -> None:
     if _is_idle(server_args):
         return
     request = Request(options.backend_of(server_args), options.check_of(server_args))
-    why_not = install.why_other_attention(server_args) or install.install(request)
+    roles = list(options.roles_of(server_args))
+    why_other = install.why_other_attention(server_args)
+    if why_other is not None and DRAFT_EXTEND in roles:
+        roles.remove(DRAFT_EXTEND)
+        _step_aside(request.backend, why_other, [DRAFT_EXTEND])
+    why_not = install.install(request, roles) if roles else None
     if why_not is not None:
-        _step_aside(request.backend, why_not)
+        _step_aside(request.backend, why_not, roles)
 
 
 def _decline(server_args: Any, why_not: str) -> None:
@@ -267,25 +272,30 @@ def _decline(server_args: Any, why_not: str) -> None:
         BackendUnavailableError: a backend was asked for by name.
     """
     if not _is_idle(server_args):
-        _step_aside(options.backend_of(server_args), why_not)
+        _step_aside(options.backend_of(server_args), why_not, options.roles_of(server_args))
 
 
 def _is_idle(server_args: Any) -> bool:
     """Whether there is nothing to fill, which is logged."""
     from sglang_nsa_plugin.adapters import install
-    from sglang_nsa_plugin.adapters.outcome import OUTCOME
+    from sglang_nsa_plugin.adapters.outcome import OUTCOME, OUTCOMES
 
+    roles = options.roles_of(server_args)
+    if DRAFT_EXTEND not in roles:
+        OUTCOME.report_idle(f"{options.ROLES_FLAG} leaves it out")
     is_off = options.backend_of(server_args) == "off"
     why_idle = "switched off" if is_off else install.why_idle(server_args)
     if why_idle is not None:
-        OUTCOME.report_idle(why_idle)
+        for role in roles:
+            OUTCOMES[role].report_idle(why_idle)
     return why_idle is not None
 
 
-def _step_aside(asked_for: str, why_not: str) -> None:
-    from sglang_nsa_plugin.adapters.outcome import OUTCOME
+def _step_aside(asked_for: str, why_not: str, roles: Iterable[str]) -> None:
+    from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 
-    OUTCOME.step_aside(asked_for, why_not)
+    for role in roles:
+        OUTCOMES[role].step_aside(asked_for, why_not)
 
 
 def _export_to_sgl_kernel() -> None:

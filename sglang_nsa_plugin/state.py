@@ -21,38 +21,41 @@ def version_of(distribution: str) -> str:
 VERSION = version_of("sglang-nsa-plugin")
 
 NOT_ASKED = "not asked yet"
-DRAFT_EXTEND = "draft-extend"
-ROLES = (DRAFT_EXTEND,)
+# The plans of a speculative step that the plugin can fill; users see these names.
+DRAFT_EXTEND, VERIFY = "draft-extend", "verify"
+ROLES = (DRAFT_EXTEND, VERIFY)
 
 
 @dataclass
 class State:
-    """The outcome of ``adapters/outcome.py``, mirrored, and counters of service.
+    """One role's outcome of ``adapters/outcome.py``, mirrored, and its counters of service.
 
     Attributes:
+        role: one of ROLES.
         adapter: how the fill is hooked into SGLang; None while SGLang fills.
-        backend: the implementation; None until SGLang has made its draft-extend backend.
+        backend: the implementation; None until SGLang has made this role's attention backend.
         mqa_schedule: who makes DeepGEMM's schedule: the implementation, or "DeepGEMM" where the schedule
-            of the installed DeepGEMM is another; None until SGLang has made its draft-extend backend.
+            of the installed DeepGEMM is another; None as long as ``backend`` is.
         reason: why this adapter and implementation, or why none.
         switched_on: whether the fill is switched on in service.
-        in_place: for each role, whether the plugin fills its steps; false until start-up is over.
+        in_place: whether the plugin fills this role's steps; false until start-up is over.
         captures: batch sizes whose fill was recorded in a CUDA graph.
-        replays: draft-extend replays whose fill was in the graph.
-        launches: draft-extend steps whose fill was one launch from Python.
-        fallbacks: draft-extend steps that SGLang filled although the adapter was active, by reason.
+        replays: replays whose fill was in the graph.
+        launches: steps whose fill was one launch from Python.
+        fallbacks: steps that SGLang filled although the adapter was active, by reason.
         checks: steps that the shadow check compared with SGLang's own fill.
         values_checked: values that those steps compared, as far as the device has reported.
         mismatches: values that differed in the failing check, which is the last one.
         first_mismatch: the first of them, in words.
     """
 
+    role: str = DRAFT_EXTEND
     adapter: str | None = None
     backend: str | None = None
     mqa_schedule: str | None = None
     reason: str = NOT_ASKED
     switched_on: bool = True
-    in_place: dict[str, bool] = field(default_factory=lambda: dict.fromkeys(ROLES, False))
+    in_place: bool = False
     captures: set[int] = field(default_factory=set)
     replays: int = 0
     launches: int = 0
@@ -64,26 +67,43 @@ class State:
 
 
 STATE = State()
+VERIFY_STATE = State(VERIFY)
+
+
+def reported() -> list[State]:
+    """The states that are shown: draft-extend's, and that of every other role that was asked for."""
+    return [state for state in (STATE, VERIFY_STATE) if state is STATE or state.reason != NOT_ASKED]
 
 
 def record() -> dict[str, Any]:
-    """The state as plain values, the way ``/server_info`` shows it."""
+    """The states as plain values, the way ``/server_info`` shows them.
+
+    What does not lie below ``roles`` is draft-extend's, which ends each speculative step.
+    """
     return {
         "version": VERSION,
-        "adapter": STATE.adapter,
-        "backend": STATE.backend,
-        "mqa_schedule": STATE.mqa_schedule,
-        "reason": STATE.reason,
-        "switched_on": STATE.switched_on,
-        "in_place": dict(STATE.in_place),
-        "in_graph": bool(STATE.captures),
-        "captures": sorted(STATE.captures),
-        "replays": STATE.replays,
-        "launches": STATE.launches,
-        "fallbacks": dict(STATE.fallbacks),
-        "checks": STATE.checks,
-        "values_checked": STATE.values_checked,
-        "mismatches": STATE.mismatches,
-        "first_mismatch": STATE.first_mismatch,
+        **_values_of(STATE),
+        "in_place": {state.role: state.in_place for state in reported()},
+        "roles": {state.role: _values_of(state) for state in reported()},
         "pid": os.getpid(),
+    }
+
+
+def _values_of(state: State) -> dict[str, Any]:
+    return {
+        "adapter": state.adapter,
+        "backend": state.backend,
+        "mqa_schedule": state.mqa_schedule,
+        "reason": state.reason,
+        "switched_on": state.switched_on,
+        "in_place": state.in_place,
+        "in_graph": bool(state.captures),
+        "captures": sorted(state.captures),
+        "replays": state.replays,
+        "launches": state.launches,
+        "fallbacks": dict(state.fallbacks),
+        "checks": state.checks,
+        "values_checked": state.values_checked,
+        "mismatches": state.mismatches,
+        "first_mismatch": state.first_mismatch,
     }

@@ -25,8 +25,8 @@ from cases import CPU, Backend  # noqa: E402
 from memcpy_trace import MemcpyTrace  # noqa: E402
 
 from sglang_nsa_plugin import log  # noqa: E402
-from sglang_nsa_plugin.adapters.outcome import OUTCOME  # noqa: E402
-from sglang_nsa_plugin.state import STATE, State  # noqa: E402
+from sglang_nsa_plugin.adapters.outcome import OUTCOMES  # noqa: E402
+from sglang_nsa_plugin.state import STATE, VERIFY_STATE, State  # noqa: E402
 
 hypothesis.settings.register_profile("ci", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("ci")
@@ -82,8 +82,10 @@ def state() -> Iterator[State]:
 
 
 def _reset() -> None:
-    STATE.__init__()  # type: ignore[misc]
-    OUTCOME.__init__()  # type: ignore[misc]
+    for each in (STATE, VERIFY_STATE):
+        each.__init__(each.role)  # type: ignore[misc]
+    for outcome in OUTCOMES.values():
+        outcome.__init__(outcome.state)  # type: ignore[misc]
     log._lost.clear()
 
 
@@ -128,6 +130,7 @@ OF_GRAPHS = (
     "test_service_faults.py",
     "test_shadow_check.py",
     "test_start_faults.py",
+    "test_verify_role.py",
     "test_wide_table.py",
 )
 OF_EAGER = ("test_eager.py",)

@@ -49,7 +49,7 @@ FILL_LIMIT_US = 10.0
 DRAFT_TOKENS = 4
 
 LAUNCHER_LINE = r"sglang-nsa-plugin \S+: metadata backend \S+"
-SCHEDULER_LINE = r"sglang-nsa-plugin \S+: adapter \S+, implementation \w+"
+SCHEDULER_LINE = r"sglang-nsa-plugin \S+: draft-extend: adapter \S+, implementation \w+"
 
 SETUPS = (Setup("core"),)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Request:
 
 
 class Takeover:
-    """The backends that an adapter fills in this process, and on whose request.
+    """The backends that an adapter fills for a role in this process, and on whose request.
 
     Attributes:
         request: None while no backend is to be taken over: before :meth:`arm` and after :meth:`release`.
@@ -51,8 +51,8 @@ class Takeover:
         self._revalidate = revalidate
         self._backends: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def arm(self, request: Request) -> None:
-        """From now on backends are taken over."""
+    def arm(self, request: Request | None) -> None:
+        """From now on backends are taken over on this request; with None, no more are."""
         self.request = request
 
     @property
@@ -111,7 +111,7 @@ class Adapter:
         name: as it is reported and logged.
         hooks: the methods of SGLang that are replaced. Each goes when SGLang does its part itself.
         needs: what else of SGLang the adapter calls or reads.
-        takeover: what the hooks have taken over.
+        takeovers: what the hooks have taken over, by role. The roles that the adapter can fill.
         why_unfilled: of a backend that was taken over: why no step of it is filled, or None. To be asked
             when start-up is over.
     """
@@ -119,25 +119,21 @@ class Adapter:
     name: str
     hooks: tuple[Hook, ...]
     needs: tuple[Requirement, ...]
-    takeover: Takeover
+    takeovers: Mapping[str, Takeover]
     why_unfilled: Callable[[Any], str | None]
 
-    def why_not_in_place(self) -> str | None:
-        """Why no step is going to be filled, or None. To be asked when start-up is over.
+    def why_not_in_place(self, role: str) -> str | None:
+        """Why no step of this role is going to be filled, or None. To be asked when start-up is over.
 
         Adaptive speculation has several backends; one that is filled is enough.
         """
         replaced = why_replaced(self.hooks)
         if replaced is not None:
             return replaced
-        reasons = [self.why_unfilled(backend) for backend in self.takeover.backends]
+        reasons = [self.why_unfilled(backend) for backend in self.takeovers[role].backends]
         if not reasons:
-            return "SGLang made no NSA/DSA attention backend for draft-extend, as EAGLE and MTP have one"
+            return f"SGLang made no NSA/DSA attention backend for {role}, as EAGLE and MTP have one"
         return None if None in reasons else reasons[0]
-
-    def arm(self, request: Request) -> None:
-        """From now on SGLang's backends are taken over."""
-        self.takeover.arm(request)
 
     @property
     def requirements(self) -> tuple[Requirement, ...]:

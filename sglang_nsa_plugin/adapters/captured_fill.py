@@ -1,4 +1,4 @@
-"""The fills of a draft-extend backend: recorded in a graph once, validated at replay."""
+"""The fills of a backend: recorded in a graph once, validated at replay."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from sglang_nsa_plugin import dispatch, options
 from sglang_nsa_plugin.adapters import fields, mqa_schedule
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
 from sglang_nsa_plugin.adapters.outcome import Outcome
+from sglang_nsa_plugin.adapters.roles import Role
 from sglang_nsa_plugin.adapters.shadow_check import ShadowedReplays
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.fill_args import FillArgs
-from sglang_nsa_plugin.state import STATE
 
 # What a replay on the fast path compares: ForwardMode, seq_lens, req_pool_indices, req_to_token; then
-# SGLang's metadata, which it serves.
-Hit = tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor, Any]
+# SGLang's metadata, which it serves. Of tensors that are new objects in each replay, the addresses.
+Hit = tuple[Any, "torch.Tensor | int", "torch.Tensor | int", torch.Tensor, Any]
 
 
 class CaptureError(RuntimeError):
     """The fill failed while SGLang captured a graph, which cannot be captured any more."""
 
-    def __init__(self, batch_size: int, error: Exception) -> None:
+    def __init__(self, role: str, batch_size: int, error: Exception) -> None:
         super().__init__(
-            f"the draft-extend fill of batch size {batch_size} failed inside SGLang's capture: "
+            f"the {role} fill of batch size {batch_size} failed inside SGLang's capture: "
             f"{type(error).__name__}: {error}. Start with {options.FLAG} off to serve with SGLang's "
             "own fill"
         )
@@ -39,17 +39,19 @@ class GraphFill:
         metadata: SGLang's object whose tensors are filled.
         args: those tensors, and the inputs whose addresses a graph captures.
         run: the bound launch.
-        read_done: the event recorded after the launch; None on the CPU.
+        read_done: the event recorded after the launch; None on the CPU, and where nothing asks for it.
     """
 
-    def __init__(self, metadata: Any, args: FillArgs, run: Callable[[], None]) -> None:
+    def __init__(
+        self, metadata: Any, args: FillArgs, run: Callable[[], None], has_read_done: bool
+    ) -> None:
         # SGLang's graphs have a page table, and a fill of one reads both
         assert args.req_pool_indices is not None
         assert args.req_to_token is not None
         self.metadata = metadata
         self.args = args
         self.run = run
-        self.read_done = _read_done(args.device)
+        self.read_done = _read_done(args.device) if has_read_done else None
         self._inputs = (args.seq_lens, args.req_pool_indices, args.req_to_token)
         self._addresses = _addresses(self._inputs)
 
@@ -58,12 +60,20 @@ class GraphFill:
         return _addresses(inputs) == self._addresses and all(map(_alike, inputs, self._inputs))
 
 
+def _validate_ctx_lens(ctx_lens: torch.Tensor | None, rows: int) -> None:
+    if ctx_lens is not None and ctx_lens.shape != (rows, 1):
+        raise ValueError(
+            f"paged_mqa_ctx_lens_2d: must be [{rows}, 1], got {list(ctx_lens.shape)}; the plugin does "
+            "not fill the context lengths of DeepGEMM's multi-token kernels (SM100's target-verify)"
+        )
+
+
 def _addresses(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def _alike(given: torch.Tensor, captured: torch.Tensor) -> bool:
-    """The runner captures a slice and replays the whole buffer."""
+    """A runner captures a slice, and may replay the whole buffer."""
     return (
         given.dtype is captured.dtype
         and given.stride() == captured.stride()
@@ -72,7 +82,7 @@ def _alike(given: torch.Tensor, captured: torch.Tensor) -> bool:
 
 
 class BackendFills:
-    """The fills of one draft-extend backend, one for each captured batch size.
+    """The fills of one backend for its role, one for each captured batch size.
 
     Captured fills read ``enabled`` on the device. A replay that the plugin cannot serve sets it to 0 and
     lets SGLang fill before the graph runs. Otherwise the fill in the graph would read the captured
@@ -80,18 +90,20 @@ class BackendFills:
     that SGLang's memory saver releases and hands back zeroed.
 
     Attributes:
-        mode: SGLang's ForwardMode of draft-extend. Batches are compared with it by identity, because
-            calling ``is_draft_extend_v2()`` costs more.
-        fast_path: by batch size, the inputs that were validated last. A replay with the same objects
-            skips validation. Empty while the fill is switched off, and where each replay has more to do.
+        role: the plan that the backend makes in a speculative step.
+        mode: SGLang's ForwardMode of that role. Batches are compared with it by identity, because
+            asking the mode costs more.
+        fast_path: by batch size, the inputs that were validated last. A replay with the same ones skips
+            validation. Empty while the fill is switched off, and where each replay has more to do.
         remainder_last: of DeepGEMM's schedule; None leaves the schedule to DeepGEMM.
     """
 
     def __init__(
-        self, backend: Any, mode: Any, choice: dispatch.Choice, check_every: int, outcome: Outcome
+        self, backend: Any, role: Role, choice: dispatch.Choice, check_every: int, outcome: Outcome
     ) -> None:
         self.backend = backend
-        self.mode = mode
+        self.role = role
+        (self.mode,) = role.modes()
         self.bind = choice.bind
         self.outcome = outcome
         self.remainder_last = mqa_schedule.remainder_last(backend, choice.bind)
@@ -108,6 +120,11 @@ class BackendFills:
         if self.shadowed is not None:
             self.shadowed.forget()
 
+    def drop_last_check(self) -> None:
+        """SGLang captures again: what the last replay filled is written over before it is compared."""
+        if self.shadowed is not None:
+            self.shadowed.drop()
+
     def retire(self) -> None:
         """Leaves every batch size to SGLang for good; graphs captured so far still read ``enabled``."""
         self._switch(on=False)
@@ -116,7 +133,7 @@ class BackendFills:
         """Runs the fill and the derived tables on the current stream, which may be capturing."""
         self._run(self._captured(batch))
         if is_capturing():
-            STATE.captures.add(batch.batch_size)
+            self.role.state.captures.add(batch.batch_size)
 
     def _run(self, captured: GraphFill) -> None:
         captured.run()
@@ -136,8 +153,14 @@ class BackendFills:
         if not self.is_enabled:
             self._switch(on=True)
         if self.shadowed is None and not self.backend.enable_auto_select_prefill_impl:
-            self.fast_path[batch.batch_size] = (self.mode, *inputs, captured.metadata)
+            self.fast_path[batch.batch_size] = self._hit(inputs, captured.metadata)
         return True
+
+    def _hit(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], metadata: Any) -> Hit:
+        seq_lens, req_pool_indices, req_to_token = inputs
+        if self.role.is_handed_slices:
+            return self.mode, seq_lens.data_ptr(), req_pool_indices.data_ptr(), req_to_token, metadata
+        return self.mode, seq_lens, req_pool_indices, req_to_token, metadata
 
     def read_done(self, bs: int) -> torch.cuda.Event | None:
         """To be called after a replay: the event after which nothing of it reads ``req_to_token``.
@@ -154,7 +177,7 @@ class BackendFills:
     def _leave_to_sglang(self, reason: FallbackReason) -> bool:
         if self.is_enabled:
             self._switch(on=False)
-        count_fallback(reason)
+        count_fallback(reason, self.role.state)
         return False
 
     def _captured(self, batch: Any) -> GraphFill:
@@ -162,7 +185,7 @@ class BackendFills:
         captured = self.captured.get(batch.batch_size)
         if captured is None or captured.metadata is not metadata:
             args = self._args(batch, metadata)
-            captured = GraphFill(metadata, args, self.bind(args))
+            captured = GraphFill(metadata, args, self.bind(args), self.role.ends_step)
             if self.shadowed is not None:
                 self.shadowed.prepare(batch.batch_size, metadata)
             if not self.captured:
@@ -182,10 +205,11 @@ class BackendFills:
             self._run(captured)
 
     def _args(self, batch: Any, metadata: Any) -> FillArgs:
-        backend = self.backend
+        backend, draft_tokens = self.backend, self.backend.speculative_num_draft_tokens
         outputs = fields.read(metadata, fields.DSA, fields.DSA)
         # SGLang builds the context lengths as a view of the expanded lengths: one write serves both.
         ctx_lens = outputs["ctx_lens"]
+        _validate_ctx_lens(ctx_lens, draft_tokens * batch.batch_size)
         if ctx_lens is not None and ctx_lens.data_ptr() == outputs["seqlens_expanded"].data_ptr():
             outputs["ctx_lens"] = None
         if metadata.page_size == 1:
@@ -196,7 +220,8 @@ class BackendFills:
             seq_lens=batch.seq_lens,
             req_pool_indices=batch.req_pool_indices,
             req_to_token=backend.req_to_token,
-            extend_lens=backend.speculative_num_draft_tokens,
+            extend_lens=draft_tokens,
+            length_offset=self.role.length_offset(draft_tokens),
             index_topk=backend.dsa_index_topk,
             page_size=metadata.page_size,
             **outputs,

@@ -23,6 +23,7 @@ from sglang_nsa_plugin.adapters.eager_names import DSA, NSA, SglangNames, names_
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Requirement
 from sglang_nsa_plugin.adapters.ragged_fill import RaggedFill
 from sglang_nsa_plugin.containment import attempt
+from sglang_nsa_plugin.state import DRAFT_EXTEND
 
 NAME = "eager"
 ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend that the plugin took over: its EagerFill
@@ -53,7 +54,7 @@ def adapter_for_installed() -> Adapter:
     """The adapter with the tables of the installed SGLang."""
     names = names_of_generation()
     if names is DSA:
-        return Adapter(NAME, _hooks(DSA), _needs(DSA), _takeover, _why_unfilled)
+        return Adapter(NAME, _hooks(DSA), _needs(DSA), _takeovers, _why_unfilled)
     replay = Hook(
         f"{NSA.backend}.init_forward_metadata_replay_cuda_graph",
         (*_REPLAY_PARAMETERS, "actual_forward_mode"),
@@ -65,7 +66,7 @@ def adapter_for_installed() -> Adapter:
         NAME,
         (*_hooks(NSA), replay),
         (*_needs(NSA), _accepted_tokens(), is_ragged),
-        _takeover,
+        _takeovers,
         _why_unfilled,
     )
 
@@ -116,6 +117,7 @@ def hand_back(backend: Any) -> None:
 
 
 _takeover = Takeover(hand_back)
+_takeovers = {DRAFT_EXTEND: _takeover}
 
 
 def _why_unfilled(backend: Any) -> None:

@@ -1,11 +1,11 @@
-"""Why a draft-extend step of a backend that the plugin took over goes to SGLang's own fill."""
+"""Why a step of a backend that the plugin took over goes to SGLang's own fill."""
 
 from __future__ import annotations
 
 from enum import Enum
 
 from sglang_nsa_plugin.log import logger_of
-from sglang_nsa_plugin.state import STATE
+from sglang_nsa_plugin.state import STATE, State
 
 logger = logger_of(__name__)
 
@@ -23,15 +23,15 @@ class FallbackReason(Enum):
     OTHER_TABLE_ROWS = "the captured page table and lengths have different numbers of rows"
 
 
-def count_fallback(reason: FallbackReason) -> None:
+def count_fallback(reason: FallbackReason, state: State = STATE) -> None:
     """Counts a step that SGLang fills although the adapter is active; logs the first of each reason.
 
     The switch has logged itself.
     """
-    if not STATE.fallbacks[reason.value] and reason is not FallbackReason.SWITCHED_OFF:
+    if not state.fallbacks[reason.value] and reason is not FallbackReason.SWITCHED_OFF:
         logger.warning(
-            "sglang-nsa-plugin: SGLang filled this draft-extend step: %s. Further ones are counted, not "
-            "logged",
+            "sglang-nsa-plugin: SGLang filled this %s step: %s. Further ones are counted, not logged",
+            state.role,
             reason.value,
         )
-    STATE.fallbacks[reason.value] += 1
+    state.fallbacks[reason.value] += 1

@@ -1,6 +1,6 @@
-"""SGLang 0.5.15 to 0.5.23: the fill is recorded inside the captured draft-extend graph.
+"""SGLang 0.5.15 to 0.5.23: fills are recorded inside the captured graphs of draft-extend and verify.
 
-At capture the runner calls ``init_forward_metadata_in_graph`` on its backend, which DSA leaves empty.
+At capture a runner calls ``init_forward_metadata_in_graph`` on its backend, which DSA leaves empty.
 The fill, and the tables that SGLang derives from it, are recorded there. At replay
 ``forward_metadata`` is pointed at the captured tensors; the host launches nothing.
 """
@@ -8,6 +8,7 @@ The fill, and the tables that SGLang derives from it, are recorded there. At rep
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,13 +19,16 @@ from sglang_nsa_plugin.adapters import fields, hooks
 from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Adapter, Request, Takeover
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills, CaptureError, is_capturing
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Sets
+from sglang_nsa_plugin.adapters.outcome import OUTCOMES
+from sglang_nsa_plugin.adapters.roles import DRAFT_EXTEND_ROLE, VERIFY_ROLE, Role
 from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.containment import attempt
-from sglang_nsa_plugin.state import STATE
+from sglang_nsa_plugin.state import DRAFT_EXTEND, STATE, VERIFY, VERIFY_STATE
 
 NAME = "in-graph"
-ATTRIBUTE = "_nsa_draft_extend_fill"  # on a backend that the plugin took over: its BackendFills
-FAST_PATH = "_nsa_draft_extend_fast_path"  # on the same backend: `fast_path` of its BackendFills
+ATTRIBUTE = "_nsa_fills"  # on a backend that the plugin took over: its BackendFills
+# On the same backend: `fast_path` of its BackendFills, of draft-extend and of verify.
+FAST_PATH, VERIFY_FAST_PATH = "_nsa_draft_extend_fast_path", "_nsa_verify_fast_path"
 RETIRED = "_nsa_retired_fill"  # on a backend that was handed back: its former BackendFills
 # The name of the event that frees req_to_token for the scheduler: since 0.5.18, and before.
 FENCE_EVENTS = ("shared_read_done_event", "war_fastpath_read_done_event")
@@ -36,6 +40,9 @@ BACKEND_ATTRIBUTES = (
     "use_mha",
     "enable_auto_select_prefill_impl",
 )
+# Their target-verify runs between draft-decode and draft-extend on one stream. Up to 0.5.17 others free
+# req_to_token by an event recorded before the replay: too early for a fill in the graph.
+VERIFY_ALGORITHMS = ("EAGLE", "EAGLE3", "NEXTN")
 
 _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _BACKEND = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend"
@@ -47,36 +54,54 @@ _RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraf
 def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
     """The factory's product is the one backend that draft-extend graphs are captured with."""
     product = original(factory)
-    request = _takeover.request
-    if request is None:
-        return product
     backend = product[1] if isinstance(product, tuple) else product
-    why_not = why_unsupported(backend, factory.draft_model_runner)
-    if why_not is None:
-        _take_over(backend, request)
-    else:
-        _takeover.outcome.step_aside(request.backend, why_not)
+    _consider(backend, factory.draft_model_runner, DRAFT_EXTEND_ROLE, why_unsupported)
     return product
 
 
-def _take_over(backend: Any, request: Request) -> None:
+def _init_backend(
+    original: Callable[..., None], backend: Any, model_runner: Any, *args: Any, **kwargs: Any
+) -> None:
+    """The target's backend makes the metadata of verify; the draft model's have other plans."""
+    original(backend, model_runner, *args, **kwargs)
+    if not getattr(model_runner, "is_draft_worker", True) and not backend.speculative_num_steps:
+        _consider(backend, model_runner, VERIFY_ROLE, why_verify_unsupported)
+
+
+def _consider(
+    backend: Any, model_runner: Any, role: Role, why_unsupported: Callable[[Any, Any], str | None]
+) -> None:
+    """Takes a backend over where that was asked for and is supported."""
+    takeover = _takeovers[role.name]
+    request = takeover.request
+    if request is None:
+        return
+    why_not = why_unsupported(backend, model_runner)
+    if why_not is None:
+        _take_over(backend, request, role, takeover)
+    else:
+        takeover.outcome.step_aside(request.backend, why_not)
+
+
+def _take_over(backend: Any, request: Request, role: Role, takeover: Takeover) -> None:
     try:
         choice = dispatch.choose(request.backend, backend.req_to_token.device)
-        (mode,) = _draft_extend_modes()
-        fills = BackendFills(backend, mode, choice, request.check_every, _takeover.outcome)
+        fills = BackendFills(backend, role, choice, request.check_every, takeover.outcome)
     except SET_UP_ERRORS as error:
-        _takeover.fail(error)
+        takeover.fail(error)
         return
     setattr(backend, ATTRIBUTE, fills)
-    setattr(backend, FAST_PATH, fills.fast_path)
-    _takeover.add(backend)
-    _takeover.outcome.report_active(NAME, choice, fills.remainder_last is not None)
+    setattr(backend, VERIFY_FAST_PATH if role.is_handed_slices else FAST_PATH, fills.fast_path)
+    takeover.add(backend)
+    takeover.outcome.report_active(NAME, choice, fills.remainder_last is not None)
 
 
 def hand_back(backend: Any) -> None:
     """SGLang fills this backend from now on, whatever graphs of it were captured."""
-    _takeover.discard(backend)
-    vars(backend).pop(FAST_PATH, None)
+    for takeover in _takeovers.values():
+        takeover.discard(backend)
+    for fast_path in (FAST_PATH, VERIFY_FAST_PATH):
+        vars(backend).pop(fast_path, None)
     fills = vars(backend).pop(ATTRIBUTE, None)
     if fills is not None:
         fills.retire()
@@ -84,29 +109,75 @@ def hand_back(backend: Any) -> None:
 
 
 def _revalidate(backend: Any) -> None:
-    getattr(backend, FAST_PATH).clear()
+    getattr(backend, ATTRIBUTE).fast_path.clear()
 
 
-_takeover = Takeover(hand_back, _revalidate)
+# An error while one role is set up, or in its service, hands back the backends of that role alone.
+_takeovers = {role: Takeover(hand_back, _revalidate, OUTCOMES[role]) for role in (VERIFY, DRAFT_EXTEND)}
 
 
 def _why_unfilled(backend: Any) -> str | None:
-    if getattr(backend, ATTRIBUTE).captured:
+    fills = getattr(backend, ATTRIBUTE)
+    if fills.captured:
         return None
-    return "SGLang captured no CUDA graph of draft-extend, and this adapter fills nothing else"
+    return f"SGLang captured no CUDA graph of {fills.role.name}, and this adapter fills nothing else"
 
 
 def why_unsupported(backend: Any, model_runner: Any) -> str | None:
-    """Why this configuration stays with SGLang, or None when the adapter covers it."""
+    """Why draft-extend of this configuration stays with SGLang, or None when the adapter covers it."""
+    if _fence_event(model_runner) is None:
+        return f"the model runner has none of {', '.join(FENCE_EVENTS)}, which the scheduler waits on"
+    return _why_role_unsupported(backend, model_runner, DRAFT_EXTEND_ROLE)
+
+
+def why_verify_unsupported(backend: Any, model_runner: Any) -> str | None:
+    """Why verify of this configuration stays with SGLang, or None when the adapter covers it.
+
+    No event is published for verify: the scheduler waits for the last reader of ``req_to_token`` in a
+    step, and that is draft-extend, later on the same stream. So these are the algorithms that have it.
+    """
+    from sglang.srt.environ import envs
+
+    server_args = resolved(model_runner.server_args)
+    algorithm = getattr(server_args, "speculative_algorithm", None)
+    if algorithm not in VERIFY_ALGORITHMS:
+        return f"verify is filled with {', '.join(VERIFY_ALGORITHMS)} alone, not with {algorithm}"
+    plan_stream = getattr(envs, "SGLANG_ENABLE_OVERLAP_PLAN_STREAM", None)
+    if plan_stream is not None and plan_stream.get():
+        return "SGLANG_ENABLE_OVERLAP_PLAN_STREAM is not supported: it plans verify on another stream"
+    if getattr(server_args, "dcp_size", 1) > 1:
+        return f"decode context parallelism (dcp_size {server_args.dcp_size}) is not supported"
+    for argument, what in _DECLINED_BY_VERIFY.items():
+        if getattr(server_args, argument, False):
+            return f"{what} ({argument}) is not supported"
+    if _fills_in_graph(type(backend)):
+        return f"{type(backend).__name__} fills in the graph itself"
+    return _why_role_unsupported(backend, model_runner, VERIFY_ROLE)
+
+
+_DECLINED_BY_VERIFY = {
+    "enable_two_batch_overlap": "two-batch overlap",
+    "enable_pdmux": "PD multiplexing",
+    "enable_hisparse": "HiSparse",
+}
+
+
+def _fills_in_graph(backend_class: type) -> bool:
+    """Whether SGLang does something in the method in whose place the plugin fills."""
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+    method = backend_class.init_forward_metadata_in_graph  # type: ignore[attr-defined]
+    return inspect.unwrap(method) is not inspect.unwrap(AttentionBackend.init_forward_metadata_in_graph)
+
+
+def _why_role_unsupported(backend: Any, model_runner: Any, role: Role) -> str | None:
     missing = [name for name in BACKEND_ATTRIBUTES if not hasattr(backend, name)]
     if missing:
         return f"{type(backend).__name__} has no attribute {', '.join(missing)}"
-    if _fence_event(model_runner) is None:
-        return f"the model runner has none of {', '.join(FENCE_EVENTS)}, which the scheduler waits on"
-    modes = _draft_extend_modes()
+    modes = role.modes()
     if len(modes) != 1:
         names = ", ".join(mode.name for mode in modes) or "none"
-        return f"one ForwardMode must be draft-extend, got {names}"
+        return f"one ForwardMode must be {role.name}, got {names}"
     server_args = resolved(model_runner.server_args)
     if torch.version.hip is not None:
         return "HIP is not supported"
@@ -120,19 +191,14 @@ def why_unsupported(backend: Any, model_runner: Any) -> str | None:
     return None
 
 
-def _draft_extend_modes() -> list[Any]:
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
-    return [mode for mode in ForwardMode if mode.is_draft_extend_v2()]
-
-
 def _init_cuda_graph_state(
     original: Callable[..., Any], backend: Any, max_bs: int, max_num_tokens: int
 ) -> Any:
     fills = getattr(backend, ATTRIBUTE, None)
-    if fills is None:
+    if fills is not None:
+        fills.forget()
+    if fills is None or fills.role is not DRAFT_EXTEND_ROLE:
         return original(backend, max_bs, max_num_tokens)
-    fills.forget()
     with _as_without_speculation(backend):
         return original(backend, max_bs, max_num_tokens)
 
@@ -164,7 +230,7 @@ def _out_graph(
     """
     fast_path = getattr(backend, FAST_PATH, None)  # first: all other backends' steps come here, too
     if fast_path is None:
-        return original(backend, forward_batch, in_capture=in_capture)
+        return _verify_out_graph(original, backend, forward_batch, in_capture)
     hit = fast_path.get(forward_batch.batch_size)
     if hit is not None:
         mode, seq_lens, req_pool_indices, req_to_token, metadata = hit
@@ -182,16 +248,50 @@ def _out_graph(
     return _slow_path(original, backend, forward_batch, in_capture)
 
 
+def _verify_out_graph(
+    original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool
+) -> Any:
+    """The same for verify, whose runner cuts new slices from its buffers for each replay.
+
+    Slices are compared by address, the other objects by identity.
+    """
+    fast_path = getattr(backend, VERIFY_FAST_PATH, None)
+    if fast_path is None:
+        return original(backend, forward_batch, in_capture=in_capture)
+    hit = fast_path.get(forward_batch.batch_size)
+    if hit is not None:
+        mode, seq_lens, req_pool_indices, req_to_token, metadata = hit
+        if (
+            forward_batch.forward_mode is mode
+            and forward_batch.seq_lens.data_ptr() == seq_lens
+            and forward_batch.req_pool_indices.data_ptr() == req_pool_indices
+            and backend.req_to_token is req_to_token
+            and not backend.use_mha
+            and not in_capture
+        ):
+            backend.forward_metadata = metadata
+            VERIFY_STATE.replays += 1
+            return None
+    return _slow_path(original, backend, forward_batch, in_capture)
+
+
 def _slow_path(original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool) -> Any:
     """SGLang fills what the plugin does not serve, and after an error of the plugin every step."""
-    if in_capture or not attempt(_serve, _takeover.abandon, backend, forward_batch, original):
+    fills: BackendFills = getattr(backend, ATTRIBUTE)
+    if in_capture:
+        fills.drop_last_check()
+        return original(backend, forward_batch, in_capture=True)
+    abandon = _takeovers[fills.role.name].abandon
+    if not attempt(_serve, abandon, fills, forward_batch, original):
         return original(backend, forward_batch, in_capture=in_capture)
     return None
 
 
-def _serve(backend: Any, forward_batch: Any, original: Callable[..., Any]) -> bool:
+def _serve(fills: BackendFills, forward_batch: Any, original: Callable[..., Any]) -> bool:
     """Validates a batch whose objects are new, or whose replay has more to do; False leaves it alone."""
-    fills: BackendFills = getattr(backend, ATTRIBUTE)
+    backend, shadowed = fills.backend, fills.shadowed
+    if shadowed is not None:
+        attempt(shadowed.compare_last, shadowed.check.stop)
     if forward_batch.forward_mode is not fills.mode:
         return False
     captured = fills.captured.get(forward_batch.batch_size)
@@ -201,9 +301,10 @@ def _serve(backend: Any, forward_batch: Any, original: Callable[..., Any]) -> bo
     if backend.use_mha or backend.enable_auto_select_prefill_impl:
         backend.set_dsa_prefill_impl(forward_batch=None)
     backend.forward_metadata = captured.metadata
-    STATE.replays += 1
-    if fills.shadowed is not None:
-        attempt(fills.shadowed.plan, fills.shadowed.check.stop, forward_batch, original)
+    fills.role.state.replays += 1
+    if shadowed is not None:
+        plan = shadowed.plan if fills.role.ends_step else shadowed.fill_ahead
+        attempt(plan, shadowed.check.stop, forward_batch, original)
     return True
 
 
@@ -216,8 +317,8 @@ def _in_graph(original: Callable[..., Any], backend: Any, forward_batch: Any) ->
         fills.record(forward_batch)
     except SET_UP_ERRORS as error:
         if capturing:
-            raise CaptureError(forward_batch.batch_size, error) from error
-        _takeover.fail(error)
+            raise CaptureError(fills.role.name, forward_batch.batch_size, error) from error
+        _takeovers[fills.role.name].fail(error)
         return original(backend, forward_batch)
     return None
 
@@ -235,7 +336,7 @@ def _execute(original: Callable[..., Any], runner: Any, *batch: Any, **more: Any
     if error is not None:
         # The scheduler waits for the whole forward then, and does not overwrite what the graph reads.
         _set_fence(runner.model_runner, None)
-        _takeover.abandon(error)
+        _takeovers[DRAFT_EXTEND].abandon(error)
     return output
 
 
@@ -263,9 +364,10 @@ def _fence_event(model_runner: Any) -> str | None:
     return next((name for name in FENCE_EVENTS if hasattr(model_runner, name)), None)
 
 
-# Each hook goes when SGLang's DSA backend records its own draft-extend fill in the graph.
+# Each hook goes when SGLang's DSA backend records its own fills in the graphs.
 _HOOKS = (
     Hook(f"{_FACTORY}._create_dsa_prefill_backend", ("self",), _create_backend),
+    Hook(f"{_BACKEND}.__init__", ("self", "model_runner"), _init_backend, and_more=True),
     Hook(
         f"{_BACKEND}.init_cuda_graph_state",
         ("self", "max_bs", "max_num_tokens"),
@@ -294,6 +396,7 @@ _NEEDS = (
         ("page_size", *fields.DSA.values(), fields.TOPK_PLAN, fields.FLASHMLA),
     ),
     Call(f"{_FORWARD_BATCH}.ForwardMode.is_draft_extend_v2", ("self",)),
+    Call(f"{_FORWARD_BATCH}.ForwardMode.is_target_verify", ("self",)),
     Fields(
         f"{_FORWARD_BATCH}.ForwardBatch",
         ("forward_mode", "batch_size", "seq_lens", "req_pool_indices"),
@@ -304,7 +407,7 @@ _NEEDS = (
     Sets(f"{_RUNNER}.execute", ("bs",)),
 )
 
-ADAPTER = Adapter(NAME, _HOOKS, _NEEDS, _takeover, _why_unfilled)
+ADAPTER = Adapter(NAME, _HOOKS, _NEEDS, _takeovers, _why_unfilled)
 
 
 def is_generation() -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases
 from sglang_nsa_plugin.adapters.adapter import Adapter, Request
+from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.log import logger_of
+from sglang_nsa_plugin.state import DRAFT_EXTEND
 
 logger = logger_of(__name__)
 
@@ -55,8 +58,12 @@ def adapter_for_installed() -> Adapter:
     return in_graph.ADAPTER if in_graph.is_generation() else eager.adapter_for_installed()
 
 
-def install(request: Request) -> str | None:
-    """Puts the adapter's hooks in place and arms it; returns why not when SGLang does not fit."""
+def install(request: Request, roles: Iterable[str] = (DRAFT_EXTEND,)) -> str | None:
+    """Puts the adapter's hooks in place and arms these roles; returns why not when SGLang does not fit.
+
+    Raises:
+        BackendUnavailableError: a backend was asked for by name, and the adapter cannot fill a role.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     adapter = adapter_for_installed()
@@ -69,14 +76,26 @@ def install(request: Request) -> str | None:
     if why_not is not None:
         return why_not
     _warn_of_untested_release()
-    adapter.arm(request)
-    adapter.takeover.outcome.report_waiting(adapter.name)
+    for takeover in adapter.takeovers.values():
+        takeover.arm(None)  # until its role is asked for
+    for role in roles:
+        _arm(adapter, role, request)
     return None
 
 
-def switch(on: bool) -> None:
-    """Hands the installed adapter's fills to SGLang, or takes them back, from the next step on."""
-    adapter_for_installed().takeover.switch(on)
+def _arm(adapter: Adapter, role: str, request: Request) -> None:
+    takeover = adapter.takeovers.get(role)
+    if takeover is None:
+        why_not = f"with this SGLang release the plugin fills no {role} metadata"
+        OUTCOMES[role].step_aside(request.backend, why_not)
+        return
+    takeover.arm(request)
+    takeover.outcome.report_waiting(adapter.name)
+
+
+def switch(role: str, on: bool) -> None:
+    """Hands the fills of a role to SGLang, or takes them back, from the next step on."""
+    adapter_for_installed().takeovers[role].switch(on)
 
 
 def _warn_of_untested_release() -> None:

@@ -1,4 +1,4 @@
-"""Who fills draft-extend metadata in this process: one outcome with three states, logged on change."""
+"""Who fills a role's metadata in this process: one outcome with three states, logged on change."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sglang_nsa_plugin.containment import described
 from sglang_nsa_plugin.dispatch import BackendUnavailableError, Choice
 from sglang_nsa_plugin.log import logger_of
 from sglang_nsa_plugin.shadow import Difference
-from sglang_nsa_plugin.state import DRAFT_EXTEND, NOT_ASKED, STATE, VERSION
+from sglang_nsa_plugin.state import DRAFT_EXTEND, NOT_ASKED, STATE, VERIFY, VERIFY_STATE, VERSION, State
 
 logger = logger_of(__name__)
 
-WAITING = "waiting for the draft-extend backend"
+WAITING = "waiting for the attention backend"
 
 
 class Phase(Enum):
@@ -36,11 +36,12 @@ class Phase(Enum):
 
 
 class Outcome:
-    """The one place where it is decided; :data:`STATE` mirrors it for reports."""
+    """The one place where it is decided for a role; ``state`` mirrors it for reports."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: State = STATE) -> None:
+        self.state = state
         self.phase = Phase.IDLE
-        self.reason = STATE.reason
+        self.reason = state.reason
         self.adapter: str | None = None
         self.backend: str | None = None
         self.is_switched_on = True
@@ -78,11 +79,12 @@ class Outcome:
         self._set(Phase.ACTIVE, choice.reason, adapter, choice.name)
         schedule = ""
         if makes_schedule is not None:
-            STATE.mqa_schedule = choice.name if makes_schedule else "DeepGEMM"
-            schedule = f"; MQA schedule by {STATE.mqa_schedule}"
+            self.state.mqa_schedule = choice.name if makes_schedule else "DeepGEMM"
+            schedule = f"; MQA schedule by {self.state.mqa_schedule}"
         logger.info(
-            "sglang-nsa-plugin %s: adapter %s, implementation %s: %s%s",
+            "sglang-nsa-plugin %s: %s: adapter %s, implementation %s: %s%s",
             VERSION,
+            self.state.role,
             adapter,
             choice.name,
             choice.reason,
@@ -99,18 +101,19 @@ class Outcome:
 
     def switch(self, on: bool) -> None:
         """Somebody switched the fill in service; the next step is filled accordingly."""
-        self.is_switched_on = STATE.switched_on = on
+        self.is_switched_on = self.state.switched_on = on
         logger.info(
-            "sglang-nsa-plugin %s: switched %s in service: %s draft-extend metadata from now on",
+            "sglang-nsa-plugin %s: switched %s in service: %s %s metadata from now on",
             VERSION,
             "on" if on else "off",
             "the plugin fills" if on else "SGLang fills",
+            self.state.role,
         )
 
     def report_in_place(self) -> None:
-        """Start-up is over, and draft-extend steps are filled by the plugin."""
-        STATE.in_place[DRAFT_EXTEND] = True
-        sizes = sorted(STATE.captures)
+        """Start-up is over, and the steps of this role are filled by the plugin."""
+        self.state.in_place = True
+        sizes = sorted(self.state.captures)
         where = (
             f"in {len(sizes)} CUDA graphs, batch sizes {sizes[0]} to {sizes[-1]}"
             if sizes
@@ -119,7 +122,7 @@ class Outcome:
         logger.info(
             "sglang-nsa-plugin %s: %s is in place: adapter %s, implementation %s, %s",
             VERSION,
-            DRAFT_EXTEND,
+            self.state.role,
             self.adapter,
             self.backend,
             where,
@@ -131,12 +134,13 @@ class Outcome:
             return
         if not self.has_failed:
             self._set(Phase.IDLE, reason)
-            STATE.in_place[DRAFT_EXTEND] = False
-            STATE.captures.clear()
+            self.state.in_place = False
+            self.state.captures.clear()
         logger.info(
-            "sglang-nsa-plugin %s: not used: %s; SGLang fills draft-extend metadata itself",
+            "sglang-nsa-plugin %s: not used: %s; SGLang fills %s metadata itself",
             VERSION,
             reason,
+            self.state.role,
         )
 
     def step_aside(self, asked_for: str, why_not: str) -> None:
@@ -166,35 +170,37 @@ class Outcome:
     def fail(self, difference: Difference) -> None:
         """The shadow check found this difference."""
         self.phase = Phase.FAILED  # first: whatever fails below, this is certain
-        STATE.mismatches += difference.count
-        STATE.first_mismatch = str(difference)
+        self.state.mismatches += difference.count
+        self.state.first_mismatch = str(difference)
         self._fail("the shadow check found a difference", str(difference))
 
     def fail_in_service(self, error: Exception) -> None:
         """Filling a step raised this error."""
         what = described(error)
-        self.reason = STATE.reason = f"filling a step failed: {what}"
+        self.reason = self.state.reason = f"filling a step failed: {what}"
         self._fail("filling a step failed", what)
 
     def _fail(self, why: str, what: str) -> None:
         self.phase, self.why_failed = Phase.FAILED, why
-        STATE.in_place[DRAFT_EXTEND] = False
+        self.state.in_place = False
         logger.error(
             "sglang-nsa-plugin %s: %s: %s. SGLang %s, adapter %s, implementation %s. From now on this "
-            "process serves through SGLang's own fill; please report this line",
+            "process serves %s through SGLang's own fill; please report this line",
             VERSION,
             why,
             what,
             SGLANG,
             self.adapter,
             self.backend,
+            self.state.role,
         )
 
     def _set(
         self, phase: Phase, reason: str, adapter: str | None = None, backend: str | None = None
     ) -> None:
         self.phase, self.reason, self.adapter, self.backend = phase, reason, adapter, backend
-        STATE.adapter, STATE.backend, STATE.reason = adapter, backend, reason
+        self.state.adapter, self.state.backend, self.state.reason = adapter, backend, reason
 
 
 OUTCOME = Outcome()
+OUTCOMES = {DRAFT_EXTEND: OUTCOME, VERIFY: Outcome(VERIFY_STATE)}

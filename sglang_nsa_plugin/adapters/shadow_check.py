@@ -14,7 +14,6 @@ from sglang_nsa_plugin.adapters.outcome import Outcome
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.log import loses
 from sglang_nsa_plugin.shadow import Comparison, Field, Pair, Report
-from sglang_nsa_plugin.state import STATE
 
 # Each part of FlashMLA's plan has eight numbers; the last is padding, which nobody writes.
 FLASHMLA_NUMBERS = 7
@@ -35,7 +34,7 @@ class ShadowCheck:
         if why_not is not None:
             raise RuntimeError(f"the shadow check cannot run: {why_not}")
         self.report = Report(device)
-        self._outcome = outcome
+        self._outcome, self._state = outcome, outcome.state
         self._every = every
         self._steps = 0
         self._is_running = True
@@ -51,7 +50,7 @@ class ShadowCheck:
         """Compares on the current stream."""
         comparison.run()
         self._latest = comparison
-        STATE.checks += 1
+        self._state.checks += 1
 
     def failed(self) -> bool:
         """Whether SGLang has to fill; takes in a result that has arrived."""
@@ -67,7 +66,7 @@ class ShadowCheck:
     def _take_in(self) -> None:
         if self._latest is not None and self.report.arrived():
             values = self.report.values[Field.VALUES]
-            STATE.values_checked += values - self._values
+            self._state.values_checked += values - self._values
             self._values = values
             difference = self._latest.difference()
             if difference is not None:
@@ -113,8 +112,11 @@ class Scratch:
 class ShadowedReplays:
     """Compares every Nth replay of one backend with SGLang's own fill.
 
-    The graph fills the metadata. After the replay SGLang fills scratch tensors from the same inputs:
-    those do not change before the next step, ``req_to_token`` not before the event of :meth:`run`.
+    The graph fills the metadata, and SGLang fills scratch tensors from the same inputs. Where the plugin
+    has a hook behind the replay, SGLang's fill and the comparison come there, by :meth:`plan` and
+    :meth:`run`: the inputs do not change before the next step, ``req_to_token`` not before the event of
+    :meth:`run`. Elsewhere SGLang's fill comes before the replay, by :meth:`fill_ahead`, and the
+    comparison before the next one, by :meth:`compare_last`: until then neither set of tensors changes.
     """
 
     def __init__(self, backend: Any, every: int, outcome: Outcome) -> None:
@@ -123,11 +125,17 @@ class ShadowedReplays:
         self._scratch = Scratch()
         self._copies: dict[int, tuple[Any, Comparison]] = {}
         self._planned: tuple[Any, Callable[[Any, Any], object]] | None = None
+        self._ahead: Comparison | None = None
 
     def forget(self) -> None:
         """Drops the scratch tensors: SGLang allocates new metadata."""
         self._copies.clear()
         self._planned = None
+        self.drop()
+
+    def drop(self) -> None:
+        """Leaves out the comparison of the last replay."""
+        self._ahead = None
 
     def prepare(self, bs: int, metadata: Any) -> None:
         """Allocates the scratch tensors of one batch size, so that nothing is allocated in service."""
@@ -146,6 +154,23 @@ class ShadowedReplays:
         if self._planned is None:
             return None
         (batch, sglang_fill), self._planned = self._planned, None
+        comparison = self._fill_scratch(batch, sglang_fill)
+        read_done = _event_now(self.backend.req_to_token.device)
+        self.check.run(comparison)
+        return read_done
+
+    def fill_ahead(self, batch: Any, sglang_fill: Callable[[Any, Any], object]) -> None:
+        """Before a replay: where it is to be checked, SGLang's fill into the scratch tensors."""
+        if self.check.is_due():
+            self._ahead = self._fill_scratch(batch, sglang_fill)
+
+    def compare_last(self) -> None:
+        """Before the next replay: compares the last one with what SGLang filled ahead of it."""
+        if self._ahead is not None:
+            comparison, self._ahead = self._ahead, None
+            self.check.run(comparison)
+
+    def _fill_scratch(self, batch: Any, sglang_fill: Callable[[Any, Any], object]) -> Comparison:
         backend, bs = self.backend, batch.batch_size
         copy, comparison = self._copies[bs]
         metadata = backend.decode_cuda_graph_metadata[bs]
@@ -155,9 +180,7 @@ class ShadowedReplays:
         finally:
             backend.decode_cuda_graph_metadata[bs] = metadata
             backend.forward_metadata = metadata
-        read_done = _event_now(backend.req_to_token.device)
-        self.check.run(comparison)
-        return read_done
+        return comparison
 
 
 def compare(ours: Any, theirs: Any, names: Mapping[str, str], check: ShadowCheck) -> Comparison:

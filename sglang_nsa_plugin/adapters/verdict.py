@@ -9,7 +9,7 @@ from sglang_nsa_plugin.adapters.server_config import resolved
 
 
 def conclude(server_args: Any, asked_for: str) -> None:
-    """Says in one line whether draft-extend is filled from now on, and if not, leaves it to SGLang.
+    """Says for each role in one line whether it is filled from now on; if not, leaves it to SGLang.
 
     What was decided before, such as a server without speculation, was logged then.
 
@@ -17,15 +17,15 @@ def conclude(server_args: Any, asked_for: str) -> None:
         BackendUnavailableError: a backend was asked for by name and fills nothing.
     """
     adapter = install.adapter_for_installed()
-    outcome = adapter.takeover.outcome
-    if not outcome.is_open:
-        return
-    why_not = adapter.why_not_in_place()
-    if why_not is None:
-        outcome.report_in_place()
-        return
-    adapter.takeover.release()
-    outcome.step_aside(asked_for, f"{why_not} ({_configuration(server_args)})")
+    for role, takeover in adapter.takeovers.items():
+        if not takeover.outcome.is_open:
+            continue
+        why_not = adapter.why_not_in_place(role)
+        if why_not is None:
+            takeover.outcome.report_in_place()
+        else:
+            takeover.release()
+            takeover.outcome.step_aside(asked_for, f"{why_not} ({_configuration(server_args)})")
 
 
 def _configuration(server_args: Any) -> str:

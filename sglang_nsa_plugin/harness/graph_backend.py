@@ -1,4 +1,4 @@
-"""SGLang's own DSA backend of 0.5.15 and later, whose draft-extend runs in a CUDA graph.
+"""SGLang's own DSA backend of 0.5.15 and later, whose draft-extend and verify run in CUDA graphs.
 
 On CUDA tensors everything is real. On CPU tensors SGLang takes its torch path: Triton's interpreter runs
 the one kernel that it needs, and the DeepGEMM schedule, the top-k plan and the FlashMLA metadata stay
@@ -17,10 +17,19 @@ import torch
 from sglang_nsa_plugin.harness import process_stubs, sglang_kernel
 from sglang_nsa_plugin.harness.backend import HarnessBackend
 from sglang_nsa_plugin.harness.inputs import PADDED_SEQ_LEN
+from sglang_nsa_plugin.state import DRAFT_EXTEND, VERIFY
 
 
 class GraphBackend(HarnessBackend):
-    """A :class:`HarnessBackend` that SGLang's DraftBackendFactory makes, so hooks on the factory run."""
+    """A :class:`HarnessBackend` that SGLang's own code makes, so hooks run.
+
+    Args:
+        role: "draft-extend" for the backend of SGLang's DraftBackendFactory, "verify" for the target's.
+    """
+
+    def __init__(self, *args: Any, role: str = DRAFT_EXTEND, **kwargs: Any) -> None:
+        self.role = role
+        super().__init__(*args, **kwargs)
 
     def stub_process(self) -> contextlib.AbstractContextManager[None]:
         """To be entered around calls of SGLang's code. On CUDA it changes only the topology."""
@@ -35,7 +44,10 @@ class GraphBackend(HarnessBackend):
         }
 
     def _make_backend(self) -> Any:
-        """By the method with which SGLang makes the backend of its draft-extend graphs."""
+        """As SGLang makes the backend of this role's graphs."""
+        if self.role == VERIFY:
+            self.model_runner.is_draft_worker = False
+            return _target_backend(self.model_runner)
         from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
         arguments = {
@@ -65,7 +77,7 @@ class GraphBackend(HarnessBackend):
         self._validate_bs(bs)
         seq_lens = self.inputs.seq_lens[:bs]
         return ForwardBatch(
-            forward_mode=_draft_extend_mode(),
+            forward_mode=self._mode(),
             batch_size=bs,
             input_ids=self._tokens(bs),
             req_pool_indices=self.inputs.req_pool_indices[:bs],
@@ -80,14 +92,20 @@ class GraphBackend(HarnessBackend):
         )
 
     def replay_view(self, bs: int) -> SimpleNamespace:
-        """The batch that execute() hands to the backend: the whole static buffers, no host lengths."""
+        """The batch that a runner hands to the backend before a replay, without host lengths.
+
+        Draft-extend's runner passes its whole static buffers, verify's new slices of them each time.
+        """
         self._validate_bs(bs)
+        seq_lens, indices = self.inputs.seq_lens, self.inputs.req_pool_indices
+        if self.role == VERIFY:
+            seq_lens, indices = seq_lens[:bs], indices[:bs]
         return SimpleNamespace(
             batch_size=bs,
-            forward_mode=_draft_extend_mode(),
+            forward_mode=self._mode(),
             input_ids=self._tokens(bs),
-            req_pool_indices=self.inputs.req_pool_indices,
-            seq_lens=self.inputs.seq_lens,
+            req_pool_indices=indices,
+            seq_lens=seq_lens,
             seq_lens_sum=None,
             seq_lens_cpu=None,
             encoder_lens=None,
@@ -109,6 +127,11 @@ class GraphBackend(HarnessBackend):
         with self.stub_process():
             original(self.backend, self.replay_view(bs))
 
+    def _mode(self) -> Any:
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        return ForwardMode.TARGET_VERIFY if self.role == VERIFY else ForwardMode.DRAFT_EXTEND_V2
+
     def _validate_bs(self, bs: int) -> None:
         if not 1 <= bs <= self.max_bs:
             raise ValueError(f"bs: must lie in 1..{self.max_bs}, the backend's max_bs, got {bs}")
@@ -128,7 +151,7 @@ class GraphBackend(HarnessBackend):
         )
 
 
-def _draft_extend_mode() -> Any:
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+def _target_backend(model_runner: Any) -> Any:
+    from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
 
-    return ForwardMode.DRAFT_EXTEND_V2
+    return DeepseekSparseAttnBackend(model_runner)

@@ -1,4 +1,4 @@
-"""Replays of a draft-extend backend that the in-graph adapter took over, beside SGLang's own fill.
+"""Replays of a backend that the in-graph adapter took over, beside SGLang's own fill.
 
 Two of SGLang's real backend objects share their inputs. One is taken over and replayed: a CUDA graph on
 a GPU; on the CPU, what the graph would hold is run again. The other is filled by SGLang's own code.
@@ -64,8 +64,9 @@ class GraphPair(BackendPair[GraphBackend]):
         """What the runner does before, in and after a replay."""
         self.ours.replay(bs)
         self.replay_graph(bs)
-        with self.stub_process():
-            self.fills().read_done(bs)
+        if self.fills().role.ends_step:
+            with self.stub_process():
+                self.fills().read_done(bs)
 
     def replay_graph(self, bs: int) -> None:
         """Replays the graph of this batch size; on the CPU, runs again what it would hold."""

@@ -11,6 +11,7 @@ import torch
 
 from sglang_nsa_plugin.harness.backend import HarnessBackend
 from sglang_nsa_plugin.harness.process_stubs import activate_plugin
+from sglang_nsa_plugin.state import DRAFT_EXTEND
 
 AnyBackend = TypeVar("AnyBackend", bound=HarnessBackend)
 
@@ -23,6 +24,7 @@ class BackendPair(ABC, Generic[AnyBackend]):
         batch_sizes: the sizes that graphs are captured for; the inputs hold the largest.
         backend: the implementation, as in ``--nsa-metadata-backend``.
         check_every: as in ``--nsa-metadata-check``.
+        role: the one that is filled, as in ``--nsa-metadata-roles``.
         harness: further arguments of :class:`HarnessBackend`.
     """
 
@@ -34,10 +36,13 @@ class BackendPair(ABC, Generic[AnyBackend]):
         batch_sizes: Iterable[int],
         backend: str = "auto",
         check_every: int = 0,
+        role: str = DRAFT_EXTEND,
         **harness: Any,
     ) -> None:
         self.batch_sizes = sorted(batch_sizes)
-        activate_plugin(backend, check_every)
+        activate_plugin(backend, check_every, role)
+        if role != DRAFT_EXTEND:
+            harness["role"] = role
         self.ours: AnyBackend = self.make_backend(device, max_bs=self.batch_sizes[-1], **harness)
         self.inputs = self.ours.inputs
         self.theirs: AnyBackend = self.make_backend(device, inputs=self.inputs, **harness)

@@ -24,6 +24,7 @@ AT_START = {
     plugin._init_scheduler,
     plugin._get_init_info,
     in_graph._create_backend,
+    in_graph._init_backend,
     in_graph._init_cuda_graph_state,
     in_graph._in_graph,
     eager._init,
@@ -40,6 +41,7 @@ IN_SERVICE = {
 GUARDS = {
     containment.attempt,
     in_graph._slow_path,
+    in_graph._verify_out_graph,
     in_graph._itself,
     plugin._report_hooks.__wrapped__,
     log.loses,

@@ -112,7 +112,8 @@ def test_source_that_cannot_be_read_is_broken(source, said, monkeypatch):
 
 def test_the_hooks_of_the_plugin_itself_are_left_alone():
     """Asking installs nothing."""
-    request, registered = in_graph.ADAPTER.takeover.request, dict(hooks._before)
+    takeover, registered = in_graph.ADAPTER.takeovers["draft-extend"], dict(hooks._before)
+    request = takeover.request
     environment.adapter_fit()
-    assert in_graph.ADAPTER.takeover.request is request
+    assert takeover.request is request
     assert hooks._before == registered

@@ -61,7 +61,9 @@ def test_the_first_backend_that_is_filled_is_logged(outcome, state, caplog, make
     outcome.report_waiting("another")
     assert reported(state) == ("in-graph", "cuda", "first choice")
     assert (outcome.phase, state.mqa_schedule) == (Phase.ACTIVE, by)
-    assert caplog.messages == [f"{PLUGIN}: adapter in-graph, implementation cuda: first choice{end}"]
+    assert caplog.messages == [
+        f"{PLUGIN}: draft-extend: adapter in-graph, implementation cuda: first choice{end}"
+    ]
 
 
 def test_idle_is_logged_once_for_each_reason(outcome, state, caplog):
@@ -110,8 +112,8 @@ def test_an_error_in_service_is_final_and_says_where_it_was_raised(outcome, stat
     )
     assert caplog.messages[1:] == [
         f"{PLUGIN}: filling a step failed: {what}. SGLang {version('sglang')}, adapter in-graph, "
-        "implementation cuda. From now on this process serves through SGLang's own fill; please report "
-        "this line"
+        "implementation cuda. From now on this process serves draft-extend through SGLang's own fill; "
+        "please report this line"
     ]
 
 
@@ -124,8 +126,8 @@ def test_a_failure_is_final(outcome, state, caplog):
     assert (state.mismatches, state.first_mismatch) == (7, "ours 1, theirs 2")
     assert caplog.messages[1:] == [
         f"{PLUGIN}: the shadow check found a difference: ours 1, theirs 2. SGLang {version('sglang')}, "
-        "adapter in-graph, implementation cuda. From now on this process serves through SGLang's own "
-        "fill; please report this line"
+        "adapter in-graph, implementation cuda. From now on this process serves draft-extend through "
+        "SGLang's own fill; please report this line"
     ]
     outcome.report_active("in-graph", CHOICE)
     outcome.report_waiting("in-graph")

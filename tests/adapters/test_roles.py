@@ -34,26 +34,11 @@ SHAPES = [
 class VerifyBackend(GraphBackend):
     """The backend of the target model, which verifies the draft tokens."""
 
-    def _make_backend(self):
-        from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
-
-        return DeepseekSparseAttnBackend(self.model_runner)
-
-    def capture_batch(self, bs):
-        return self._as_verify(super().capture_batch(bs))
-
-    def replay_view(self, bs):
-        return self._as_verify(super().replay_view(bs))
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, role="verify", **kwargs)
 
     def metadata(self, bs):
         return [self.backend.decode_cuda_graph_metadata[bs]]
-
-    @staticmethod
-    def _as_verify(batch):
-        from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
-        batch.forward_mode = ForwardMode.TARGET_VERIFY
-        return batch
 
 
 class DraftDecodeBackend(GraphBackend):

@@ -86,7 +86,7 @@ def test_a_planted_error_is_found_and_sglang_takes_over(field, state, monkeypatc
     assert state.first_mismatch.startswith(f"{field}[")
     (line,) = [r.getMessage() for r in caplog.records if "shadow check found" in r.getMessage()]
     assert state.first_mismatch in line
-    assert "serves through SGLang's own fill" in line
+    assert "serves draft-extend through SGLang's own fill" in line
 
     # from now on every value is SGLang's
     for _ in range(5):

@@ -14,7 +14,7 @@ Backend.init_forward_metadata_in_graph = {}
 """
 FORGET = """
 from sglang_nsa_plugin.adapters import in_graph
-in_graph._takeover.backends[0]._nsa_draft_extend_fill.forget()
+in_graph._takeovers["draft-extend"].backends[0]._nsa_fills.forget()
 """
 NO_BACKEND = "SGLang made no NSA/DSA attention backend for draft-extend"
 
@@ -146,6 +146,6 @@ def test_the_shadow_check_ends_what_was_in_place(state):
     from sglang_nsa_plugin.adapters.outcome import Outcome
 
     outcome = Outcome()
-    state.in_place["draft-extend"] = True
+    state.in_place = True
     outcome.fail(Difference())
-    assert state.in_place == {"draft-extend": False}
+    assert state.in_place is False
