@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 
 from sglang_nsa_plugin import containment, log, plugin
 from sglang_nsa_plugin.adapters import eager, in_graph, switch
-from sglang_nsa_plugin.adapters.outcome import OUTCOME
-from sglang_nsa_plugin.state import STATE
+from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 
 # They run while a server starts, where an error by name is to end the start; see test_start_faults.py.
 AT_START = {
@@ -119,10 +118,12 @@ def sglangs(function: Callable[..., object]) -> Original:
 
 def fresh() -> None:
     """A process in which nothing has failed yet."""
-    STATE.__init__()  # type: ignore[misc]
-    OUTCOME.__init__()  # type: ignore[misc]
+    for each in OUTCOMES.values():
+        each.state.__init__(each.state.role)  # type: ignore[misc]
+        each.__init__(each.state)  # type: ignore[misc]
     log._lost.clear()
     plugin._report_hooks.cache_clear()
+    plugin._report_skipped.cache_clear()
 
 
 def errors_of(caplog) -> list[str]:

@@ -30,9 +30,9 @@ from test_switch import real_scheduler
 
 from sglang_nsa_plugin import log, plugin
 from sglang_nsa_plugin.adapters import eager, in_graph
-from sglang_nsa_plugin.adapters.outcome import OUTCOME
+from sglang_nsa_plugin.adapters.outcome import OUTCOME, OUTCOMES
 from sglang_nsa_plugin.harness.diff import Diff
-from sglang_nsa_plugin.state import record
+from sglang_nsa_plugin.state import ROLES
 
 pytestmark = on_the_cpu
 
@@ -58,11 +58,16 @@ def unchanged(view): ...
 
 @pytest.mark.parametrize("prepare", [unchanged, replaced_lengths], ids=["served", "fallback"])
 @pytest.mark.parametrize("check_every", [0, 1])
-def test_sglang_fills_a_step_whose_fill_failed_and_all_after_it(prepare, check_every, state, caplog):
+@pytest.mark.parametrize("role", ROLES)
+def test_sglang_fills_a_step_whose_fill_failed_and_all_after_it(
+    role, prepare, check_every, state, caplog
+):
+    outcome = OUTCOMES[role]
+
     def run(number: int) -> list[str]:
         caplog.clear()
         fresh()
-        pair = make_pair(check_every=check_every)
+        pair = make_pair(check_every=check_every, role=role)
         backend, fills = pair.ours.backend, pair.fills()
         captured = dict(fills.captured)
         bs = random_batch(pair, torch.Generator().manual_seed(number), raw_bs=3)
@@ -73,13 +78,13 @@ def test_sglang_fills_a_step_whose_fill_failed_and_all_after_it(prepare, check_e
             in_graph._out_graph(original, backend, view)
         if not failed:
             return failed
-        if OUTCOME.has_failed:
+        if outcome.has_failed:
             assert original.calls == 1, failed
             assert len(errors_of(caplog)) == 1, failed
             assert "please report this line" in errors_of(caplog)[0]
-            assert f"PlantedError: {failed[0]}" in record()["reason"]
+            assert f"PlantedError: {failed[0]}" in outcome.state.reason
             assert not fills.enabled.any(), failed
-            assert not hasattr(backend, in_graph.FAST_PATH)
+            assert vars(backend).keys().isdisjoint({in_graph.FAST_PATH, in_graph.VERIFY_FAST_PATH})
             for _ in range(3):
                 again = random_batch(pair, torch.Generator().manual_seed(number))
                 serve_and_expect_sglangs_values(pair, captured, again)
@@ -233,7 +238,7 @@ def test_a_switch_that_fails_leaves_the_answer_to_sglang(state, caplog):
         assert original.calls == 1, failed
         return failed
 
-    assert {"_without_key", "switch"} <= set(every_call(run))
+    assert {"_without_keys", "switch"} <= set(every_call(run))
 
 
 # --- the log ---
