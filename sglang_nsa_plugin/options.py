@@ -95,7 +95,7 @@ def roles_of(server_args: object) -> tuple[str, ...]:
     return getattr(server_args, ROLES_ATTRIBUTE, None) or _roles_from_environment() or DEFAULT_ROLES
 
 
-class _Carried(argparse.Action):
+class _Carried(argparse._StoreAction):  # SGLang's --config takes no flag of another action
     """Keeps a flag's value where ``ServerArgs.from_cli_args`` is not the plugin's to hook.
 
     Until :func:`keep_flags` takes it over, the value is in the flag's environment variable, too, which
@@ -195,7 +195,7 @@ def _roles(text: str) -> tuple[str, ...]:
     unknown = [name for name in asked if name not in ROLES]
     if unknown or not asked:
         got = ", ".join(unknown) or repr(text)
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(ROLES)}, with commas, got {got}")
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(ROLES)}, got {got}")
     return tuple(role for role in ROLES if role in asked)
 
 

@@ -121,13 +121,13 @@ def test_every_rank_shows_its_state_until_the_last_step(tmp_path):
     found = samples(tmp_path)
     for rank in (0, 1):
         of_rank = f"engine_type=unified model_name=a model pp_rank=0{{}} tp_rank={rank}"
-        plain = of_rank.format("")
+        plain = of_rank.format(" role=draft-extend")
         assert found.pop(f"replays_total {plain}") == 1024
         assert found.pop(f"checks_total {plain}") == 6
         assert found.pop(f"launches_total {plain}") == 0
         assert found.pop(f"mismatches_total {plain}") == 0
         assert found.pop(f"switched_on {plain}") == 0
-        assert found.pop(f"fallbacks_total {of_rank.format(' reason=a reason')}") == 2
+        assert found.pop(f"fallbacks_total {of_rank.format(' reason=a reason role=draft-extend')}") == 2
         assert found.pop(f"in_place {of_rank.format(' role=draft-extend')}") == 1
     assert len(found) == 2
     assert all(name.startswith("info ") for name in found)

@@ -6,7 +6,7 @@ import pytest
 from isolated import run
 from test_plugin import LOAD, last_line
 
-from sglang_nsa_plugin.options import CHECK_VARIABLE, VARIABLE
+from sglang_nsa_plugin.options import CHECK_VARIABLE, ROLES_VARIABLE, VARIABLE
 
 # As SGLang's launcher reads its command line, but for the model, which ServerArgs would look at.
 FROM_YAML = (
@@ -24,7 +24,7 @@ except TypeError:  # of releases whose merger takes names
     merger = ConfigArgumentMerger()
 argv = merger.merge_config_with_args(["--config", sys.argv[1], *sys.argv[2:]])
 args = ServerArgs.from_cli_args(parser.parse_args(argv))
-print(options.backend_of(args), options.check_of(args))
+print(options.backend_of(args), options.check_of(args), ",".join(options.roles_of(args)))
 """
 )
 
@@ -49,16 +49,30 @@ def from_yaml(folder, text: str, *arguments: str, **environment: str):
         ("nsa-metadata-check: 100", (), "auto 100"),
         ("nsa-metadata-check: off", (), "auto 0"),
         ("nsa-metadata-check: '7'", (), "auto 7"),
+        ("nsa-metadata-roles: draft-extend,verify", (), "auto 0 draft-extend,verify"),
+        ("nsa-metadata-roles: [verify, draft-extend]", (), "auto 0 draft-extend,verify"),
+        ("nsa-metadata-roles: verify", (), "auto 0 verify"),
+        ("nsa-metadata-roles: verify", ("--nsa-metadata-roles", "draft-extend"), "auto 0"),
+        ("", ("--nsa-metadata-roles", "verify,draft-extend"), "auto 0 draft-extend,verify"),
+        ("", ("--nsa-metadata-roles", "draft-extend", "verify"), "auto 0 draft-extend,verify"),
     ],
 )
 def test_sglangs_yaml_file(text, arguments, expected, tmp_path):
-    assert last_line(from_yaml(tmp_path, text, *arguments)) == expected
+    roles = "" if expected.count(" ") == 2 else " draft-extend"
+    assert last_line(from_yaml(tmp_path, text, *arguments)) == f"{expected}{roles}"
+
+
+@pytest.mark.parametrize("value", ["verify", " draft-extend , verify", "verify,"])
+def test_the_roles_variable(value, tmp_path):
+    done = from_yaml(tmp_path, "", **{ROLES_VARIABLE: value})
+    expected = "draft-extend,verify" if "draft" in value else "verify"
+    assert last_line(done) == f"auto 0 {expected}"
 
 
 def test_off_in_yaml_wins_over_the_variables(tmp_path):
     text = "nsa-metadata-backend: off\nnsa-metadata-check: off"
     done = from_yaml(tmp_path, text, **{VARIABLE: "torch", CHECK_VARIABLE: "7"})
-    assert last_line(done) == "off 0"
+    assert last_line(done) == "off 0 draft-extend"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +86,9 @@ def test_off_in_yaml_wins_over_the_variables(tmp_path):
         ("dsa-metadata-backend:", "must be one of auto, cuda, triton, torch, off, got 'None'"),
         ("nsa-metadata-check: true", "must be a whole number, 0 or more, got 'true'"),
         ("nsa-metadata-check: 2.5", "must be a whole number, 0 or more, got '2.5'"),
+        ("nsa-metadata-roles: [verify, decode]", "must be of draft-extend, verify, got decode"),
+        ("nsa-metadata-roles: Verify,draft", "must be of draft-extend, verify, got Verify, draft"),
+        ("nsa-metadata-roles:", "must be of draft-extend, verify, got None"),
     ],
 )
 def test_another_value_in_yaml_ends_with_the_choices(text, said, tmp_path):
@@ -104,6 +121,7 @@ thread.join()
     [
         (VARIABLE, "CUDA", "must be one of auto, cuda, triton, torch, off, got 'CUDA'"),
         (CHECK_VARIABLE, "often", "must be a whole number, 0 or more, got 'often'"),
+        (ROLES_VARIABLE, "all", "must be of draft-extend, verify, got all"),
     ],
 )
 def test_a_mistyped_variable_is_logged_where_a_thread_ends_without_a_word(variable, value, said):
