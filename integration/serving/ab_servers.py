@@ -43,6 +43,7 @@ PLUGIN_ENV: Environment = {
     "SGLANG_PLUGINS": None,
     "SGLANG_NSA_METADATA_BACKEND": None,
     "SGLANG_NSA_METADATA_CHECK": None,
+    "SGLANG_NSA_METADATA_ROLES": None,
 }
 SGLANG_ENV: Environment = {"SGLANG_PLUGINS": "probe"}
 ENVIRONMENTS: Mapping[str, Environment] = {"plugin": PLUGIN_ENV, "sglang": SGLANG_ENV}

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 PREFIX = "sglang_nsa_plugin:"
 COUNTERS = ("replays", "launches", "checks", "mismatches")
 LIMIT_S = 30
+FIRST = "draft-extend"  # the role that a record's own values are about
 FACTS = ("version", "adapter", "implementation")
 
 
@@ -25,7 +26,8 @@ def read(url: str) -> dict[str, dict[str, Any]]:
 def shown(text: str) -> dict[str, dict[str, Any]]:
     """What each rank shows: its counters, fallbacks by reason, roles, and the labels of its info metric.
 
-    Ranks are named as their labels name them, such as ``pp_rank=0 tp_rank=1``.
+    Ranks are named as their labels name them, such as ``pp_rank=0 tp_rank=1``. Counters of further roles
+    lie under the role's name.
     """
     ranks: dict[str, dict[str, Any]] = {}
     for family in text_string_to_metric_families(text):
@@ -34,14 +36,18 @@ def shown(text: str) -> dict[str, dict[str, Any]]:
                 continue
             name = sample.name.removeprefix(PREFIX).removesuffix("_total")
             of_rank = ranks.setdefault(_rank(sample.labels), {"fallbacks": {}})
+            role = sample.labels.get("role", FIRST)
+            of_role = of_rank
+            if role != FIRST and name != "in_place":
+                of_role = of_rank.setdefault(role, {"fallbacks": {}})
             if name == "in_place":
-                of_rank.setdefault(name, {})[sample.labels["role"]] = bool(sample.value)
+                of_rank.setdefault(name, {})[role] = bool(sample.value)
             elif name == "info":
                 of_rank["info"] = {fact: sample.labels[fact] for fact in FACTS}
             elif name == "fallbacks":
-                of_rank["fallbacks"][sample.labels["reason"]] = int(sample.value)
+                of_role["fallbacks"][sample.labels["reason"]] = int(sample.value)
             else:
-                of_rank[name] = int(sample.value)
+                of_role[name] = int(sample.value)
     return ranks
 
 
@@ -52,13 +58,20 @@ def _rank(labels: dict[str, str]) -> str:
 def expected(record: dict[str, Any]) -> dict[str, Any]:
     """What a rank with this record has to show."""
     return {
-        **{name: record[name] for name in COUNTERS},
-        "switched_on": int(record["switched_on"]),
-        "fallbacks": record["fallbacks"],
+        **_counted(record),
+        **{role: _counted(found) for role, found in record["roles"].items() if role != FIRST},
         "in_place": record["in_place"],
         "info": {
             "version": record["version"],
             "adapter": record["adapter"] or "none",
             "implementation": record["backend"] or "none",
         },
+    }
+
+
+def _counted(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{name: record[name] for name in COUNTERS},
+        "switched_on": int(record["switched_on"]),
+        "fallbacks": record["fallbacks"],
     }

@@ -23,6 +23,7 @@ SLICES: dict[str, tuple[str, ...]] = {
     "cases": ("test_cases.py",),
     "fp8": ("test_fp8.py",),
     "corruption": ("test_corruption.py",),
+    "verify": ("test_verify_role.py", "--servers=4"),
     "widths": ("test_widths.py", "--servers=6"),
     "eager": ("test_eager.py", "--servers=4"),
     "memory": ("test_memory.py",),

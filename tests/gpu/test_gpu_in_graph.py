@@ -39,23 +39,54 @@ def random_batch(pair, generator, longest=None):
     return bs
 
 
+@pytest.mark.parametrize("role", ["draft-extend", "verify"])
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
-def test_every_value_equals_sglangs_fill(decode_impl):
+def test_every_value_equals_sglangs_fill(decode_impl, role):
     from sglang_nsa_plugin.harness.diff import Diff
-    from sglang_nsa_plugin.state import STATE
 
-    pair = pair_for_installed(decode_impl)
-    result, replays = Diff(), STATE.replays
+    pair = pair_for_installed(decode_impl, role=role)
+    state = pair.fills().role.state
+    result, replays = Diff(), state.replays
     generator = torch.Generator().manual_seed(1)
     for _ in range(200):
         pair.step(random_batch(pair, generator), result)
     assert result.first is None, result.first
-    assert STATE.backend == "cuda"
-    assert STATE.replays - replays == 200
-    assert not STATE.fallbacks
+    assert state.backend == "cuda"
+    assert state.replays - replays == 200
+    assert not state.fallbacks
     assert result.compared["paged_mqa_schedule_metadata"] > 0
     assert result.compared["topk_v2_plan"] > 0
     assert (result.compared["flashmla num_splits"] > 0) == (decode_impl == "flashmla_kv")
+
+
+def test_verify_is_checked_before_the_next_replay(state):
+    """SGLang's fill runs ahead of the graph, the comparison before the next one, on one stream."""
+    from sglang_nsa_plugin.state import VERIFY_STATE
+
+    pair = pair_for_installed("flashmla_kv", role="verify", check_every=1)
+    checks = VERIFY_STATE.checks
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(200):
+        pair.replay(random_batch(pair, generator))
+    torch.cuda.synchronize()
+    assert not pair.fills().shadowed.check.failed(), VERIFY_STATE.first_mismatch
+    assert VERIFY_STATE.checks - checks == 199
+    pair.replay(1)
+    pair.metadata(1).cache_seqlens_int32.fill_(-1)  # behind the graph, as a wrong fill would leave it
+    pair.replay(1)
+    torch.cuda.synchronize()
+    assert pair.fills().shadowed.check.failed()
+
+
+@pytest.mark.parametrize(("decode_impl", "most"), [("flashmla_sparse", 2), ("flashmla_kv", 5)])
+def test_nodes_of_verify(decode_impl, most):
+    """As draft-extend's, without the event."""
+    from sglang_nsa_plugin.cli.bench.timing import graph_nodes
+
+    pair = pair_for_installed(decode_impl, role="verify")
+    batch = pair.ours.capture_batch(8)
+    nodes = graph_nodes(lambda: pair.ours.backend.init_forward_metadata_in_graph(batch))
+    assert sum(nodes.values()) <= most, nodes
 
 
 @pytest.mark.parametrize(("topk_backend", "is_left_out"), [("sgl-kernel", True), ("flashinfer", False)])

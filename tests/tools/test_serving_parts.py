@@ -570,6 +570,9 @@ rank = int(sys.argv[1])
 state.STATE = metrics.STATE = state.State(
     adapter="in-graph" if rank else None, backend="cuda" if rank else None, replays=1000 + rank,
     checks=7, mismatches=4, fallbacks=state.Counter({'a reason, "quoted"': 3, "another": 1}))
+if rank:
+    state.VERIFY_STATE.__init__("verify", reason="a choice", replays=50, checks=2,
+                                fallbacks=state.Counter(another=7), in_place=True)
 metrics.export({"model_name": "a model", "tp_rank": rank, "pp_rank": 0})
 registry = CollectorRegistry()
 MultiProcessCollector(registry)
@@ -593,6 +596,9 @@ def test_metrics_are_separate_by_rank_and_agree_with_the_record(tmp_path):
     assert set(shown) == {"pp_rank=0 tp_rank=0", "pp_rank=0 tp_rank=1"}
     assert shown["pp_rank=0 tp_rank=1"] == metrics_page.expected(record)
     assert shown["pp_rank=0 tp_rank=1"]["fallbacks"] == {'a reason, "quoted"': 3, "another": 1}
+    assert shown["pp_rank=0 tp_rank=1"]["verify"]["replays"] == 50
+    assert shown["pp_rank=0 tp_rank=1"]["verify"]["fallbacks"] == {"another": 7}
+    assert shown["pp_rank=0 tp_rank=1"]["in_place"] == {"draft-extend": False, "verify": True}
     # a rank that the plugin leaves alone shows what runs and no counters
     assert shown["pp_rank=0 tp_rank=0"] == {
         "fallbacks": {},
@@ -610,6 +616,7 @@ def test_metrics_are_separate_by_rank_and_agree_with_the_record(tmp_path):
         ("version", "0"),
         ("backend", "triton"),
         ("in_place", {}),
+        ("roles", {}),
     ],
 )
 def test_a_metric_that_differs_from_the_record_is_seen(name, value, tmp_path):
