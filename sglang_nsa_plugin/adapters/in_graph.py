@@ -136,15 +136,13 @@ def why_verify_unsupported(backend: Any, model_runner: Any) -> str | None:
     No event is published for verify: the scheduler waits for the last reader of ``req_to_token`` in a
     step, and that is draft-extend, later on the same stream. So these are the algorithms that have it.
     """
-    from sglang.srt.environ import envs
-
     server_args = resolved(model_runner.server_args)
     algorithm = getattr(server_args, "speculative_algorithm", None)
     if algorithm not in VERIFY_ALGORITHMS:
         return f"verify is filled with {', '.join(VERIFY_ALGORITHMS)} alone, not with {algorithm}"
-    plan_stream = getattr(envs, "SGLANG_ENABLE_OVERLAP_PLAN_STREAM", None)
-    if plan_stream is not None and plan_stream.get():
-        return "SGLANG_ENABLE_OVERLAP_PLAN_STREAM is not supported: it plans verify on another stream"
+    for variable, why in _VARIABLES_DECLINED_BY_VERIFY.items():
+        if _is_set(variable):
+            return f"{variable} is not supported: {why}"
     if getattr(server_args, "dcp_size", 1) > 1:
         return f"decode context parallelism (dcp_size {server_args.dcp_size}) is not supported"
     for argument, what in _DECLINED_BY_VERIFY.items():
@@ -160,6 +158,21 @@ _DECLINED_BY_VERIFY = {
     "enable_pdmux": "PD multiplexing",
     "enable_hisparse": "HiSparse",
 }
+
+
+_VARIABLES_DECLINED_BY_VERIFY = {
+    "SGLANG_ENABLE_OVERLAP_PLAN_STREAM": "it plans verify on another stream",
+    # Where the fill is switched off on the device, only the hook has SGLang fill.
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "later replays do not pass the plugin's hook",
+}
+
+
+def _is_set(variable: str) -> bool:
+    """Whether SGLang's environment has this switch on; a release may lack it."""
+    from sglang.srt.environ import envs
+
+    switch = getattr(envs, variable, None)
+    return switch is not None and bool(switch.get())
 
 
 def _fills_in_graph(backend_class: type) -> bool:

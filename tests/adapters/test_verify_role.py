@@ -6,8 +6,10 @@ replay the runner passes new slices of its buffers, as SGLang's does.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +17,12 @@ import torch
 from cpu_pair import BATCH_SIZES, CPU, make_pair, on_the_cpu, random_batch
 from test_switch import ask
 
-from sglang_nsa_plugin.adapters import in_graph
+from sglang_nsa_plugin.adapters import in_graph, install
+from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
+from sglang_nsa_plugin.dispatch import BackendUnavailableError
 from sglang_nsa_plugin.harness import process_stubs
 from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.state import STATE, VERIFY_STATE, record
@@ -383,12 +387,19 @@ def runner_of(**server_args: object) -> SimpleNamespace:
     return SimpleNamespace(server_args=process_stubs.publish_server_args(**settings))
 
 
-def test_the_plan_stream_stays_with_sglang(pair):
-    from sglang.srt.environ import envs
+@pytest.mark.parametrize(
+    "variable", ["SGLANG_ENABLE_OVERLAP_PLAN_STREAM", "SGLANG_ENABLE_METADATA_GLUE_GRAPH"]
+)
+def test_what_goes_past_the_hook_stays_with_sglang(pair, variable, monkeypatch):
+    from sglang.srt import environ
 
-    with envs.SGLANG_ENABLE_OVERLAP_PLAN_STREAM.override(True):
-        why_not = in_graph.why_verify_unsupported(pair.ours.backend, runner_of())
-    assert why_not.startswith("SGLANG_ENABLE_OVERLAP_PLAN_STREAM is not supported")
+    if hasattr(environ.envs, variable):
+        monkeypatch.setenv(variable, "1")
+    else:  # an earlier release
+        switch = SimpleNamespace(get=lambda: True)
+        monkeypatch.setattr(environ, "envs", SimpleNamespace(**{variable: switch}))
+    why_not = in_graph.why_verify_unsupported(pair.ours.backend, runner_of())
+    assert why_not.startswith(f"{variable} is not supported")
 
 
 def test_a_backend_that_fills_in_the_graph_itself_stays_with_sglang(pair):
@@ -410,7 +421,6 @@ def test_context_lengths_of_sm100_are_refused_by_name(pair):
 
 
 def test_a_backend_that_is_declined_says_so_and_ends_a_start_by_name(state):
-    from sglang_nsa_plugin.dispatch import BackendUnavailableError
     from sglang_nsa_plugin.harness.graph_backend import GraphBackend
 
     process_stubs.activate_plugin("auto", 0, "verify")
@@ -420,6 +430,20 @@ def test_a_backend_that_is_declined_says_so_and_ends_a_start_by_name(state):
     process_stubs.activate_plugin("torch", 0, "verify")
     with pytest.raises(BackendUnavailableError, match="two-batch overlap"):
         GraphBackend(CPU, role="verify", enable_two_batch_overlap=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_an_adapter_without_the_role_leaves_it_to_sglang(backend, state, monkeypatch):
+    """As that of SGLang up to 0.5.14."""
+    takeovers = {"draft-extend": in_graph._takeovers["draft-extend"]}
+    older = dataclasses.replace(in_graph.ADAPTER, takeovers=takeovers)
+    monkeypatch.setattr(install, "adapter_for_installed", lambda: older)
+    by_name = pytest.raises(BackendUnavailableError) if backend == "torch" else nullcontext()
+    with by_name as ended:
+        install.install(Request(backend, 0), ["draft-extend", "verify"])
+    why_not = "with this SGLang release the plugin fills no verify metadata"
+    assert why_not in (str(ended.value) if ended else VERIFY_STATE.reason)
+    assert takeovers["draft-extend"].request is not None
 
 
 def test_the_target_keeps_its_wide_table(pair):
