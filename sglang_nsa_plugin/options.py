@@ -73,7 +73,7 @@ def check_of(server_args: object) -> int:
     return flag if flag is not None else _check_from_environment() or 0
 
 
-class _Carried(argparse.Action):
+class _Carried(argparse._StoreAction):  # SGLang's --config takes no flag of another action
     """Keeps a flag's value where ``ServerArgs.from_cli_args`` is not the plugin's to hook.
 
     Until :func:`keep_flags` takes it over, the value is in the flag's environment variable, too, which
