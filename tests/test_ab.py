@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from ab_stand_in import SharedClock, StandIn, WallClock
 from commands import command, program
-from stand_in_server import SharedClock, StandIn, WallClock
 
 from sglang_nsa_plugin.cli import main
 from sglang_nsa_plugin.cli.ab import compare, load, server

@@ -76,7 +76,7 @@ def test_version_is_the_newest_of_the_changelog() -> None:
     assert newest is not None
     assert project is not None
     assert newest[1] == project[1] == version("sglang-nsa-plugin")
-    assert f"sglang-nsa-plugin {newest[1]}: adapter" in text_of("README.md")
+    assert f"sglang-nsa-plugin {newest[1]}: draft-extend: adapter" in text_of("README.md")
 
 
 def test_metrics_of_the_documents_exist() -> None:

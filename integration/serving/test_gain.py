@@ -43,7 +43,6 @@ from integration.serving.server import Server
 COMMAND = "make serve-test PART=gain"
 REQUESTS = (1, 16, 64)
 MILLION = 1 << 20
-ROUNDS = 7
 RESOLVED, NOT_RESOLVED = 0, 1  # exit codes of ab: some cells are, or none
 LIMIT_S = 240.0
 
@@ -63,9 +62,10 @@ class Regime:
         return f"{self.layers}-layers-{context}-{'fp8' if self.is_fp8 else 'bf16'}"
 
     @property
-    def new_tokens(self) -> int:
-        """Of each request; drafts of dummy weights are not accepted, so there a step is a token."""
-        return 256 if self.layers == 2 else 96
+    def options(self) -> list[str]:
+        """Of ``ab``. Steps of two layers are short and uneven; with dummy weights a step is a token."""
+        rounds, new_tokens = (12, 512) if self.layers == 2 else (7, 96)
+        return ["--rounds", str(rounds), "--output-len", str(new_tokens)]
 
     @property
     def args(self) -> list[str]:
@@ -99,7 +99,9 @@ def keep(part: str, figures: dict[str, Any]) -> None:
 
 def captured(sizes: tuple[int, ...]) -> list[str]:
     """Options that capture graphs for these numbers of requests alone: the server starts sooner."""
-    return ["--cuda-graph-max-bs", str(sizes[-1]), "--cuda-graph-bs", *map(str, sizes)]
+    most = str(sizes[-1])
+    graphs = ["--cuda-graph-max-bs", most, "--cuda-graph-bs", *map(str, sizes)]
+    return [*graphs, "--max-running-requests", most]
 
 
 @pytest.fixture
@@ -119,21 +121,16 @@ def server(request: pytest.FixtureRequest, gpus: int, model: Path, folder: Path)
 def test_gain(server: Server, folder: Path, request: pytest.FixtureRequest) -> None:
     """Every cell has its control beside it; a cell whose control is off says that it is not resolved."""
     regime: Regime = request.node.callspec.params["server"]
-    found = compare(server, regime.new_tokens, folder / f"{server.name}.json")
+    found = compare(server, regime.options, folder / f"{server.name}.json")
     keep(server.name, found)
     assert [cell["load"] for cell in found["cells"]] == list(map(str, REQUESTS))
     assert all(cell["verdict"] for cell in found["cells"])
 
 
-def compare(server: Server, new_tokens: int, file: Path) -> dict[str, Any]:
+def compare(server: Server, options: list[str], file: Path) -> dict[str, Any]:
     """What ``sglang-nsa-plugin ab`` finds."""
     command = [sys.executable, "-m", "sglang_nsa_plugin", "ab", server.url]
-    options = [
-        *("--requests", ",".join(map(str, REQUESTS))),
-        *("--rounds", str(ROUNDS)),
-        *("--output-len", str(new_tokens)),
-        *("--json", str(file)),
-    ]
+    options = [*options, "--requests", ",".join(map(str, REQUESTS)), "--json", str(file)]
     done = subprocess.run(
         [*command, *options], capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
