@@ -207,10 +207,10 @@ def test_the_words_say_no_more_than_the_verdicts():
         "61_layers_1m_bf16": regime(gained(), NOT_MEASURED),
     })  # fmt: skip
     assert (
-        "NVIDIA H200, driver 580.1. Where the host bounds the step (2 layers): no difference beyond noise "
-        "in 2 of 3 cells, 1 not resolved. Where the GPU bounds it (61 thin layers of dummy weights): no "
-        "difference beyond noise in 1 of 3 cells, 1 not resolved; a difference in 1: 61 layers, "
-        "context 1 M, bfloat16, 16 at once, 10.0% faster (8.0% to 12.0%)."
+        "NVIDIA H200, driver 580.1. Where the host bounds the step (2 layers): no difference beyond "
+        "noise in 2 of 3 cells, 1 not resolved. Where the GPU bounds it (61 thin layers of dummy "
+        "weights): no difference beyond noise in 1 of 3 cells, 1 not resolved; a difference in 1: "
+        "61 layers, context 1 M, bfloat16, 16 at once, 10.0% faster (8.0% to 12.0%)."
     ) in text
     assert (
         "- 61 layers, context 160 k, bfloat16: commit 0123456, 2026-11-28, 7 rounds, 96 new tokens. "
