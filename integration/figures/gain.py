@@ -9,6 +9,7 @@ from typing import Any
 from integration.figures.committed import gpu_name, paragraph, table
 
 Cell = dict[str, Any]
+NamedCell = tuple[str, Cell]  # with the name of its regime
 HOST_BOUND = "2"  # layers
 KINDS = {"bf16": "bfloat16", "fp8": "FP8"}
 CONTEXTS = {"160k": "160 k", "1m": "1 M"}
@@ -60,15 +61,7 @@ def _on_one_gpu(parts: dict[str, Any]) -> Iterator[str]:
 
 def in_words(compared: dict[str, Any]) -> Iterator[str]:
     """One sentence for the regimes that the host bounds, one for those that the GPU bounds."""
-    host, gpu = (
-        [
-            (name, cell)
-            for name, part in compared.items()
-            for cell in part["cells"]
-            if (_layers(name) == HOST_BOUND) == is_host_bound
-        ]
-        for is_host_bound in (True, False)
-    )
+    host, gpu = by_bound(compared)
     if host:
         yield f"Where the host bounds the step (2 layers): {_found(host)}."
     if gpu:
@@ -76,7 +69,14 @@ def in_words(compared: dict[str, Any]) -> Iterator[str]:
         yield f"Where the GPU bounds it ({layers} thin layers of dummy weights): {_found(gpu)}."
 
 
-def _found(cells: Sequence[tuple[str, Cell]]) -> str:
+def by_bound(parts: dict[str, Any]) -> tuple[list[NamedCell], list[NamedCell]]:
+    """The cells of the regimes that the host bounds, and of those that the GPU bounds."""
+    cells = [(name, cell) for name, part in parts.items() for cell in part.get("cells", ())]
+    host = [each for each in cells if _layers(each[0]) == HOST_BOUND]
+    return host, [each for each in cells if each not in host]
+
+
+def _found(cells: Sequence[NamedCell]) -> str:
     """'no difference beyond noise in 2 of 4 cells, 1 not resolved; a difference in 1: …'."""
     differing = [(name, cell) for name, cell in cells if differs(cell)]
     unresolved = sum(not cell["resolved"] for _, cell in cells)
