@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from commands import needs_sglang
 
+from integration.figures import gain
 from sglang_nsa_plugin import metrics
 from sglang_nsa_plugin.adapters import releases, switch
 from sglang_nsa_plugin.cli import main
@@ -62,6 +63,21 @@ def test_figures_of_the_readme_are_those_of_a_result_file() -> None:
     assert all("H200" in gpu for gpu in result["of"]["gpus"])
     medians = [f"{result[arm]['fill_us']['median']:.0f}" for arm in ("plugin", "sglang")]
     assert re.findall(r"(\d+) µs", text_of("README.md")) == medians
+
+
+def test_the_readme_claims_the_gain_that_was_measured() -> None:
+    """Of the resolved cells of all GPUs: how many show no difference, and how far the others go."""
+    lines = [re.search(rf"^- {bound}-bound .*", text_of("README.md"), re.M) for bound in ("CPU", "GPU")]
+    files = sorted(ROOT.glob("integration/results/gain-*-0.5.17.json"))
+    runs = [gain.by_bound(json.loads(path.read_text())["parts"]) for path in files]
+    for line, cells in zip(lines, zip(*runs, strict=True), strict=True):
+        resolved = [cell for each in cells for _, cell in each if cell["resolved"]]
+        differing = [cell["step_on_over_off"]["median"] for cell in resolved if gain.differs(cell)]
+        assert line is not None
+        assert f"{len(resolved) - len(differing)} of {len(resolved)}" in line[0]
+        limit = re.search(r"(\d+) % or less", line[0])
+        assert (limit is not None) == bool(differing)
+        assert limit is None or max(abs(1 - each) for each in differing) <= int(limit[1]) / 100
 
 
 def test_releases_of_the_readme_are_those_that_were_tested() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from integration.figures import gpu_checks, one_fill, servers
+from integration.figures import gain, gpu_checks, one_fill, servers
 from integration.figures.committed import (
     RESULTS,
     SHOWN_CASE,
@@ -20,10 +20,8 @@ from integration.figures.committed import (
 )
 from integration.releases.install_sglang import release_key
 
-KINDS = {"bf16": "bfloat16", "fp8": "FP8"}  # servers of the slice paired
 FULL_STEP_MS = (5, 18)  # one speculative step of DeepSeek-V3.2 at full size
 SERVE, GPU_TEST = f"serve-{SHOWN_RELEASE}.json", f"gpu-test-{SHOWN_RELEASE}.json"
-FENCE = f"fence-{SHOWN_RELEASE}.json"
 
 
 def page() -> str:
@@ -43,8 +41,6 @@ def page() -> str:
         "## Same tokens as SGLang",
         *_tokens(serve),
         *servers.section(serve),
-        "## When the scheduler may write `req_to_token` again",
-        *_fence(load(FENCE)),
         "## Checks on a GPU",
         *gpu_checks.section(gpu, serve, loads),
         "## Where the figures come from",
@@ -54,7 +50,7 @@ def page() -> str:
 
 
 def _in_a_server(serve: dict[str, Any]) -> list[str]:
-    """Host times of the fill, whole steps, and where a step's time goes."""
+    """Host times of the fill, and what they change in a step."""
     times = serve["host_time"]
     host_rows = [
         _host_row(times, "the fill before a draft-extend replay, median", "fill_us", "median"),
@@ -68,61 +64,22 @@ def _in_a_server(serve: dict[str, Any]) -> list[str]:
     ]
     return [
         paragraph(
-            "Two servers share one GPU and differ only in the plugin. The model is tiny, with 2 layers and one "
-            "MTP layer; EAGLE runs 3 steps with 4 draft tokens."
+            "Host times of two servers that share one GPU and differ only in the plugin. The model is tiny, with 2 "
+            "layers and one MTP layer; EAGLE runs 3 steps with 4 draft tokens."
         ),
         table(("time on the host", "SGLang", "with the plugin"), host_rows),
         _full_size(times),
-        table(
-            ("plugin over SGLang", "median", "lowest", "highest", "pairs"),
-            [row for kind in KINDS for row in _paired_rows(serve, kind)],
-        ),
-        paragraph(
-            "Each pair times both servers in turn. The steps of so small a model differ from pair to pair by "
-            "more than the fill takes, in work that both servers do alike: these ratios neither show the gain "
-            "nor rule it out."
-        ),
-        table(
-            (
-                "µs of a step, 1 request",
-                "fill",
-                "rest of the host's work before the replay",
-                "everything else",
-            ),
-            [row for kind in KINDS for row in _step_rows(serve, kind)],
-        ),
+        *gain.section([load(name) for name in _gain_files()]),
     ]
+
+
+def _gain_files() -> list[str]:
+    return sorted(path.name for path in RESULTS.glob(f"gain-*-{SHOWN_RELEASE}.json"))
 
 
 def _host_row(times: dict[str, Any], what: str, clock: str, statistic: str) -> tuple[str, ...]:
     us = (times[server][clock][statistic] for server in ("sglang", "plugin"))
     return (what, *(f"{each:,.0f} µs" for each in us))
-
-
-def _paired_rows(serve: dict[str, Any], kind: str) -> list[tuple[str, ...]]:
-    measured = {
-        f"time of a step, 1 request, {KINDS[kind]}": serve[f"paired-{kind}.step_time"],
-        f"throughput, 16 requests at once, {KINDS[kind]}": serve[f"paired-{kind}.throughput"],
-    }
-    return [(what, *_ratio_cells(part["plugin_over_sglang"])) for what, part in measured.items()]
-
-
-def _ratio_cells(ratios: dict[str, Any]) -> tuple[str, ...]:
-    return (*(f"{ratios[name]:.2f}" for name in ("median", "min", "max")), f"{len(ratios['each'])}")
-
-
-def _step_rows(serve: dict[str, Any], kind: str) -> list[tuple[str, ...]]:
-    spent = serve[f"paired-{kind}.step_time"]["us_of_a_step"]
-    return [
-        (
-            f"{KINDS[kind]}, {name}",
-            *(
-                f"{spent[key][part]:,.0f}"
-                for part in ("fill", "before_replay_without_fill", "rest_of_step")
-            ),
-        )
-        for key, name in (("sglang", "SGLang"), ("plugin", "with the plugin"))
-    ]
 
 
 def _full_size(times: dict[str, Any]) -> str:
@@ -176,43 +133,9 @@ def _tokens(serve: dict[str, Any]) -> list[str]:
     ]
 
 
-def _fence(run: dict[str, Any]) -> list[str]:
-    part = run["parts"]["fence"]
-    step, many = (part[name]["coarse_over_plugin"] for name in ("step_time", "throughput"))
-    return [
-        paragraph(
-            "The plugin records an event in the graph right after the fill; from then on the scheduler may write. "
-            "SGLang can wait for the whole forward instead. The two were compared with an earlier kernel "
-            f"({run['date'][:10]}, commit {run['commit'][:7]}) on a shared host, in pairs of single turns:"
-        ),
-        table(
-            (
-                "waiting for the whole forward, over the plugin's event",
-                "median",
-                "lowest",
-                "highest",
-                "pairs",
-            ),
-            [
-                ("time of a step, 1 request", *_ratio_cells(step)),
-                ("throughput, 16 requests at once", *_ratio_cells(many)),
-            ],
-        ),
-        paragraph(
-            f"So the early event gained nothing there: waiting had the shorter step in {_below_one(step)} pairs "
-            f"and the lower throughput in {_below_one(many)}. `tests/gpu/test_gpu_in_graph.py` shows that the "
-            "event covers the read and that the scheduler goes on before the forward ends."
-        ),
-    ]
-
-
-def _below_one(ratios: dict[str, Any]) -> str:
-    return f"{sum(each < 1 for each in ratios['each'])} of {len(ratios['each'])}"
-
-
 def _origin() -> list[str]:
     rows = []
-    for name in (SERVE, GPU_TEST):
+    for name in (SERVE, *_gain_files(), GPU_TEST):
         run = load(name)
         for gpu, names in parts_by_gpus(run).items():
             setups = dict.fromkeys(part.partition(".")[0] for part in names)

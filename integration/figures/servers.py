@@ -20,6 +20,8 @@ SETUPS = {
     "no-overlap": "`--disable-overlap-schedule`",
     "memory": "memory released and resumed, weights updated",
     "memory-graphs": "the memory of CUDA graphs released and resumed, every replay shadow-checked",
+    "other-plugin": "another plugin patched the scheduler's constructor first: SGLang's own fill, a line why; "
+    "with a backend asked for by name the server does not start",
     "sampling": "temperature 0.3 to 1, a seeded server",
     "tp2": "two GPUs, tensor parallel",
     "dp2": "two GPUs, data parallel attention",
@@ -36,8 +38,8 @@ COLUMNS = (
 
 
 def section(parts: dict[str, Any]) -> list[str]:
-    """A table of the setups that ran, the fault injection and the load."""
-    return [*compared(parts), *corrupted(parts), *under_load(parts)]
+    """A table of the setups that ran, the switch in service, the fault injection and the load."""
+    return [*compared(parts), *switched(parts), *corrupted(parts), *under_load(parts)]
 
 
 def compared(parts: dict[str, Any]) -> list[str]:
@@ -89,6 +91,26 @@ def comparisons(part: Any) -> Iterator[Row]:
 
 def _different(row: Row) -> int:
     return int(row["different"] if "different" in row else mismatched(row))
+
+
+def switched(parts: dict[str, Any]) -> list[str]:
+    """The switch in service, on every rank of a server."""
+    if "switch-tp2.tokens" not in parts or "switch-tp2.load" not in parts:
+        return []
+    tokens, load = parts["switch-tp2.tokens"], parts["switch-tp2.load"]
+    same = ", ".join(f"{count} {name}" for name, count in tokens["same"].items() if name != "off")
+    ranks = load["ranks"]
+    replays = " and ".join(f"{rank['replays']:,}" for rank in ranks)
+    return [
+        paragraph(
+            "The switch in service, on two GPUs, tensor parallel, with every replay shadow-checked: of "
+            f"{tokens['prompts']} prompts, these gave the tokens and accepted drafts of SGLang's own fill: "
+            f"{same}, with {tokens['switches']:,} switches in the middle of those requests. Under "
+            f"load, {load['switches']:,} switches in {load['requests']:,} requests: the {len(ranks)} ranks "
+            f"ran {replays} replays with the plugin's fill, in which "
+            f"{sum(rank['mismatches'] for rank in ranks)} values differed."
+        )
+    ]
 
 
 def corrupted(parts: dict[str, Any]) -> list[str]:

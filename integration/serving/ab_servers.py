@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -216,10 +215,3 @@ def stop_all(servers: Iterable[Server]) -> None:
     ending = list(servers)
     with ThreadPoolExecutor(max(len(ending), 1)) as pool:
         list(pool.map(Server.stop, ending))
-
-
-@contextmanager
-def start_servers(setup: Setup, model: Path, folder: Path) -> Iterator[AbServers]:
-    """The setup's servers, ready; ended on leaving."""
-    with Fleet(model, folder) as fleet:
-        yield fleet.ready(setup)

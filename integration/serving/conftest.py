@@ -27,7 +27,6 @@ PRINTED = 600  # characters of each part
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fence", action="store_true", help="also measure the cost of a coarse fence")
     parser.addoption(
         "--load-s", type=float, default=420.0, help="seconds of the slices load and shadow-load"
     )

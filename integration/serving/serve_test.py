@@ -18,7 +18,6 @@ FOLDER = Path(__file__).resolve().parent
 # Files of each slice, and options of pytest.
 SLICES: dict[str, tuple[str, ...]] = {
     "core": ("test_serving.py",),
-    "paired": ("test_paired.py", "--servers=4"),
     "replay": ("test_replay.py", "--servers=3"),
     "cases": ("test_cases.py",),
     "fp8": ("test_fp8.py",),

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -249,15 +249,6 @@ class Server:
     def log(self) -> str:
         """Everything that the server has printed so far."""
         return self.log_path.read_text(errors="replace")
-
-    def pin(self, cores: Collection[int]) -> None:
-        """Lets every thread of the server, and those that it will start, run on these cores alone."""
-        assert self.process is not None
-        tree = [psutil.Process(self.process.pid), *_descendants(self.process.pid)]
-        for process in tree:
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):  # one that has just ended
-                for thread in process.threads():
-                    os.sched_setaffinity(thread.id, cores)
 
     def stop(self) -> None:
         """Ends the whole process group: SIGTERM, and SIGKILL after `STOP_LIMIT_S` seconds.

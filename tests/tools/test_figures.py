@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from integration.figures import build, gpu_checks, one_fill, servers
+from integration.figures import build, gain, gpu_checks, one_fill, results_page, servers
 from integration.serving import compare
 from integration.serving.server import Answer
 
@@ -144,3 +144,116 @@ def test_copies_by_sglangs_code_are_counted():
     tool = {"copies_of_sglang": 26_554}
     text = gpu_checks.copies_of_sglang("initcheck", tool)
     assert text == "26,554 copies by SGLang's own code, under initcheck"
+
+
+def ratio(median, low, high):
+    return {"median": median, "low": low, "high": high}
+
+
+def gained(load="16", **changes):
+    """A cell of `sglang-nsa-plugin ab`."""
+    cell = {
+        "load": load, "rounds": 7, "step_ms": {"on": 9.0, "off": 10.0},
+        "step_on_over_off": ratio(0.9, 0.88, 0.92), "step_off_over_off": ratio(1.001, 0.99, 1.01),
+        "tokens_on_over_off": ratio(1.1, 1.05, 1.15),
+        "resolved": True, "verdict": "with the plugin a step is 10.0% faster (8.0% to 12.0%)",
+    }  # fmt: skip
+    return cell | changes
+
+
+EQUAL = gained("1", verdict="no difference beyond noise: on ÷ off 0.9 to 1.1, off ÷ off 0.9 to 1.1")
+NOISY = gained(
+    "64", resolved=False, verdict="not resolved: off ÷ off is 1.021, more than 2% from 1. Something else"
+)
+NOT_MEASURED = {
+    "load": "256", "resolved": False, "verdict": "not resolved: the server takes 48: lower --requests"
+}  # fmt: skip
+
+
+def regime(*cells, **more):
+    of = {"date": "2026-11-28T06:00:00+00:00", "commit": "0123456789", "gpus": ["NVIDIA H200, 580.1"]}
+    return {"of": of, "settings": {"rounds": 7, "output_len": 96}, "cells": list(cells), **more}
+
+
+def gain_shown(**parts) -> str:
+    named = {name.replace("_", "-"): part for name, part in parts.items()}
+    return "\n\n".join(gain.section([{"parts": named}])).replace("\n", " ")
+
+
+def test_each_cell_of_a_regime_is_a_row():
+    cells = (gained(), EQUAL, NOISY, NOT_MEASURED)
+    blocks = gain.section([{"parts": {"61-layers-1m-fp8": regime(*cells)}}])
+    ratios = "10.00 ms | 0.900 (0.880 to 0.920) | 1.001 (0.990 to 1.010) | 1.100 (1.050 to 1.150)"
+    name = "61 layers, context 1 M, FP8"
+    assert blocks[2].splitlines()[2:] == [
+        f"| {name} | 16 | {ratios} | 10.0% faster (8.0% to 12.0%) |",
+        f"| {name} | 1 | {ratios} | no difference beyond noise |",
+        f"| {name} | 64 | {ratios} | not resolved: off ÷ off is 1.021, more than 2% from 1 |",
+        f"| {name} | 256 | - | - | - | - | not resolved: the server takes 48 |",
+    ]
+
+
+def test_a_server_that_counts_no_tokens_has_no_rate():
+    text = "".join(
+        gain.section([{"parts": {"2-layers-160k-bf16": regime(gained(tokens_on_over_off=None))}}])
+    )
+    assert "1.001 (0.990 to 1.010) | - | 10.0% faster" in text
+
+
+def test_the_words_say_no_more_than_the_verdicts():
+    text = gain_shown(**{
+        "2_layers_160k_bf16": regime(EQUAL, EQUAL, NOISY),
+        "61_layers_160k_bf16": regime(EQUAL, note="another GPU was busy"),
+        "61_layers_1m_bf16": regime(gained(), NOT_MEASURED),
+    })  # fmt: skip
+    assert (
+        "NVIDIA H200, driver 580.1. Where the host bounds the step (2 layers): no difference beyond "
+        "noise in 2 of 3 cells, 1 not resolved. Where the GPU bounds it (61 thin layers of dummy "
+        "weights): no difference beyond noise in 1 of 3 cells, 1 not resolved; a difference in 1: "
+        "61 layers, context 1 M, bfloat16, 16 at once, 10.0% faster (8.0% to 12.0%)."
+    ) in text
+    assert (
+        "- 61 layers, context 160 k, bfloat16: commit 0123456, 2026-11-28, 7 rounds, 96 new tokens. "
+        "Another GPU was busy. - 61"
+    ) in text
+
+
+def test_a_slower_step_is_a_difference():
+    slower = gained(verdict="with the plugin a step is 3.0% slower (2.0% to 4.0%)")
+    assert "a difference in 1: 2 layers, context 160 k, bfloat16, 16 at once, 3.0% slower" in gain_shown(
+        **{"2_layers_160k_bf16": regime(slower)}
+    )
+
+
+def test_the_first_minute_is_shown_beside_the_regimes():
+    waits = {"pauses": 1_200, "longest_ms": [900.4, 80.0, 60.0, 5.0], "median_ms": 6.5, "over_100_ms": 1}
+    of = regime()["of"]
+    text = gain_shown(**{"first_minute": {"of": of, "off": waits, "on": waits | {"over_100_ms": 0}}})
+    assert "| SGLang's own fill | 900, 80, 60 | 6.50 | 1 of 1,200 |" in text
+    assert "| with the plugin | 900, 80, 60 | 6.50 | 0 of 1,200 |" in text
+
+
+def test_every_gpu_that_was_measured_is_shown(monkeypatch, tmp_path):
+    for gpu in ("h200", "h100-80gb-hbm3"):
+        (tmp_path / f"gain-{gpu}-0.5.17.json").write_text("{}")
+    (tmp_path / "gain-h200-0.5.12.json").write_text("{}")
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    assert results_page._gain_files() == ["gain-h100-80gb-hbm3-0.5.17.json", "gain-h200-0.5.17.json"]
+    assert gain.section([]) == []
+
+
+def test_the_switch_is_shown_with_what_every_rank_found():
+    ranks = [{"replays": 2_000, "mismatches": 0}, {"replays": 2_001, "mismatches": 3}]
+    parts = {
+        "switch-tp2.tokens": {
+            "prompts": 10,
+            "switches": 700,
+            "same": {"on": 9, "off": 10, "switching": 8},
+        },
+        "switch-tp2.load": {"requests": 204, "switches": 1_448, "ranks": ranks},
+    }
+    text = " ".join("".join(servers.switched(parts)).split())
+    assert "SGLang's own fill: 9 on, 8 switching, with 700 switches in the middle" in text
+    assert "1,448 switches in 204 requests: the 2 ranks ran 2,000 and 2,001 replays" in text
+    assert "in which 3 values differed" in text
+    assert servers.switched({}) == []

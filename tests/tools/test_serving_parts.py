@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import importlib
 import json
@@ -14,7 +13,6 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -27,7 +25,6 @@ from integration.serving import (
     checkpoint,
     compare,
     metrics_page,
-    paired_timing,
     serve_test,
     test_load,
 )
@@ -276,52 +273,6 @@ def test_a_batch_differs_where_no_answer_is_one_of_sglangs():
     compare.assert_alike([compare.repeated([[a, b]], [[a, b]])])
 
 
-def test_a_pair_is_the_median_of_each_order_on_each_half_of_the_cores():
-    """Two servers that answer in these times: the one outlier of a pair does not count."""
-    pinned, asked = {}, []
-
-    def measure(target, turn):
-        asked.append((target.name, turn, tuple(pinned[target.name])))
-        return {0: 90.0, 5: 1.0}.get(turn, 3.0) if target.name == "plugin" else 4.0
-
-    plugin, sglang = (
-        SimpleNamespace(name=name, pin=functools.partial(pinned.__setitem__, name))
-        for name in ("plugin", "sglang")
-    )
-    found = paired_timing.paired(plugin, sglang, measure, count=2, rounds=4)
-    assert found["plugin_over_sglang"] == {
-        "median": 0.75,
-        "min": 0.75,
-        "max": 0.75,
-        "each": [0.75, 0.75],
-    }
-    assert [turn for _, turn, _ in asked] == [turn for turn in range(-4, 8) for _ in range(2)]
-    firsts = [(name, half) for name, _, half in asked[-8::2]]
-    assert len(set(firsts)) == 4
-    assert {name for name, _ in firsts} == {"plugin", "sglang"}
-    low, high = sorted({half for _, half in firsts})
-    assert sorted(low + high) == sorted(os.sched_getaffinity(0))
-    assert all({asked[i][2], asked[i + 1][2]} == {low, high} for i in range(0, len(asked), 2))
-    everything = sorted(os.sched_getaffinity(0))
-    assert pinned == {"plugin": everything, "sglang": everything}  # afterwards
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-def test_every_thread_of_a_server_is_pinned(tmp_path):
-    program = """
-import threading
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
-"""
-    core = max(os.sched_getaffinity(0))
-    with stand_in(tmp_path, program) as server:
-        server.wait_ready(10)
-        server.pin([core])
-        root = psutil.Process(server.process.pid)
-        threads = [thread.id for each in (root, *root.children()) for thread in each.threads()]
-        assert [os.sched_getaffinity(thread) for thread in threads] == [{core}] * 3
-
-
 def test_tokens_of_a_step_and_how_far_apart():
     assert ab_stats.added([1, 2], [1, 0, 4]) == [2, 2, 4]
     assert ab_stats.mean_tokens([1, 0, 1]) == 2.0
@@ -502,7 +453,7 @@ def test_a_wrong_plugin_fails_the_slice(tmp_path, fault, failed):
 def test_an_unknown_slice_is_refused_with_the_choices(tmp_path):
     run = slices(tmp_path, "everything")
     assert run.returncode == 2
-    assert "no slice named everything; there are core, paired" in run.stderr
+    assert "no slice named everything; there are core, replay" in run.stderr
 
 
 def test_the_files_of_every_slice_exist():
