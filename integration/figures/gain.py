@@ -39,7 +39,7 @@ def section(runs: Sequence[dict[str, Any]]) -> list[str]:
 def _method() -> str:
     return paragraph(
         "What that saving changes in the time of a step is measured inside one running server that has the GPU to "
-        "itself: `sglang-nsa-plugin ab` switches the plugin on, off and off again, in rotated order, and "
+        "itself: `sglang-nsa-plugin ab URL` switches the plugin on, off and off again, in rotated order, and "
         "sends new requests each time ([docs/ab.md](ab.md)). *On ÷ off* is the figure with the plugin "
         "divided by the figure with SGLang's own fill: a step time below 1 means that the plugin is faster. "
         "*Off ÷ off*, the control, compares two measurements without the plugin: its distance from 1 is "
