@@ -26,6 +26,7 @@ from integration.serving import (
     compare,
     metrics_page,
     serve_test,
+    test_gain,
     test_load,
 )
 from integration.serving.ab_servers import SHARED_GPU_ARGS, serve_args, stop_all
@@ -498,6 +499,7 @@ def test_sglangs_own_parser_takes_the_flags_of_every_setup():
     setups = [
         setup
         for path in SERVING.glob("test_*.py")
+        if path.name != "test_gain.py"  # its servers come one by one: REGIMES
         for setup in importlib.import_module(f"integration.serving.{path.stem}").SETUPS
     ]
     assert len({setup.name for setup in setups}) == len(setups) > 10
@@ -509,6 +511,9 @@ def test_sglangs_own_parser_takes_the_flags_of_every_setup():
         if "--mem-fraction-static" in setup.flags:
             own = setup.flags[setup.flags.index("--mem-fraction-static") + 1]
             assert parsed.mem_fraction_static == float(own), "the setup's own flag wins"
+    for regime in test_gain.REGIMES:
+        parsed = parser.parse_args(["--model-path", "none", *regime.args])
+        assert parsed.max_running_requests == test_gain.REQUESTS[-1]
 
 
 # A scheduler's metrics, and what SGLang's HTTP process makes of those in the folder.
