@@ -141,7 +141,11 @@ def _started(running: AbServers, model: Path) -> dict[str, Any]:
         name: {
             "ready_after_s": round(server.ready_after_s or 0.0, 1),
             "command": " ".join(["python3", *server.command[1:]]).replace(str(model), "MODEL"),
-            "environment": dict(running.setup.environments[name]),
+            "environment": {
+                variable: value
+                for variable, value in running.setup.environments[name].items()
+                if variable != "PYTHONPATH"  # folders of this host
+            },
         }
         for name, server in running.items()
     }
