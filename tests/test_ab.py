@@ -348,6 +348,8 @@ def test_a_signal_leaves_the_server_as_it_was_found(sent, code):
             env={**os.environ, "PYTHONPATH": str(Path(main.__file__).parents[2])},
             stderr=subprocess.PIPE,
             text=True,
+            # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert stand_in.generating.wait(30)
         assert not stand_in.is_on
