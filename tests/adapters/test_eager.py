@@ -704,7 +704,7 @@ def outcome_of(change: str):
 def test_this_release_fits():
     outcome = outcome_of("")
     assert outcome["record"]["adapter"] == "eager"
-    assert outcome["record"]["reason"] == "waiting for the draft-extend backend"
+    assert outcome["record"]["reason"] == "waiting for the attention backend"
     assert len(outcome["hooked"]) == (3 if NAMES is eager_names.NSA else 2)
 
 
