@@ -76,9 +76,9 @@ module.Scheduler.run_event_loop = serve
 server_args, handed = pickle.loads(Path(start["handed"]).read_bytes())
 os.environ.update(handed)
 vars(server_args).update(start["settings"])
-if hasattr(server_args, "_resolved_overrides"):  # where later releases keep what they decided
-    decided = [*(server_args._resolved_overrides or ()), ("stand-in", start["settings"])]
-    vars(server_args)["_resolved_overrides"] = decided
+# Where releases from 0.5.19 on keep what they decided; a model's configuration would bring it there.
+decided = [*(getattr(server_args, "_resolved_overrides", None) or ()), ("stand-in", start["settings"])]
+vars(server_args)["_resolved_overrides"] = decided
 failures = []
 signal.signal(signal.SIGQUIT, lambda *_: failures.append(1))  # a failed scheduler tells its launcher
 child = os.fork()

@@ -14,7 +14,10 @@ FROM_YAML = (
     + """
 import argparse
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.server_args_config_parser import ConfigArgumentMerger
+try:
+    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+except ImportError:  # up to 0.5.18
+    from sglang.srt.server_args_config_parser import ConfigArgumentMerger
 from sglang_nsa_plugin import options
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
