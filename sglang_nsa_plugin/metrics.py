@@ -27,8 +27,6 @@ COUNTERS = {
     "checks": "Steps that the shadow check compared with SGLang's own fill.",
     "mismatches": "Values that differed in the check that found some; SGLang fills from then on.",
 }
-
-
 # Fields of State that go up and down.
 GAUGES = {
     "switched_on": "1 while the fill is switched on in service, 0 while SGLang fills instead.",

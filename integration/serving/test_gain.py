@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -30,7 +29,6 @@ import pytest
 import requests
 
 from integration import result_files
-from integration.serving import checkpoint
 from integration.serving.ab_servers import (
     FP8,
     NO_PROBE,
@@ -38,6 +36,7 @@ from integration.serving.ab_servers import (
     START_LIMIT_S,
     serve_args,
 )
+from integration.serving.compare import prompts
 from integration.serving.server import Server
 
 COMMAND = "make serve-test PART=gain"
@@ -147,6 +146,7 @@ def compare(server: Server, options: list[str], file: Path) -> dict[str, Any]:
 SIZES = tuple(range(1, 25))
 JOIN_EVERY_S = 1.0
 LONG, SHORT = 3_000, 900  # new tokens of the request that is watched, and of those that join it
+PROMPT = 64  # tokens
 PAUSES = 8  # reported: the longest
 KERNELS = "_fused_dsa_"  # SGLang's metadata kernels, which it compiles for each batch size
 ARMS = {"off": {**PLUGIN_ENV, "SGLANG_NSA_METADATA_BACKEND": "off"}, "on": PLUGIN_ENV}
@@ -200,7 +200,9 @@ def join_one_by_one(target: Server) -> None:
     """Each further request makes a batch size that the server has not seen."""
     threads = []
     for number in range(len(SIZES) - 1):
-        threads.append(threading.Thread(target=target.generate, args=(prompt(number), SHORT)))
+        threads.append(
+            threading.Thread(target=target.generate, args=(*prompts([PROMPT], number), SHORT))
+        )
         threads[-1].start()
         time.sleep(JOIN_EVERY_S)
     for each in threads:
@@ -210,7 +212,7 @@ def join_one_by_one(target: Server) -> None:
 def stream(target: Server, new_tokens: int) -> Iterator[bytes]:
     """The chunks of one answer, as they come."""
     body: dict[str, Any] = {
-        "input_ids": prompt(-1),
+        "input_ids": prompts([PROMPT], seed=-1)[0],
         "sampling_params": {"max_new_tokens": new_tokens, "temperature": 0.0, "ignore_eos": True},
         "stream": True,
     }
@@ -219,9 +221,3 @@ def stream(target: Server, new_tokens: int) -> Iterator[bytes]:
         with session.post(f"{target.url}/generate", json=body, stream=True, timeout=LIMIT_S) as reply:
             reply.raise_for_status()
             yield from (line for line in reply.iter_lines() if line.startswith(b"data: {"))
-
-
-def prompt(seed: int) -> list[int]:
-    """Random ordinary tokens."""
-    source = random.Random(seed)
-    return source.choices(range(checkpoint.ORDINARY), k=64)

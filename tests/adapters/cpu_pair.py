@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -37,3 +39,112 @@ def random_batch(pair, generator, raw_bs=None):
     longest = pair.inputs.req_to_token.shape[1]
     random_step(pair.inputs, generator, raw_bs, bs, pair.ours.draft_tokens, longest)
     return bs
+
+
+def expect_equal(pair, bs):
+    """Both backends' metadata of this batch size hold the same live values now."""
+    from sglang_nsa_plugin.harness.diff import Diff
+
+    diff = Diff()
+    pair.compare(bs, diff)
+    assert diff.first is None, diff.first
+
+
+def expect_equal_after_sglang_fill(pair, bs):
+    pair.theirs.sglang_fill(bs)
+    expect_equal(pair, bs)
+
+
+def step_and_expect_equal(pair, bs):
+    """Our lengths are poisoned before."""
+    from sglang_nsa_plugin.harness.diff import Diff
+
+    result = Diff()
+    pair.step(bs, result)
+    assert result.first is None, result.first
+    return result
+
+
+def plan_and_expect_nothing_written(pair, bs):
+    """SGLang plans; then the graph runs over other inputs, which a fill that is on would read."""
+    with pair.stub_process():
+        pair.ours.backend.init_forward_metadata_out_graph(pair.ours.replay_view(bs))
+    pair.theirs.sglang_fill(bs)
+    kept = pair.inputs.seq_lens.clone()
+    pair.inputs.seq_lens.fill_(1)
+    pair.replay_graph(bs)
+    pair.inputs.seq_lens.copy_(kept)
+    expect_equal(pair, bs)
+
+
+def expect_sglang_to_take(pair, change, fast_path, other_mode):
+    """A batch size on the fast path is SGLang's in a call that is another one, in this respect."""
+    from sglang_nsa_plugin.adapters import in_graph
+
+    bs = random_batch(pair, torch.Generator().manual_seed(13), raw_bs=2)
+    step_and_expect_equal(pair, bs)
+    backend, view, seen = pair.ours.backend, pair.ours.replay_view(bs), []
+    assert getattr(backend, fast_path)[bs]
+    if change == "another mode":
+        view.forward_mode = other_mode
+    elif change == "req_to_token":
+        backend.req_to_token = backend.req_to_token.clone()
+    elif change != "in capture":
+        setattr(view, change, getattr(view, change).clone())
+    original = lambda backend, batch, **kwargs: seen.append(batch)  # noqa: E731
+    in_graph._out_graph(original, backend, view, in_capture=change == "in capture")
+    assert seen == [view]
+
+
+def expect_prefills_impl_as_sglang_leaves_it(pair):
+    bs = random_batch(pair, torch.Generator().manual_seed(14), raw_bs=2)
+    for _ in range(2):
+        pair.ours.backend.use_mha = pair.theirs.backend.use_mha = True
+        step_and_expect_equal(pair, bs)
+        assert pair.ours.backend.use_mha is pair.theirs.backend.use_mha is False
+
+
+def functions_of_a_known_replay(pair):
+    """Which functions of the plugin a replay enters whose inputs were validated before."""
+    bs = random_batch(pair, torch.Generator().manual_seed(10))
+    step_and_expect_equal(pair, bs)
+    view, entered = pair.ours.replay_view(bs), []
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_globals["__name__"].startswith("sglang_nsa_plugin."):
+            entered.append(frame.f_code.co_name)
+
+    with pair.stub_process():
+        sys.setprofile(profile)
+        pair.ours.backend.init_forward_metadata_out_graph(view)
+        sys.setprofile(None)
+    return entered
+
+
+def plant_error(field, monkeypatch):
+    """From now on graphs hold a wrong number after the fill, where the fill is on."""
+    from sglang_nsa_plugin.adapters.captured_fill import BackendFills
+
+    refresh_derived = BackendFills.refresh_derived
+
+    def wrong(fill, metadata):
+        tensor = getattr(metadata, field)
+        (tensor[:, 0] if tensor.dim() == 2 else tensor).add_(fill.enabled)
+        refresh_derived(fill, metadata)
+
+    monkeypatch.setattr(BackendFills, "refresh_derived", wrong)
+
+
+def draft_tokens_as_sglang_decides(pair):
+    """What SGLang sees of speculation each time that it decides about the wide table."""
+    backend, seen = pair.ours.backend, []
+
+    class Watched(type(backend)):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "dsa_drop_wide_page_table":
+                seen.append(self.speculative_num_draft_tokens)
+            super().__setattr__(name, value)
+
+    backend.__class__ = Watched
+    pair.ours.init_state()
+    return seen

@@ -7,14 +7,24 @@ fills a second backend over the same inputs, and every live value is compared.
 from __future__ import annotations
 
 import ast
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cpu_pair import BATCH_SIZES, DRAFT_TOKENS, make_pair, on_the_cpu, random_batch
+from cpu_pair import (
+    BATCH_SIZES,
+    DRAFT_TOKENS,
+    expect_equal_after_sglang_fill,
+    expect_prefills_impl_as_sglang_leaves_it,
+    expect_sglang_to_take,
+    functions_of_a_known_replay,
+    make_pair,
+    on_the_cpu,
+    random_batch,
+    step_and_expect_equal,
+)
 
 pytestmark = on_the_cpu
 
@@ -22,15 +32,6 @@ pytestmark = on_the_cpu
 @pytest.fixture
 def pair():
     return make_pair()
-
-
-def step_and_expect_equal(pair, bs):
-    from sglang_nsa_plugin.harness.diff import Diff
-
-    result = Diff()
-    pair.step(bs, result)
-    assert result.first is None, result.first
-    return result
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -234,15 +235,6 @@ def test_replaced_inputs_of_one_batch_size_are_news_to_the_others(pair, state):
     assert state.replays == 4
 
 
-def expect_equal_after_sglang_fill(pair, bs):
-    from sglang_nsa_plugin.harness.diff import Diff
-
-    diff = Diff()
-    pair.theirs.sglang_fill(bs)
-    pair.compare(bs, diff)
-    assert diff.first is None, diff.first
-
-
 def test_a_view_of_the_captured_memory_is_accepted(pair, state):
     """F19: the runner captures slices and replays the whole buffers."""
     bs = random_batch(pair, torch.Generator().manual_seed(7), raw_bs=2)
@@ -270,45 +262,17 @@ def test_a_known_batch_size_is_looked_at_all_the_same(pair, change):
 
     from sglang_nsa_plugin.adapters import in_graph
 
-    bs = random_batch(pair, torch.Generator().manual_seed(13), raw_bs=2)
-    step_and_expect_equal(pair, bs)
-    backend, view, seen = pair.ours.backend, pair.ours.replay_view(bs), []
-    assert getattr(backend, in_graph.FAST_PATH)[bs]
-    if change == "another mode":
-        view.forward_mode = ForwardMode.TARGET_VERIFY
-    elif change == "req_to_token":
-        backend.req_to_token = backend.req_to_token.clone()
-    elif change != "in capture":
-        setattr(view, change, getattr(view, change).clone())
-    original = lambda backend, batch, **kwargs: seen.append(batch)  # noqa: E731
-    in_graph._out_graph(original, backend, view, in_capture=change == "in capture")
-    assert seen == [view]
+    expect_sglang_to_take(pair, change, in_graph.FAST_PATH, ForwardMode.TARGET_VERIFY)
 
 
 def test_a_known_batch_size_leaves_prefills_impl_as_sglang_would(pair):
     """A prefill on the same backend may have set ``use_mha``; SGLang's fill takes it back."""
-    bs = random_batch(pair, torch.Generator().manual_seed(14), raw_bs=2)
-    for _ in range(2):
-        pair.ours.backend.use_mha = pair.theirs.backend.use_mha = True
-        step_and_expect_equal(pair, bs)
-        assert pair.ours.backend.use_mha is pair.theirs.backend.use_mha is False
+    expect_prefills_impl_as_sglang_leaves_it(pair)
 
 
 def test_a_replay_enters_one_function_of_ours(pair):
     """The CPU's caches hold nothing of a replay, so each function more costs a part of its host time."""
-    bs = random_batch(pair, torch.Generator().manual_seed(10))
-    step_and_expect_equal(pair, bs)  # validates the tensors once
-    view, entered = pair.ours.replay_view(bs), []
-
-    def profile(frame, event, _):
-        if event == "call" and frame.f_globals["__name__"].startswith("sglang_nsa_plugin."):
-            entered.append(frame.f_code.co_name)
-
-    with pair.stub_process():
-        sys.setprofile(profile)
-        pair.ours.backend.init_forward_metadata_out_graph(view)
-        sys.setprofile(None)
-    assert entered == ["_out_graph"]
+    assert functions_of_a_known_replay(pair) == ["_out_graph"]
 
 
 @pytest.mark.parametrize("anew", [True, False], ids=["all anew", "one size anew"])

@@ -9,7 +9,7 @@ import logging
 
 import pytest
 import torch
-from cpu_pair import make_pair, on_the_cpu, random_batch
+from cpu_pair import make_pair, on_the_cpu, plant_error, random_batch
 
 from sglang_nsa_plugin.shadow import Difference
 
@@ -62,18 +62,10 @@ def test_every_nth_replay_is_checked(every, checks, state):
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_planted_error_is_found_and_sglang_takes_over(field, state, monkeypatch, caplog):
     """A wrong number behind the fill, as a graph would hold it: found, said, and never served again."""
-    from sglang_nsa_plugin.adapters.captured_fill import BackendFills
     from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
     from sglang_nsa_plugin.harness.diff import Diff, compare_captured
 
-    refresh_derived = BackendFills.refresh_derived
-
-    def wrong(fill, metadata):
-        tensor = getattr(metadata, field)
-        (tensor[:, 0] if tensor.dim() == 2 else tensor).add_(fill.enabled)
-        refresh_derived(fill, metadata)
-
-    monkeypatch.setattr(BackendFills, "refresh_derived", wrong)
+    plant_error(field, monkeypatch)
     pair = make_pair(check_every=1)
     generator = torch.Generator().manual_seed(3)
     bs = random_batch(pair, generator)

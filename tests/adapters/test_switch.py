@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cpu_pair import make_pair, on_the_cpu, random_batch
+from cpu_pair import expect_equal, make_pair, on_the_cpu, plan_and_expect_nothing_written, random_batch
 
 pytest.importorskip("sglang")
 
@@ -122,22 +122,7 @@ def test_a_captured_fill_that_is_switched_off_writes_nothing(pair):
     step_and_expect_equal(pair, generator)
     ask(nsa_metadata=0)
     bs = random_batch(pair, generator)
-    with pair.stub_process():
-        pair.ours.backend.init_forward_metadata_out_graph(pair.ours.replay_view(bs))
-    pair.theirs.sglang_fill(bs)
-    kept = pair.inputs.seq_lens.clone()
-    pair.inputs.seq_lens.fill_(1)
-    pair.replay_graph(bs)
-    pair.inputs.seq_lens.copy_(kept)
-    expect_equal(pair, bs)
-
-
-def expect_equal(pair, bs):
-    from sglang_nsa_plugin.harness.diff import Diff
-
-    result = Diff()
-    pair.compare(bs, result)
-    assert result.first is None, result.first
+    plan_and_expect_nothing_written(pair, bs)
 
 
 @pytest.mark.parametrize("value", [2, -1, 0.5])

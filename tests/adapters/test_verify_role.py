@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cpu_pair import BATCH_SIZES, CPU, make_pair, on_the_cpu, random_batch
+from cpu_pair import (
+    BATCH_SIZES,
+    CPU,
+    draft_tokens_as_sglang_decides,
+    expect_equal_after_sglang_fill,
+    expect_prefills_impl_as_sglang_leaves_it,
+    expect_sglang_to_take,
+    functions_of_a_known_replay,
+    make_pair,
+    on_the_cpu,
+    plan_and_expect_nothing_written,
+    plant_error,
+    random_batch,
+    step_and_expect_equal,
+)
 from test_switch import ask
 
 from sglang_nsa_plugin.adapters import in_graph, install
@@ -24,7 +37,6 @@ from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.dispatch import BackendUnavailableError
 from sglang_nsa_plugin.harness import process_stubs
-from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.state import STATE, VERIFY_STATE, record
 
 pytestmark = on_the_cpu
@@ -37,19 +49,6 @@ def pair(state):
 
 def make_verify(backend: str = "auto", **harness: object):
     return make_pair(backend, role="verify", **harness)
-
-
-def step_and_expect_equal(pair, bs):
-    result = Diff()
-    pair.step(bs, result)
-    assert result.first is None, result.first
-
-
-def expect_equal_after_sglang_fill(pair, bs):
-    result = Diff()
-    pair.theirs.sglang_fill(bs)
-    pair.compare(bs, result)
-    assert result.first is None, result.first
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -113,44 +112,16 @@ def test_replaced_inputs_go_through_sglang(pair, name, known, caplog):
 def test_a_known_batch_size_is_looked_at_all_the_same(pair, change):
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    bs = random_batch(pair, torch.Generator().manual_seed(13), raw_bs=2)
-    step_and_expect_equal(pair, bs)
-    backend, view, seen = pair.ours.backend, pair.ours.replay_view(bs), []
-    assert getattr(backend, in_graph.VERIFY_FAST_PATH)[bs]
-    if change == "another mode":
-        view.forward_mode = ForwardMode.DECODE
-    elif change == "req_to_token":
-        backend.req_to_token = backend.req_to_token.clone()
-    elif change != "in capture":
-        setattr(view, change, getattr(view, change).clone())
-    original = lambda backend, batch, **kwargs: seen.append(batch)  # noqa: E731
-    in_graph._out_graph(original, backend, view, in_capture=change == "in capture")
-    assert seen == [view]
+    expect_sglang_to_take(pair, change, in_graph.VERIFY_FAST_PATH, ForwardMode.DECODE)
 
 
 def test_a_known_batch_size_leaves_prefills_impl_as_sglang_would(pair):
-    bs = random_batch(pair, torch.Generator().manual_seed(14), raw_bs=2)
-    for _ in range(2):
-        pair.ours.backend.use_mha = pair.theirs.backend.use_mha = True
-        step_and_expect_equal(pair, bs)
-        assert pair.ours.backend.use_mha is pair.theirs.backend.use_mha is False
+    expect_prefills_impl_as_sglang_leaves_it(pair)
 
 
 def test_a_replay_with_new_slices_enters_two_functions_of_ours(pair):
     """Validation costs several times as much, in each step."""
-    bs = random_batch(pair, torch.Generator().manual_seed(10))
-    step_and_expect_equal(pair, bs)  # validates the slices once
-    view, entered = pair.ours.replay_view(bs), []
-
-    def profile(frame, event, _):
-        if event == "call" and frame.f_globals["__name__"].startswith("sglang_nsa_plugin."):
-            entered.append(frame.f_code.co_name)
-
-    with pair.stub_process():
-        sys.setprofile(profile)
-        pair.ours.backend.init_forward_metadata_out_graph(view)
-        sys.setprofile(None)
-    assert entered == ["_out_graph", "_verify_out_graph"]
+    assert functions_of_a_known_replay(pair) == ["_out_graph", "_verify_out_graph"]
     assert VERIFY_STATE.replays == 2
 
 
@@ -206,14 +177,7 @@ def test_a_captured_fill_that_is_switched_off_writes_nothing(pair):
     bs = random_batch(pair, torch.Generator().manual_seed(2))
     step_and_expect_equal(pair, bs)
     ask(nsa_metadata_verify=0)
-    with pair.stub_process():
-        pair.ours.backend.init_forward_metadata_out_graph(pair.ours.replay_view(bs))
-    pair.theirs.sglang_fill(bs)
-    kept = pair.inputs.seq_lens.clone()
-    pair.inputs.seq_lens.fill_(1)
-    pair.replay_graph(bs)
-    pair.inputs.seq_lens.copy_(kept)
-    expect_equal_after_sglang_fill(pair, bs)
+    plan_and_expect_nothing_written(pair, bs)
 
 
 def test_a_key_of_another_role_is_refused_and_changes_nothing(pair, caplog):
@@ -245,14 +209,7 @@ def test_every_replay_is_checked_before_the_next_and_equal(state):
     "field", ["cu_seqlens_k", "dsa_seqlens_expanded", "page_table_1", "real_page_table"]
 )
 def test_a_planted_error_is_found_and_sglang_takes_over(field, state, monkeypatch, caplog):
-    refresh_derived = BackendFills.refresh_derived
-
-    def wrong(fill, metadata):
-        tensor = getattr(metadata, field)
-        (tensor[:, 0] if tensor.dim() == 2 else tensor).add_(fill.enabled)
-        refresh_derived(fill, metadata)
-
-    monkeypatch.setattr(BackendFills, "refresh_derived", wrong)
+    plant_error(field, monkeypatch)
     pair = make_verify(check_every=1)
     generator = torch.Generator().manual_seed(3)
     with caplog.at_level(logging.ERROR):
@@ -448,15 +405,5 @@ def test_an_adapter_without_the_role_leaves_it_to_sglang(backend, state, monkeyp
 
 def test_the_target_keeps_its_wide_table(pair):
     """SGLang says that verify reads it; draft-extend's condition is not asked here."""
-    backend, seen = pair.ours.backend, []
-
-    class Watched(type(backend)):
-        def __setattr__(self, name: str, value: object) -> None:
-            if name == "dsa_drop_wide_page_table":
-                seen.append(self.speculative_num_draft_tokens)
-            super().__setattr__(name, value)
-
-    backend.__class__ = Watched
-    pair.ours.init_state()
-    assert seen == [pair.ours.draft_tokens]
+    assert draft_tokens_as_sglang_decides(pair) == [pair.ours.draft_tokens]
     assert pair.fills().captured == {}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cpu_pair import make_pair, on_the_cpu
+from cpu_pair import draft_tokens_as_sglang_decides, make_pair, on_the_cpu
 
 pytestmark = on_the_cpu
 
@@ -53,18 +53,8 @@ def test_every_reader_of_the_wide_table_is_known() -> None:
 
 def test_sglang_decides_as_if_there_were_no_speculation() -> None:
     pair = make_pair()
-    backend, seen = pair.ours.backend, []
-
-    class Watched(type(backend)):
-        def __setattr__(self, name: str, value: object) -> None:
-            if name == "dsa_drop_wide_page_table":
-                seen.append(self.speculative_num_draft_tokens)
-            super().__setattr__(name, value)
-
-    backend.__class__ = Watched
-    pair.ours.init_state()
-    assert seen == [None]
-    assert backend.speculative_num_draft_tokens == pair.ours.draft_tokens
+    assert draft_tokens_as_sglang_decides(pair) == [None]
+    assert pair.ours.backend.speculative_num_draft_tokens == pair.ours.draft_tokens
 
 
 def test_an_error_leaves_the_backend_as_it_was() -> None:
