@@ -86,6 +86,15 @@ def one_at_a_time(
     return rows
 
 
+def expect_alike_one_at_a_time(servers: AbServers, report: Report, seed: int) -> None:
+    """Same tokens and drafts, prompt after prompt; some step accepts every draft."""
+    figures = summary(one_at_a_time(servers, prompts(SHORT_LENGTHS, seed)))
+    report(f"{servers.setup.name}.one_at_a_time", figures)
+    assert mismatches(figures["each"]) == []
+    drafts = figures["accepted_drafts"]["sglang"]
+    assert len(drafts) == servers.setup.draft_tokens, "some step should accept all drafts"
+
+
 def at_once(servers: AbServers, count: int, seed: int) -> Row:
     """``count`` prompts in one request, several times to each server.
 

@@ -9,17 +9,13 @@ import pytest
 
 from integration.serving.ab_servers import PLUGIN_ENV, SGLANG_ENV, AbServers, Setup
 from integration.serving.compare import (
-    SHORT_LENGTHS,
     Report,
     assert_alike,
     at_once,
+    expect_alike_one_at_a_time,
     in_graph,
-    mismatches,
-    one_at_a_time,
-    prompts,
     read_record,
     scheduler_figures,
-    summary,
 )
 
 ROLES = ("draft-extend", "verify")
@@ -40,12 +36,7 @@ def _needs_graphs(servers: AbServers) -> None:
 
 
 def test_one_at_a_time(servers: AbServers, report: Report) -> None:
-    rows = one_at_a_time(servers, prompts(SHORT_LENGTHS, seed=51))
-    figures = summary(rows)
-    report(f"{servers.setup.name}.one_at_a_time", figures)
-    assert mismatches(rows) == []
-    drafts = figures["accepted_drafts"]["sglang"]
-    assert len(drafts) == servers.setup.draft_tokens, "some step should accept all drafts"
+    expect_alike_one_at_a_time(servers, report, seed=51)
 
 
 def test_many_at_once(servers: AbServers, report: Report) -> None:

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from integration.serving.ab_servers import MANY, AbServers, Setup
 from integration.serving.compare import (
-    SHORT_LENGTHS,
     Report,
     assert_alike,
     at_once,
     check_record,
-    mismatches,
-    one_at_a_time,
-    prompts,
-    summary,
+    expect_alike_one_at_a_time,
 )
 
 SETUPS = tuple(Setup(f"width{count - 1}-{count}", MANY, draft_tokens=count) for count in (2, 4, 6))
 
 
 def test_one_at_a_time(servers: AbServers, report: Report) -> None:
-    rows = one_at_a_time(servers, prompts(SHORT_LENGTHS, seed=41))
-    figures = summary(rows)
-    report(f"{servers.setup.name}.one_at_a_time", figures)
-    assert mismatches(rows) == []
-    drafts = figures["accepted_drafts"]["sglang"]
-    assert len(drafts) == servers.setup.draft_tokens, "some step should accept all drafts"
+    expect_alike_one_at_a_time(servers, report, seed=41)
 
 
 def test_many_at_once(servers: AbServers, report: Report) -> None:
