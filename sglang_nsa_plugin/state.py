@@ -39,6 +39,7 @@ class State:
         reason: why this adapter and implementation, or why none.
         switched_on: whether the fill is switched on in service.
         in_place: whether the plugin fills this role's steps; false until start-up is over.
+        bytes_saved: of token-wide page tables that the graphs of this role do without.
         captures: batch sizes whose fill was recorded in a CUDA graph.
         replays: replays whose fill was in the graph.
         launches: steps whose fill was one launch from Python.
@@ -56,6 +57,7 @@ class State:
     reason: str = NOT_ASKED
     switched_on: bool = True
     in_place: bool = False
+    bytes_saved: int = 0
     captures: set[int] = field(default_factory=set)
     replays: int = 0
     launches: int = 0
@@ -99,6 +101,7 @@ def _values_of(state: State) -> dict[str, Any]:
         "reason": state.reason,
         "switched_on": state.switched_on,
         "in_place": state.in_place,
+        "bytes_saved": state.bytes_saved,
         "in_graph": bool(state.captures),
         "captures": sorted(state.captures),
         "replays": state.replays,
