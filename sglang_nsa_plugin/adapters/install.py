@@ -9,8 +9,9 @@ from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases
 from sglang_nsa_plugin.adapters.adapter import Adapter, Request
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.adapters.server_config import resolved
+from sglang_nsa_plugin.adapters.tree_mask import TREE_MASK
 from sglang_nsa_plugin.log import logger_of
-from sglang_nsa_plugin.state import DRAFT_EXTEND
+from sglang_nsa_plugin.state import DRAFT_EXTEND, VERIFY
 
 logger = logger_of(__name__)
 
@@ -80,6 +81,9 @@ def install(request: Request, roles: Iterable[str] = (DRAFT_EXTEND,)) -> str | N
         takeover.arm(None)  # until its role is asked for
     for role in roles:
         _arm(adapter, role, request)
+    verify = adapter.takeovers.get(VERIFY)
+    if verify is not None and verify.request is not None:
+        TREE_MASK.install(verify)
     return None
 
 
