@@ -37,10 +37,17 @@ def build(pair: Any, bs: int, **changes: Any) -> Any:
     The worker's own name for the function is called: the hook has to reach it.
     """
     from sglang.srt.speculative import eagle_worker_v2
+
+    args, kwargs = arguments(pair, bs, **changes)
+    return eagle_worker_v2.build_eagle_verify_input(*args, **kwargs)
+
+
+def arguments(pair: Any, bs: int, **changes: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
     draft_tokens, drafts = pair.ours.draft_tokens, _chain(pair, bs)
-    asked = {
+    bonus_tokens = torch.arange(bs, device=drafts[2].device)
+    by_name = {
         "target_worker": SimpleNamespace(model_runner=pair.ours.model_runner),
         "topk": 1,
         "num_steps": draft_tokens - 1,
@@ -49,10 +56,7 @@ def build(pair: Any, bs: int, **changes: Any) -> Any:
         "device": str(pair.inputs.seq_lens.device),
         **changes,
     }
-    bonus_tokens = torch.arange(bs, device=drafts[2].device)
-    return eagle_worker_v2.build_eagle_verify_input(
-        batch(pair, bs), SimpleNamespace(bonus_tokens=bonus_tokens), *drafts, None, **asked
-    )
+    return (batch(pair, bs), SimpleNamespace(bonus_tokens=bonus_tokens), *drafts, None), by_name
 
 
 def batch(pair: Any, bs: int) -> SimpleNamespace:

@@ -1,10 +1,10 @@
 """SGLang 0.5.16 to 0.5.23: a tree mask of bs x n x n bytes for verify, instead of bs x n x context.
 
 After each draft, SGLang writes a mask that says for every draft token which tokens it sees: one byte
-for each token of the context (``FULL_MASK``). Some attention backends read it, NSA/DSA does not. SGLang's
-other mode, ``QLEN_ONLY``, leaves the context out. Verify reads positions and the links of the tree, and
-they are the same in both modes. From 0.5.22 on, ``QLEN_ONLY`` also makes SGLang build a chain of drafts
-in one launch instead of five.
+for each token of the context (``FULL_MASK``). Some attention backends read it; NSA/DSA does not.
+SGLang's other mode, ``QLEN_ONLY``, leaves the context out. Verify reads positions and the links of the
+tree, which are the same in both modes. From 0.5.22 on, ``QLEN_ONLY`` also makes SGLang build a chain of
+drafts in one launch instead of five.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class TreeMask:
     def _decide(self, verify: Takeover, backend: Any, asked: dict[str, Any]) -> None:
         """Once for each backend; adaptive speculation has several."""
         model_runner = asked["target_worker"].model_runner
-        if any(backend is ours for ours in verify.backends):
+        if backend in verify.backends:
             why_not = why_read(backend, model_runner, asked["topk"], asked["tree_mask_mode"])
         else:
             why_not = f"the plugin does not fill the target's {type(backend).__name__}"

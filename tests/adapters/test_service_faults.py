@@ -29,7 +29,7 @@ from test_start_faults import serve_and_expect_sglangs_values
 from test_switch import real_scheduler
 
 from sglang_nsa_plugin import log, plugin
-from sglang_nsa_plugin.adapters import eager, in_graph
+from sglang_nsa_plugin.adapters import eager, in_graph, tree_mask
 from sglang_nsa_plugin.adapters.outcome import OUTCOME, OUTCOMES
 from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.state import ROLES
@@ -41,7 +41,7 @@ def test_every_hook_is_one_of_the_two() -> None:
     """A new hook needs a test here, or a reason why an error may leave it."""
     from sglang_nsa_plugin.adapters.eager_names import DSA, NSA
 
-    tables = (*plugin._COMMAND_LINE, *plugin._IN_SCHEDULER, *in_graph._HOOKS)
+    tables = (*plugin._COMMAND_LINE, *plugin._IN_SCHEDULER, *in_graph._HOOKS, tree_mask.HOOK)
     hooks = (*tables, *eager._hooks(DSA), *eager._hooks(NSA))
     assert {hook.replacement for hook in hooks} | {eager._replay} == AT_START | IN_SERVICE
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 import tree_mask_calls
 from cpu_pair import BATCH_SIZES, DRAFT_TOKENS, make_pair, on_the_cpu, random_batch
+from failing_calls import errors_of, every_call, failing_call, fresh, sglangs
 from test_switch import ask
 from tree_mask_calls import (
+    arguments,
     build,
     draw,
     expect_blocks_of_the_full_mask,
@@ -253,9 +255,36 @@ def test_an_error_leaves_the_mask_to_sglang(pair, where, monkeypatch, caplog):
     assert not VERIFY_STATE.fallbacks
 
 
-def fail_with_short_masks(monkeypatch, fail):
+def test_whichever_call_of_ours_fails_sglangs_function_answers(state, monkeypatch, caplog):
+    def run(number):
+        caplog.clear()
+        fresh()
+        pair = make(monkeypatch)
+        args, kwargs = arguments(pair, 2)
+        original = sglangs(eagle_worker_common().build_eagle_verify_input)
+        with failing_call(number) as failed:
+            built = tree_mask.TREE_MASK.build(original, *args, **kwargs)
+        assert original.calls == 1, failed
+        size = built.custom_mask.numel()
+        if size == short(2):  # at most a line of the log was lost
+            assert not errors_of(caplog), failed
+        else:
+            assert size == full(2), failed
+            assert len(errors_of(caplog)) == 1, failed
+            assert build(pair, 2).custom_mask.numel() == full(2), failed
+        return failed
+
+    assert {"TreeMask._decide", "why_read", "resolved", "setattr"} <= set(every_call(run))
+
+
+def eagle_worker_common():
     from sglang.srt.speculative import eagle_worker_common as module
 
+    return module
+
+
+def fail_with_short_masks(monkeypatch, fail):
+    module = eagle_worker_common()
     build_tree = module.build_tree_kernel_efficient
 
     def build_tree_unless_short(*args, **kwargs):

@@ -6,10 +6,7 @@ python -m pytest tests/gpu/test_gpu_tree_mask.py
 from __future__ import annotations
 
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("sglang", reason="needs SGLang with its GPU packages")
-
+import torch
 from test_gpu_in_graph import BATCH_SIZES, DRAFT_TOKENS, pair_for_installed
 from tree_mask_calls import (
     build,
