@@ -72,12 +72,15 @@ def batch(pair: Any, bs: int) -> SimpleNamespace:
 
 
 def _chain(pair: Any, bs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Parents, ranks and tokens of the drafts: each has the one before it as its parent."""
+    """Parents, ranks and tokens of the drafts, of which each step has made one for each request."""
+    from sglang.srt.speculative.eagle_utils import organize_draft_results
+
     steps, device = pair.ours.draft_tokens - 1, pair.inputs.seq_lens.device
-    ranks = torch.arange(steps, device=device).repeat(bs, 1)
-    parents = torch.arange(-1, steps - 1, device=device).repeat(bs, 1)
-    tokens = torch.arange(100, 100 + bs * steps, device=device).view(bs, steps)
-    return parents, ranks, tokens
+    scores = [torch.full((bs, 1, 1), 0.9**step, device=device) for step in range(steps)]
+    tokens = [torch.arange(bs, device=device).view(bs, 1) + 100 * step for step in range(1, steps + 1)]
+    first = torch.tensor([[-1, 0]], device=device).repeat(bs, 1)
+    later = [torch.full((bs, 1), step, device=device) for step in range(1, steps)]
+    return organize_draft_results(scores, tokens, [first, *later], steps + 1)
 
 
 def expect_same_but_for_the_mask(ours: Any, sglangs: Any) -> None:

@@ -64,11 +64,7 @@ class TreeMask:
     ) -> Any | None:
         """SGLang's verify input with a short mask, or None where the mask is to be SGLang's."""
         verify = self._verify
-        if (
-            verify is None
-            or verify.outcome.phase is not Phase.ACTIVE
-            or not verify.outcome.is_switched_on
-        ):
+        if verify is None or not _is_on(verify.outcome):
             return None
         backend = kwargs["target_worker"].model_runner.attn_backend
         if DECIDED not in vars(backend):
