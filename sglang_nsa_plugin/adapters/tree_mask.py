@@ -42,8 +42,9 @@ class TreeMask:
         from sglang.srt.plugins.hook_registry import HookRegistry
 
         self._verify, self._said = verify, ""
-        for misfit in hooks.misfits([HOOK]):
-            self._leave(f"this SGLang does not fit: {misfit}")
+        misfits = hooks.misfits([HOOK])
+        if misfits:
+            self._leave(f"this SGLang does not fit: {misfits[0]}")
             return
         hooks.register([HOOK])
         HookRegistry.apply_hooks()

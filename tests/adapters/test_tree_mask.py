@@ -5,6 +5,7 @@ The compiled kernels that SGLang takes on an NVIDIA GPU: gpu/test_gpu_tree_mask.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 import tree_mask_calls
 from cpu_pair import BATCH_SIZES, DRAFT_TOKENS, make_pair, on_the_cpu, random_batch
 from failing_calls import errors_of, every_call, failing_call, fresh, sglangs
+from isolated import run
 from test_switch import ask
 from tree_mask_calls import (
     arguments,
@@ -121,6 +123,21 @@ def test_one_line_and_the_record_say_what_it_saves(pair, caplog):
         build(pair, bs)
     assert lines(caplog) == [SHORT]
     assert record()["tree_mask"] == SHORT
+
+
+def test_each_backend_is_asked_once_and_two_that_agree_give_one_line(pair, monkeypatch, caplog):
+    """Adaptive speculation has several."""
+    caplog.set_level(logging.INFO)
+    asked, runner = [], pair.ours.model_runner
+    why_read = tree_mask.why_read
+    monkeypatch.setattr(tree_mask, "why_read", lambda *args: asked.append(args) or why_read(*args))
+    with pair.stub_process():
+        second = type(pair.ours.backend)(runner)
+    for backend in (pair.ours.backend, second) * 2:
+        runner.attn_backend = backend
+        assert build(pair, 2).custom_mask.numel() == short(2)
+    assert len(asked) == 2
+    assert len(lines(caplog)) == 1
 
 
 @pytest.mark.parametrize("key", ["nsa_metadata", "nsa_metadata_verify"])
@@ -256,7 +273,7 @@ def test_an_error_leaves_the_mask_to_sglang(pair, where, monkeypatch, caplog):
 
 
 def test_whichever_call_of_ours_fails_sglangs_function_answers(state, monkeypatch, caplog):
-    def run(number):
+    def run_with(number):
         caplog.clear()
         fresh()
         pair = make(monkeypatch)
@@ -274,7 +291,7 @@ def test_whichever_call_of_ours_fails_sglangs_function_answers(state, monkeypatc
             assert build(pair, 2).custom_mask.numel() == full(2), failed
         return failed
 
-    assert {"TreeMask._decide", "why_read", "resolved", "setattr"} <= set(every_call(run))
+    assert {"TreeMask._decide", "why_read", "resolved", "setattr"} <= set(every_call(run_with))
 
 
 def eagle_worker_common():
@@ -301,15 +318,33 @@ def test_an_error_of_sglangs_own_stays_sglangs(pair, monkeypatch):
         build(pair, 2)
 
 
-def test_a_function_that_does_not_fit_leaves_verify_to_the_plugin(state, monkeypatch, caplog):
+@pytest.mark.parametrize("changed", ["parameters", "name"])
+def test_a_function_that_does_not_fit_leaves_verify_to_the_plugin(state, monkeypatch, caplog, changed):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(
-        tree_mask, "HOOK", tree_mask.Hook(tree_mask.HOOK.target, ("batch",), tree_mask.TREE_MASK.build)
-    )
+    hook = tree_mask.HOOK
+    other = {"parameters": ("batch",)} if changed == "parameters" else {"target": f"{hook.target}_gone"}
+    monkeypatch.setattr(tree_mask, "HOOK", dataclasses.replace(hook, **other))
     pair = make_pair(role="verify")
     (line,) = lines(caplog)
-    assert line.startswith(
-        "SGLang's: this SGLang does not fit: sglang.srt.speculative.eagle_worker_comm"
-    )
+    assert line.startswith(f"SGLang's: this SGLang does not fit: {tree_mask.HOOK.target} ")
     pair.replay(random_batch(pair, torch.Generator().manual_seed(3)))
     assert VERIFY_STATE.replays == 1
+
+
+BESIDE_ANOTHER_PLUGIN = """
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+from sglang_nsa_plugin.adapters.in_graph import ADAPTER
+from sglang_nsa_plugin.adapters.tree_mask import HOOK, TREE_MASK
+from sglang_nsa_plugin.state import record
+
+HookRegistry.register(HOOK.target, print, HookType.BEFORE, source=HookSource("other", "other"))
+HookRegistry.apply_hooks()
+TREE_MASK.install(ADAPTER.takeovers["verify"])
+print(record()["tree_mask"])
+"""
+
+
+def test_another_plugin_on_the_same_function_is_named():
+    skip_without_the_function()
+    said = run(BESIDE_ANOTHER_PLUGIN).stdout.splitlines()[-1]
+    assert said == f"SGLang's: another plugin (other) patched {tree_mask.HOOK.target} before"
