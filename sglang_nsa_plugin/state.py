@@ -48,6 +48,7 @@ class State:
         values_checked: values that those steps compared, as far as the device has reported.
         mismatches: values that differed in the failing check, which is the last one.
         first_mismatch: the first of them, in words.
+        tree_mask: of verify: what is done with its tree mask, in words; None before it was decided.
     """
 
     role: str = DRAFT_EXTEND
@@ -66,6 +67,7 @@ class State:
     values_checked: int = 0
     mismatches: int = 0
     first_mismatch: str | None = None
+    tree_mask: str | None = None
 
 
 STATE = State()
@@ -88,6 +90,7 @@ def record() -> dict[str, Any]:
         "version": VERSION,
         **_values_of(STATE),
         "in_place": {state.role: state.in_place for state in reported()},
+        "tree_mask": VERIFY_STATE.tree_mask,
         "roles": {state.role: _values_of(state) for state in reported()},
         "pid": os.getpid(),
     }
