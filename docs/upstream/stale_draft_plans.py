@@ -1,6 +1,6 @@
 """With more than 3 steps, three of SGLang's draft-decode backends keep the plans of their capture.
 
-    python stale_draft_plans.py [--steps 5] [--requests 32] [--prompt 70000] [--time]
+    python stale_draft_plans.py [--steps 5] [--requests 64] [--prompt 70000] [--time]
 
 Needs an NVIDIA GPU and an installed SGLang, 0.5.15 or later; no model, no server, no other package.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 
 PAGE, TOPK = 64, 2048
 SHORT = 200  # tokens of every request but the first
+PLANLESS = 48  # up to fewer than so many requests, by release and GPU, the top-k takes no plan
 HEADS, HEAD_DIM, KEY_BYTES = 64, 128, 132  # of the indexer; a key is fp8 with its scale
 
 
@@ -31,7 +32,7 @@ def main() -> int:
     """Prints what each draft step's graph would read."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=5, help="--speculative-num-steps of a server")
-    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=70_000, help="tokens of the first request")
     parser.add_argument("--time", action="store_true", help="also the logits' time with both schedules")
     asked = parser.parse_args()
@@ -81,17 +82,14 @@ def replayed(device: torch.device, steps: int, lengths: torch.Tensor) -> list[An
 def look_at(backend: Any, lengths: torch.Tensor) -> dict[str, str]:
     """What one draft step's graph would read, beside what belongs to these lengths."""
     kept = backend.forward_metadata
-    schedule, plan = fresh_schedule(kept), fresh_plan(kept)
     found = {"lengths": verdict(kept.cache_seqlens_int32.equal(lengths.int()))}
-    found["schedule"] = verdict(kept.paged_mqa_schedule_metadata.equal(schedule))
-    if plan is not None:
-        # Up to 30 rows the kernel that selects takes no plan, and none need be written.
-        found["top-k plan"] = (
-            "not used" if len(lengths) <= 30 else verdict(same_plan(kept.topk_v2_plan, plan))
-        )
-        logits = torch.randn(len(lengths), kept.real_page_table.shape[1] * PAGE, device=lengths.device)
+    found["schedule"] = verdict(kept.paged_mqa_schedule_metadata.equal(fresh_schedule(kept)))
+    plan = backend._build_topk_v2_plan(kept.dsa_seqlens_expanded)
+    if plan is not None:  # else SGLang was told to take its older top-k
+        is_same = len(lengths) > PLANLESS and same_plan(kept.topk_v2_plan, plan)
+        found["top-k plan"] = verdict(is_same) if len(lengths) > PLANLESS else "not looked at"
         found["top-k of the first request"] = (
-            f"{selected(backend, logits)} of {min(TOPK, int(lengths[0]))}"
+            f"{selected(kept, lengths)} of {min(TOPK, int(lengths[0]))}"
         )
     return found
 
@@ -111,16 +109,6 @@ def fresh_schedule(metadata: Any) -> torch.Tensor:
     return schedule
 
 
-def fresh_plan(metadata: Any) -> torch.Tensor | None:
-    """The top-k plan of the lengths that the metadata holds now; None without that top-k."""
-    if metadata.topk_v2_plan is None:
-        return None
-    from sglang.kernels.ops.attention.dsv4.topk import plan_topk_v2
-
-    plan: torch.Tensor = plan_topk_v2(metadata.dsa_seqlens_expanded)
-    return plan
-
-
 def same_plan(kept: torch.Tensor, fresh: torch.Tensor) -> bool:
     """Row 0 is a threshold and the number of items, which follow in any order."""
     items = int(fresh[0, 1])
@@ -128,16 +116,26 @@ def same_plan(kept: torch.Tensor, fresh: torch.Tensor) -> bool:
     return kept[0].equal(fresh[0]) and listed[0] == listed[1]
 
 
-def selected(backend: Any, logits: torch.Tensor) -> int:
-    """How many positions SGLang's top-k selects for the first request."""
-    from sglang.kernels.ops.attention.dsv4.topk import topk_transform_512_v2
+def selected(metadata: Any, lengths: torch.Tensor) -> int:
+    """How many tokens of the first request SGLang's top-k selects, by random logits."""
+    from sglang.srt.layers.attention.dsa.dsa_topk_backend import _topk_transform_v2_paged
 
-    kept = backend.forward_metadata
-    out = logits.new_full((len(logits), TOPK), -1, dtype=torch.int32)  # as SGLang's caller does
-    topk_transform_512_v2(
-        logits, kept.dsa_seqlens_expanded, kept.real_page_table, out, PAGE, kept.topk_v2_plan
-    )
-    return int((out[0] >= 0).sum())
+    logits = torch.randn(len(lengths), metadata.real_page_table.shape[1] * PAGE, device=lengths.device)
+    with uninitialized_memory_filled():
+        slots = _topk_transform_v2_paged(logits, metadata.dsa_seqlens_expanded, TOPK, metadata)[0]
+    of_request = slots[(slots >= PAGE) & (slots < PAGE + lengths[0])]  # as `replayed` lays them out
+    return of_request.unique().numel()
+
+
+@contextlib.contextmanager
+def uninitialized_memory_filled() -> Iterator[None]:
+    """Since 0.5.19 the top-k's output is allocated and not filled: a row that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def logits_times(backend: Any, lengths: torch.Tensor) -> tuple[float, float]:
@@ -216,7 +214,7 @@ def configured(steps: int) -> Any:
 
 
 @contextlib.contextmanager
-def one_rank() -> Any:
+def one_rank() -> Iterator[None]:
     """The ranks that torch.distributed would tell; not every release asks for all of them."""
     from sglang.srt.runtime_context import get_parallel
 
