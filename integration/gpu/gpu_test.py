@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TIMING = "tests/gpu/test_gpu_bench.py"
 APART = ("tests/tools", sanitizers.FUZZ, TIMING)
 TIME_LIMIT_S = 540
+SOAKS = {"soak": "draft-extend", "soak_verify": "verify", "soak_draft_decode": "draft-decode"}
 
 
 def main() -> int:
@@ -37,7 +39,7 @@ def main() -> int:
         "adapters": lambda: run_tests("tests/gpu/test_gpu_in_graph.py", "tests/gpu/test_gpu_eager.py"),
         **sanitizers.parts(),
         "demo": run_demo,
-        "soak": lambda: run_module("soak"),
+        **{part: partial(run_module, "soak", "--role", role) for part, role in SOAKS.items()},
         "check_cost": lambda: run_module("check_cost"),  # with the GPU to itself
     }
     parser.add_argument("--only", choices=parts, action="append")
@@ -48,7 +50,7 @@ def main() -> int:
         "fuzz",
         "sanitized_tests",
         "sanitized_vast_tests",
-        "soak",
+        *SOAKS,
         "check_cost",
     )
     only = parser.parse_args().only or [name for name in parts if name not in by_name]
@@ -91,11 +93,11 @@ def run_demo() -> dict[str, Any]:
         return {"passed": run.returncode == 0, **found}
 
 
-def run_module(name: str) -> dict[str, Any]:
+def run_module(name: str, *arguments: str) -> dict[str, Any]:
     """What a module of this package writes with --json."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        command = [sys.executable, "-m", f"integration.gpu.{name}", "--json", str(path)]
+        command = [sys.executable, "-m", f"integration.gpu.{name}", *arguments, "--json", str(path)]
         subprocess.run(command, cwd=ROOT, timeout=TIME_LIMIT_S, check=False)
         return json.loads(path.read_text()) if path.is_file() else {"passed": False}
 
