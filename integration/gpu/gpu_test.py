@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +33,7 @@ SOAKS = {"soak": "draft-extend", "soak_verify": "verify", "soak_draft_decode": "
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parts = {
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": lambda: run_tests("tests", *(f"--ignore={path}" for path in APART)),
         "timing": lambda: run_tests(TIMING),  # with the GPU to itself
         "fuzz": lambda: run_tests(sanitizers.FUZZ),
