@@ -2,8 +2,8 @@
 
     python -m pytest integration/serving/test_shadow_load.py -v -s [--load-s 390] [--budget-s 520]
 
-All servers share one GPU, fill every role and compare every replay. The load ends when --load-s are over,
-or 20 s before --budget-s are, counted from pytest's start. Each GPU has a result file,
+All servers share one GPU, fill every role and compare every replay. The load ends when --load-s are
+over, or 20 s before --budget-s are, counted from pytest's start. Each GPU has a result file,
 shadow-load-GPU-VERSION.json.
 """
 

@@ -33,10 +33,7 @@ SETUPS = (
     Setup(
         "shadow",
         ("--enable-metrics",),
-        environments={
-            "checked": CHECKED,
-            "corrupted": {**CHECKED, "NSA_PROBE_CORRUPT": ",".join(PLANTED)},
-        },
+        environments={"checked": CHECKED, "corrupted": CORRUPTIBLE},
     ),
 )
 NEW_TOKENS = 192
