@@ -95,6 +95,12 @@ def roles_of(server_args: object) -> tuple[str, ...]:
     return getattr(server_args, ROLES_ATTRIBUTE, None) or _roles_from_environment() or DEFAULT_ROLES
 
 
+def names_role(server_args: object, role: str) -> bool:
+    """Whether this role was asked for by name. Draft-extend always counts as asked for."""
+    named = getattr(server_args, ROLES_ATTRIBUTE, None) or _roles_from_environment() or (DRAFT_EXTEND,)
+    return role in named
+
+
 class _Carried(argparse._StoreAction):  # SGLang's --config takes no flag of another action
     """Keeps a flag's value where ``ServerArgs.from_cli_args`` is not the plugin's to hook.
 

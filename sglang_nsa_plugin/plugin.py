@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.hooks import Hook
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.log import logger_of, loses
-from sglang_nsa_plugin.state import DRAFT_EXTEND, VERSION, record
+from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, VERSION, record
+
+if TYPE_CHECKING:
+    from sglang_nsa_plugin.adapters.adapter import Request
 
 logger = logger_of(__name__)
 
@@ -25,6 +28,7 @@ _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 _SCHEDULER = f"{_SCHEDULER_MODULE}.Scheduler"
 RECORD_KEY = "nsa_metadata"
+OF_DRAFT_MODEL = (DRAFT_EXTEND, DRAFT_DECODE)  # --speculative-draft-attention-backend is theirs
 CONCLUDED = "_nsa_concluded"  # on a scheduler whose verdict was given
 
 
@@ -187,7 +191,7 @@ def _conclude(scheduler: Any, server_args: Any) -> None:
     if OUTCOME.is_undecided:
         _decline(server_args, f"the plugin's hook of {_SCHEDULER_INIT.target} did not run")
     else:
-        verdict.conclude(server_args, options.backend_of(server_args))
+        verdict.conclude(server_args, _requests(server_args))
     collector = getattr(scheduler, "metrics_collector", None)
     if collector is not None:
         from sglang_nsa_plugin import metrics
@@ -249,20 +253,29 @@ def activate(server_args: Any) -> None:
         BackendUnavailableError: a backend was asked for by name and no adapter fits this SGLang.
     """
     from sglang_nsa_plugin.adapters import install
-    from sglang_nsa_plugin.adapters.adapter import Request
 
     _export_to_sgl_kernel()
     if _is_idle(server_args):
         return
-    request = Request(options.backend_of(server_args), options.check_of(server_args))
-    roles = list(options.roles_of(server_args))
+    requests = _requests(server_args)
     why_other = install.why_other_attention(server_args)
-    if why_other is not None and DRAFT_EXTEND in roles:
-        roles.remove(DRAFT_EXTEND)
-        _step_aside(request.backend, why_other, [DRAFT_EXTEND])
-    why_not = install.install(request, roles) if roles else None
+    if why_other is not None:
+        of_draft_model = {role: requests.pop(role) for role in OF_DRAFT_MODEL if role in requests}
+        _step_aside(of_draft_model, why_other)
+    why_not = install.install(requests) if requests else None
     if why_not is not None:
-        _step_aside(request.backend, why_not, roles)
+        _step_aside(requests, why_not)
+
+
+def _requests(server_args: Any) -> dict[str, Request]:
+    """What the server asks for, by role."""
+    from sglang_nsa_plugin.adapters.adapter import Request
+
+    backend, check_every = options.backend_of(server_args), options.check_of(server_args)
+    return {
+        role: Request(backend, check_every, options.names_role(server_args, role))
+        for role in options.roles_of(server_args)
+    }
 
 
 def _decline(server_args: Any, why_not: str) -> None:
@@ -272,7 +285,7 @@ def _decline(server_args: Any, why_not: str) -> None:
         BackendUnavailableError: a backend was asked for by name.
     """
     if not _is_idle(server_args):
-        _step_aside(options.backend_of(server_args), why_not, options.roles_of(server_args))
+        _step_aside(_requests(server_args), why_not)
 
 
 def _is_idle(server_args: Any) -> bool:
@@ -291,11 +304,11 @@ def _is_idle(server_args: Any) -> bool:
     return why_idle is not None
 
 
-def _step_aside(asked_for: str, why_not: str, roles: Iterable[str]) -> None:
+def _step_aside(requests: Mapping[str, Request], why_not: str) -> None:
     from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 
-    for role in roles:
-        OUTCOMES[role].step_aside(asked_for, why_not)
+    for role, request in requests.items():
+        OUTCOMES[role].step_aside(request.asked_for, why_not)
 
 
 def _export_to_sgl_kernel() -> None:

@@ -22,8 +22,8 @@ VERSION = version_of("sglang-nsa-plugin")
 
 NOT_ASKED = "not asked yet"
 # The plans of a speculative step that the plugin can fill; users see these names.
-DRAFT_EXTEND, VERIFY = "draft-extend", "verify"
-ROLES = (DRAFT_EXTEND, VERIFY)
+DRAFT_EXTEND, DRAFT_DECODE, VERIFY = "draft-extend", "draft-decode", "verify"
+ROLES = (DRAFT_EXTEND, DRAFT_DECODE, VERIFY)
 
 
 @dataclass
@@ -67,12 +67,14 @@ class State:
 
 
 STATE = State()
+DRAFT_DECODE_STATE = State(DRAFT_DECODE)
 VERIFY_STATE = State(VERIFY)
+STATES = {state.role: state for state in (STATE, DRAFT_DECODE_STATE, VERIFY_STATE)}
 
 
 def reported() -> list[State]:
     """The states that are shown: draft-extend's, and that of every other role that was asked for."""
-    return [state for state in (STATE, VERIFY_STATE) if state is STATE or state.reason != NOT_ASKED]
+    return [state for state in STATES.values() if state is STATE or state.reason != NOT_ASKED]
 
 
 def record() -> dict[str, Any]:

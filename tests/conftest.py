@@ -26,7 +26,7 @@ from memcpy_trace import MemcpyTrace  # noqa: E402
 
 from sglang_nsa_plugin import log  # noqa: E402
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES  # noqa: E402
-from sglang_nsa_plugin.state import STATE, VERIFY_STATE, State  # noqa: E402
+from sglang_nsa_plugin.state import STATE, STATES, State  # noqa: E402
 
 hypothesis.settings.register_profile("ci", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("ci")
@@ -82,7 +82,7 @@ def state() -> Iterator[State]:
 
 
 def _reset() -> None:
-    for each in (STATE, VERIFY_STATE):
+    for each in STATES.values():
         each.__init__(each.role)  # type: ignore[misc]
     for outcome in OUTCOMES.values():
         outcome.__init__(outcome.state)  # type: ignore[misc]

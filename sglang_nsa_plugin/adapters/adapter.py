@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters.hooks import Hook, Requirement, why_replaced
 from sglang_nsa_plugin.adapters.outcome import OUTCOME, Outcome
 
@@ -16,15 +17,22 @@ SET_UP_ERRORS = (RuntimeError, ValueError, TypeError)
 
 @dataclass(frozen=True)
 class Request:
-    """What the server asked for.
+    """What the server asked for, of one role.
 
     Attributes:
         backend: the implementation, or "auto".
         check_every: fills from one shadow check to the next; 0 for none.
+        is_named: whether the role itself was asked for, and not filled because it is in the default.
     """
 
     backend: str
     check_every: int
+    is_named: bool = True
+
+    @property
+    def asked_for(self) -> str:
+        """The implementation without which the start ends; "auto" ends none."""
+        return self.backend if self.is_named else options.DEFAULT
 
 
 class Takeover:
@@ -81,7 +89,7 @@ class Takeover:
             BackendUnavailableError: the backend was asked for by name.
         """
         assert self.request is not None  # nothing is set up before
-        self.outcome.step_aside_after(self.request.backend, error)
+        self.outcome.step_aside_after(self.request.asked_for, error)
         self.release()
 
     def abandon(self, error: Exception) -> bool:
@@ -104,38 +112,55 @@ class Takeover:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a role needs of SGLang besides what all roles of its adapter need.
+
+    Attributes:
+        hooks: the methods of SGLang that are replaced. Each goes when SGLang does its part itself.
+        needs: what else of SGLang the adapter calls or reads.
+    """
+
+    hooks: tuple[Hook, ...] = ()
+    needs: tuple[Requirement, ...] = ()
+
+    @property
+    def requirements(self) -> tuple[Requirement, ...]:
+        """Everything that a release must have to fit."""
+        return (*self.hooks, *self.needs)
+
+
+@dataclass(frozen=True)
 class Adapter:
     """How the fill is hooked into one generation of SGLang's code.
 
     Attributes:
         name: as it is reported and logged.
-        hooks: the methods of SGLang that are replaced. Each goes when SGLang does its part itself.
-        needs: what else of SGLang the adapter calls or reads.
+        common: what every role needs.
         takeovers: what the hooks have taken over, by role. The roles that the adapter can fill.
         why_unfilled: of a backend that was taken over: why no step of it is filled, or None. To be asked
             when start-up is over.
+        parts: what a role needs besides, by role. Without it the other roles are filled.
     """
 
     name: str
-    hooks: tuple[Hook, ...]
-    needs: tuple[Requirement, ...]
+    common: Parts
     takeovers: Mapping[str, Takeover]
     why_unfilled: Callable[[Any], str | None]
+    parts: Mapping[str, Parts] = field(default_factory=dict)
+
+    def parts_of(self, role: str) -> Parts:
+        """What this role needs besides what every role needs."""
+        return self.parts.get(role, Parts())
 
     def why_not_in_place(self, role: str) -> str | None:
         """Why no step of this role is going to be filled, or None. To be asked when start-up is over.
 
         Adaptive speculation has several backends; one that is filled is enough.
         """
-        replaced = why_replaced(self.hooks)
+        replaced = why_replaced((*self.common.hooks, *self.parts_of(role).hooks))
         if replaced is not None:
             return replaced
         reasons = [self.why_unfilled(backend) for backend in self.takeovers[role].backends]
         if not reasons:
             return f"SGLang made no NSA/DSA attention backend for {role}, as EAGLE and MTP have one"
         return None if None in reasons else reasons[0]
-
-    @property
-    def requirements(self) -> tuple[Requirement, ...]:
-        """Everything that a release must have to fit."""
-        return (*self.hooks, *self.needs)

@@ -11,14 +11,16 @@ from sglang_nsa_plugin import dispatch, options
 from sglang_nsa_plugin.adapters import fields, mqa_schedule
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
 from sglang_nsa_plugin.adapters.outcome import Outcome
-from sglang_nsa_plugin.adapters.roles import Role
+from sglang_nsa_plugin.adapters.roles import Inputs, Role
 from sglang_nsa_plugin.adapters.shadow_check import ShadowedReplays
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.fill_args import FillArgs
 
-# What a replay on the fast path compares: ForwardMode, seq_lens, req_pool_indices, req_to_token; then
-# SGLang's metadata, which it serves. Of tensors that are new objects in each replay, the addresses.
-Hit = tuple[Any, "torch.Tensor | int", "torch.Tensor | int", torch.Tensor, Any]
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # seq_lens, req_pool_indices, req_to_token
+# What a replay on the fast path compares, and then SGLang's metadata, which it serves. Of inputs that
+# are the same objects or new slices: ForwardMode, seq_lens, req_pool_indices, req_to_token, and of
+# slices the addresses. Of copied inputs: the backend, req_to_token.
+Hit = tuple[Any, ...]
 
 
 class CaptureError(RuntimeError):
@@ -55,9 +57,13 @@ class GraphFill:
         self._inputs = (args.seq_lens, args.req_pool_indices, args.req_to_token)
         self._addresses = _addresses(self._inputs)
 
-    def reads(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> bool:
+    def reads(self, inputs: Tensors) -> bool:
         """Whether these are the captured tensors: same memory, read the same way."""
         return _addresses(inputs) == self._addresses and all(map(_alike, inputs, self._inputs))
+
+    def holds(self, seq_lens: torch.Tensor, req_pool_indices: torch.Tensor) -> bool:
+        """Whether the captured tensors hold the same values now. Waits for the device."""
+        return all(map(torch.equal, (seq_lens, req_pool_indices), self._inputs[:2]))
 
 
 def _validate_ctx_lens(ctx_lens: torch.Tensor | None, rows: int) -> None:
@@ -111,6 +117,7 @@ class BackendFills:
         self.fast_path: dict[int, Hit] = {}
         self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
         self.is_enabled = True
+        self._copies_seen = False  # whether the runner was seen to copy a batch's inputs
         self.shadowed = ShadowedReplays(backend, check_every, outcome) if check_every else None
 
     def forget(self) -> None:
@@ -148,17 +155,40 @@ class BackendFills:
         if self.shadowed is not None and self.shadowed.check.failed():
             return self._leave_to_sglang(FallbackReason.DIFFERENCE_FOUND)
         inputs = (batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token)
-        if not captured.reads(inputs):
+        if not self._serves(captured, inputs):
             return self._leave_to_sglang(FallbackReason.INPUTS_REPLACED)
         if not self.is_enabled:
             self._switch(on=True)
-        if self.shadowed is None and not self.backend.enable_auto_select_prefill_impl:
+        if self._skips_validation():
             self.fast_path[batch.batch_size] = self._hit(inputs, captured.metadata)
         return True
 
-    def _hit(self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], metadata: Any) -> Hit:
+    def _serves(self, captured: GraphFill, inputs: Tensors) -> bool:
+        """Whether the captured tensors hold these inputs.
+
+        Copies are compared until a batch of another runner's tensors was seen to be copied: once for a
+        backend, and the host waits for it.
+        """
+        if captured.reads(inputs):
+            return True
+        if self.role.inputs is not Inputs.COPIED or inputs[2] is not captured.args.req_to_token:
+            return False
+        self._copies_seen = self._copies_seen or captured.holds(*inputs[:2])
+        return self._copies_seen
+
+    def _skips_validation(self) -> bool:
+        """Whether a replay like the last one needs nothing but its metadata."""
+        if self.shadowed is not None:
+            return False
+        if self.role.inputs is Inputs.COPIED:
+            return self._copies_seen
+        return not self.backend.enable_auto_select_prefill_impl
+
+    def _hit(self, inputs: Tensors, metadata: Any) -> Hit:
         seq_lens, req_pool_indices, req_to_token = inputs
-        if self.role.is_handed_slices:
+        if self.role.inputs is Inputs.COPIED:
+            return self.backend, req_to_token, metadata
+        if self.role.inputs is Inputs.NEW_SLICES:
             return self.mode, seq_lens.data_ptr(), req_pool_indices.data_ptr(), req_to_token, metadata
         return self.mode, seq_lens, req_pool_indices, req_to_token, metadata
 
@@ -206,12 +236,15 @@ class BackendFills:
 
     def _args(self, batch: Any, metadata: Any) -> FillArgs:
         backend, draft_tokens = self.backend, self.backend.speculative_num_draft_tokens
+        rows = self.role.rows_per_request(draft_tokens)
         outputs = fields.read(metadata, fields.DSA, fields.DSA)
         # SGLang builds the context lengths as a view of the expanded lengths: one write serves both.
         ctx_lens = outputs["ctx_lens"]
-        _validate_ctx_lens(ctx_lens, draft_tokens * batch.batch_size)
+        _validate_ctx_lens(ctx_lens, rows * batch.batch_size)
         if ctx_lens is not None and ctx_lens.data_ptr() == outputs["seqlens_expanded"].data_ptr():
             outputs["ctx_lens"] = None
+        if outputs["seqlens_expanded"] is outputs["cache_seqlens"]:  # with one row per request
+            outputs["seqlens_expanded"] = None
         if metadata.page_size == 1:
             outputs["real_page_table"] = None  # it is page_table_1
         if self.remainder_last is None:
@@ -220,7 +253,7 @@ class BackendFills:
             seq_lens=batch.seq_lens,
             req_pool_indices=batch.req_pool_indices,
             req_to_token=backend.req_to_token,
-            extend_lens=draft_tokens,
+            extend_lens=rows,
             length_offset=self.role.length_offset(draft_tokens),
             index_topk=backend.dsa_index_topk,
             page_size=metadata.page_size,

@@ -17,7 +17,7 @@ import torch
 
 from sglang_nsa_plugin import dispatch
 from sglang_nsa_plugin.adapters import hooks
-from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Adapter, Request, Takeover
+from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Adapter, Parts, Request, Takeover
 from sglang_nsa_plugin.adapters.eager_fill import EagerFill
 from sglang_nsa_plugin.adapters.eager_names import DSA, NSA, SglangNames, names_of_generation
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Requirement
@@ -54,7 +54,7 @@ def adapter_for_installed() -> Adapter:
     """The adapter with the tables of the installed SGLang."""
     names = names_of_generation()
     if names is DSA:
-        return Adapter(NAME, _hooks(DSA), _needs(DSA), _takeovers, _why_unfilled)
+        return Adapter(NAME, Parts(_hooks(DSA), _needs(DSA)), _takeovers, _why_unfilled)
     replay = Hook(
         f"{NSA.backend}.init_forward_metadata_replay_cuda_graph",
         (*_REPLAY_PARAMETERS, "actual_forward_mode"),
@@ -62,13 +62,8 @@ def adapter_for_installed() -> Adapter:
         also=(_REPLAY_PARAMETERS,),  # 0.5.11
     )
     is_ragged = Call(f"{_FORWARD_BATCH}.ForwardMode.is_draft_extend", ("self",))
-    return Adapter(
-        NAME,
-        (*_hooks(NSA), replay),
-        (*_needs(NSA), _accepted_tokens(), is_ragged),
-        _takeovers,
-        _why_unfilled,
-    )
+    common = Parts((*_hooks(NSA), replay), (*_needs(NSA), _accepted_tokens(), is_ragged))
+    return Adapter(NAME, common, _takeovers, _why_unfilled)
 
 
 def _accepted_tokens() -> Fields:
@@ -89,7 +84,7 @@ def _init(
     if why_not is None:
         _take_over(backend, request, names)
     else:
-        _takeover.outcome.step_aside(request.backend, why_not)
+        _takeover.outcome.step_aside(request.asked_for, why_not)
 
 
 def _take_over(backend: Any, request: Request, names: SglangNames) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases
@@ -10,7 +10,6 @@ from sglang_nsa_plugin.adapters.adapter import Adapter, Request
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.log import logger_of
-from sglang_nsa_plugin.state import DRAFT_EXTEND
 
 logger = logger_of(__name__)
 
@@ -58,8 +57,8 @@ def adapter_for_installed() -> Adapter:
     return in_graph.ADAPTER if in_graph.is_generation() else eager.adapter_for_installed()
 
 
-def install(request: Request, roles: Iterable[str] = (DRAFT_EXTEND,)) -> str | None:
-    """Puts the adapter's hooks in place and arms these roles; returns why not when SGLang does not fit.
+def install(requests: Mapping[str, Request]) -> str | None:
+    """Puts the adapter's hooks in place and arms the requested roles; returns why not if SGLang misfits.
 
     Raises:
         BackendUnavailableError: a backend was asked for by name, and the adapter cannot fill a role.
@@ -67,30 +66,37 @@ def install(request: Request, roles: Iterable[str] = (DRAFT_EXTEND,)) -> str | N
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     adapter = adapter_for_installed()
-    misfits = hooks.misfits(adapter.requirements)
+    misfits = hooks.misfits(adapter.common.requirements)
     if misfits:
         return f"this SGLang does not fit the {adapter.name} adapter: {'; '.join(misfits)}"
-    hooks.register(adapter.hooks)
+    hooks.register(adapter.common.hooks)
+    why_not_role = {role: _why_role_misfits(adapter, role) for role in requests}
+    for role, why_not in why_not_role.items():
+        if why_not is None:
+            hooks.register(adapter.parts_of(role).hooks)
     HookRegistry.apply_hooks()
-    why_not = hooks.why_not_applied(adapter.hooks)
-    if why_not is not None:
-        return why_not
+    why_none = hooks.why_not_applied(adapter.common.hooks)
+    if why_none is not None:
+        return why_none
     _warn_of_untested_release()
     for takeover in adapter.takeovers.values():
         takeover.arm(None)  # until its role is asked for
-    for role in roles:
-        _arm(adapter, role, request)
+    for role, request in requests.items():
+        why_not = why_not_role[role] or hooks.why_not_applied(adapter.parts_of(role).hooks)
+        if why_not is None:
+            adapter.takeovers[role].arm(request)
+            adapter.takeovers[role].outcome.report_waiting(adapter.name)
+        else:
+            OUTCOMES[role].step_aside(request.asked_for, why_not)
     return None
 
 
-def _arm(adapter: Adapter, role: str, request: Request) -> None:
-    takeover = adapter.takeovers.get(role)
-    if takeover is None:
-        why_not = f"with this SGLang release the plugin fills no {role} metadata"
-        OUTCOMES[role].step_aside(request.backend, why_not)
-        return
-    takeover.arm(request)
-    takeover.outcome.report_waiting(adapter.name)
+def _why_role_misfits(adapter: Adapter, role: str) -> str | None:
+    """Why the adapter cannot fill this role with the installed SGLang, or None."""
+    if role not in adapter.takeovers:
+        return f"with this SGLang release the plugin fills no {role} metadata"
+    misfits = hooks.misfits(adapter.parts_of(role).requirements)
+    return f"this SGLang does not fit the fill of {role}: {'; '.join(misfits)}" if misfits else None
 
 
 def switch(role: str, on: bool) -> None:

@@ -11,7 +11,7 @@ from sglang_nsa_plugin.containment import described
 from sglang_nsa_plugin.dispatch import BackendUnavailableError, Choice
 from sglang_nsa_plugin.log import logger_of
 from sglang_nsa_plugin.shadow import Difference
-from sglang_nsa_plugin.state import DRAFT_EXTEND, NOT_ASKED, STATE, VERIFY, VERIFY_STATE, VERSION, State
+from sglang_nsa_plugin.state import DRAFT_EXTEND, NOT_ASKED, STATE, STATES, VERSION, State
 
 logger = logger_of(__name__)
 
@@ -202,5 +202,5 @@ class Outcome:
         self.state.adapter, self.state.backend, self.state.reason = adapter, backend, reason
 
 
-OUTCOME = Outcome()
-OUTCOMES = {DRAFT_EXTEND: OUTCOME, VERIFY: Outcome(VERIFY_STATE)}
+OUTCOMES = {role: Outcome(state) for role, state in STATES.items()}
+OUTCOME = OUTCOMES[DRAFT_EXTEND]

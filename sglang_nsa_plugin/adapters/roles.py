@@ -4,32 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
-from sglang_nsa_plugin.state import DRAFT_EXTEND, STATE, VERIFY, VERIFY_STATE, State
+from sglang_nsa_plugin.state import (
+    DRAFT_DECODE,
+    DRAFT_DECODE_STATE,
+    DRAFT_EXTEND,
+    STATE,
+    VERIFY,
+    VERIFY_STATE,
+    State,
+)
+
+
+class Inputs(Enum):
+    """How the tensors that a runner passes before a replay relate to those that the graph reads.
+
+    SAME_OBJECTS: they are the captured tensors.
+
+    NEW_SLICES: each replay passes new tensor objects over the same memory.
+
+    COPIED: they may be the batch's own, whose values the runner has copied into the captured ones.
+    """
+
+    SAME_OBJECTS = "same objects"
+    NEW_SLICES = "new slices"
+    COPIED = "copied"
 
 
 @dataclass(frozen=True)
 class Role:
-    """A plan: every request has as many rows as draft tokens, in both of them.
+    """A plan: which rows it has, and how the plugin gets at it.
 
     Attributes:
         name: as users see it.
         is_mode: asks a ForwardMode of SGLang's whether it is this plan's.
-        counts_drafts: whether ``seq_lens`` counts the draft tokens already. Where it does not, the fill
-            adds them to every length.
+        has_row_per_draft: whether a request has a row for each draft token; else it has one.
+        adds_drafts: whether the plan's lengths count draft tokens that ``seq_lens`` does not count yet.
         ends_step: whether no plan of a speculative step comes after it. Then the plugin has a hook
             behind its replay: it publishes the event that frees ``req_to_token``, and checks. A plan
             before it needs no event of its own: its fill comes before the last one's on one stream.
-        is_handed_slices: whether each replay passes new tensor objects over the same memory.
+        inputs: what a replay passes.
+        fast_path: the attribute of a backend that holds the ``fast_path`` of its BackendFills.
         state: what is reported of it.
     """
 
     name: str
     is_mode: Callable[[Any], bool]
-    counts_drafts: bool
+    has_row_per_draft: bool
+    adds_drafts: bool
     ends_step: bool
-    is_handed_slices: bool
+    inputs: Inputs
+    fast_path: str
     state: State
 
     def modes(self) -> list[Any]:
@@ -38,24 +65,42 @@ class Role:
 
         return [mode for mode in ForwardMode if self.is_mode(mode)]
 
+    def rows_per_request(self, draft_tokens: int) -> int:
+        """How many rows a request has in this plan."""
+        return draft_tokens if self.has_row_per_draft else 1
+
     def length_offset(self, draft_tokens: int) -> int:
         """How many tokens of a request ``seq_lens`` does not count yet."""
-        return 0 if self.counts_drafts else draft_tokens
+        return draft_tokens if self.adds_drafts else 0
 
 
 DRAFT_EXTEND_ROLE = Role(
     DRAFT_EXTEND,
     lambda mode: bool(mode.is_draft_extend_v2()),
-    counts_drafts=True,
+    has_row_per_draft=True,
+    adds_drafts=False,
     ends_step=True,
-    is_handed_slices=False,
+    inputs=Inputs.SAME_OBJECTS,
+    fast_path="_nsa_draft_extend_fast_path",
     state=STATE,
+)
+DRAFT_DECODE_ROLE = Role(
+    DRAFT_DECODE,
+    lambda mode: bool(mode.is_decode()),
+    has_row_per_draft=False,
+    adds_drafts=False,
+    ends_step=False,
+    inputs=Inputs.COPIED,
+    fast_path="_nsa_draft_decode_fast_path",
+    state=DRAFT_DECODE_STATE,
 )
 VERIFY_ROLE = Role(
     VERIFY,
     lambda mode: bool(mode.is_target_verify()),
-    counts_drafts=False,
+    has_row_per_draft=True,
+    adds_drafts=True,
     ends_step=False,
-    is_handed_slices=True,
+    inputs=Inputs.NEW_SLICES,
+    fast_path="_nsa_verify_fast_path",
     state=VERIFY_STATE,
 )

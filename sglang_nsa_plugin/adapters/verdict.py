@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sglang_nsa_plugin.adapters import install
+from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.server_config import resolved
 
 
-def conclude(server_args: Any, asked_for: str) -> None:
+def conclude(server_args: Any, requests: Mapping[str, Request]) -> None:
     """Says for each role in one line whether it is filled from now on; if not, leaves it to SGLang.
 
     What was decided before, such as a server without speculation, was logged then.
@@ -25,6 +27,7 @@ def conclude(server_args: Any, asked_for: str) -> None:
             takeover.outcome.report_in_place()
         else:
             takeover.release()
+            asked_for = requests[role].asked_for
             takeover.outcome.step_aside(asked_for, f"{why_not} ({_configuration(server_args)})")
 
 

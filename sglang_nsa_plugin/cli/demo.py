@@ -70,7 +70,7 @@ def _load_and_compare(steps: int, seed: int, progress: Progress) -> dict[str, An
         "transformers": environment.distribution("transformers"),
         "device": _device_name(device),
         "cuda_graphs": device.type == "cuda" and bool(state["captures"]),
-        "hook_targets": hooks.applied(adapter_for_installed().hooks),
+        "hook_targets": hooks.applied(adapter_for_installed().common.hooks),
         "state": state,
         "steps": steps,
         "seed": seed,

@@ -166,7 +166,7 @@ def adapter_fit() -> dict[str, Any]:
     with stubbed("sglang"):
         try:
             adapter = adapter_for_installed()
-            misfits = hooks.misfits(adapter.requirements)
+            misfits = hooks.misfits(adapter.common.requirements)
             broken = why_import_fails("sglang")
         except BROKEN as error:
             return {"name": None, "misfits": [], "broken": in_words(error)}

@@ -1,4 +1,4 @@
-"""SGLang's own DSA backend of 0.5.15 and later, whose draft-extend and verify run in CUDA graphs.
+"""SGLang's own DSA backends of 0.5.15 and later, whose speculative step runs in CUDA graphs.
 
 On CUDA tensors everything is real. On CPU tensors SGLang takes its torch path: Triton's interpreter runs
 the one kernel that it needs, and the DeepGEMM schedule, the top-k plan and the FlashMLA metadata stay
@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 
+from sglang_nsa_plugin.adapters import draft_decode
 from sglang_nsa_plugin.harness import process_stubs, sglang_kernel
 from sglang_nsa_plugin.harness.backend import HarnessBackend
 from sglang_nsa_plugin.harness.inputs import PADDED_SEQ_LEN
-from sglang_nsa_plugin.state import DRAFT_EXTEND, VERIFY
+from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, VERIFY
 
 
 class GraphBackend(HarnessBackend):
     """A :class:`HarnessBackend` that SGLang's own code makes, so hooks run.
 
     Args:
-        role: "draft-extend" for the backend of SGLang's DraftBackendFactory, "verify" for the target's.
+        role: "draft-extend" for the backend of SGLang's DraftBackendFactory, "draft-decode" for the one
+            that holds a backend for each draft step, "verify" for the target's.
     """
 
     def __init__(self, *args: Any, role: str = DRAFT_EXTEND, **kwargs: Any) -> None:
@@ -48,6 +50,8 @@ class GraphBackend(HarnessBackend):
         if self.role == VERIFY:
             self.model_runner.is_draft_worker = False
             return _target_backend(self.model_runner)
+        if self.role == DRAFT_DECODE:
+            return _multi_step_backend(self.model_runner, self.draft_tokens - 1)
         from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
         arguments = {
@@ -63,7 +67,7 @@ class GraphBackend(HarnessBackend):
     def init_state(self) -> None:
         """Allocate the graph buffers, as the runner does once before it captures."""
         with self.stub_process():
-            self.backend.init_cuda_graph_state(self.max_bs, self.max_bs * self.draft_tokens)
+            self.backend.init_cuda_graph_state(self.max_bs, self.max_bs * self._rows_per_request())
 
     def capture_setup(self, bs: int) -> None:
         """Make the metadata of batch size bs, as the runner does before it captures that size."""
@@ -94,12 +98,15 @@ class GraphBackend(HarnessBackend):
     def replay_view(self, bs: int) -> SimpleNamespace:
         """The batch that a runner hands to the backend before a replay, without host lengths.
 
-        Draft-extend's runner passes its whole static buffers, verify's new slices of them each time.
+        Draft-extend's runner passes its whole static buffers, verify's new slices of them each time, and
+        draft-decode's the batch's own tensors, which it has copied into its buffers.
         """
         self._validate_bs(bs)
         seq_lens, indices = self.inputs.seq_lens, self.inputs.req_pool_indices
-        if self.role == VERIFY:
+        if self.role != DRAFT_EXTEND:
             seq_lens, indices = seq_lens[:bs], indices[:bs]
+        if self.role == DRAFT_DECODE:
+            seq_lens, indices = seq_lens.clone(), indices.clone()
         return SimpleNamespace(
             batch_size=bs,
             forward_mode=self._mode(),
@@ -120,17 +127,46 @@ class GraphBackend(HarnessBackend):
             self.backend.init_forward_metadata_out_graph(self.replay_view(bs))
 
     def sglang_fill(self, bs: int) -> None:
-        """SGLang's own fill into decode_cuda_graph_metadata[bs], without the hooks on the class."""
-        if bs not in self.backend.decode_cuda_graph_metadata:
+        """SGLang's own fill into the metadata of batch size bs, without the hooks on the class."""
+        if bs not in self.steps()[0].decode_cuda_graph_metadata:
             raise ValueError(f"bs: call capture_setup({bs}) first, nothing is captured for {bs}")
         original = inspect.unwrap(type(self.backend).init_forward_metadata_out_graph)
         with self.stub_process():
             original(self.backend, self.replay_view(bs))
+            if len(self.steps()) >= draft_decode.STEPS_REFRESHED:
+                self._refresh_stale(bs)
+
+    def _refresh_stale(self, bs: int) -> None:
+        """What SGLang leaves as it was captured in the first draft steps, where there are many."""
+        for step in self.steps():
+            metadata = step.decode_cuda_graph_metadata[bs]
+            if metadata.paged_mqa_schedule_metadata is not None:
+                step._refresh_paged_mqa_schedule_metadata(metadata, metadata.paged_mqa_ctx_lens_2d)
+            if metadata.topk_v2_plan is not None:
+                plan = step._build_topk_v2_plan(metadata.dsa_seqlens_expanded)
+                object.__setattr__(metadata, "topk_v2_plan", plan)
+
+    def steps(self) -> list[Any]:
+        """The DSA backends: one, and of draft-decode one for each draft step but the last."""
+        if self.role == DRAFT_DECODE:
+            return list(self.backend.attn_backends)
+        return [self.backend]
+
+    def metadata(self, bs: int) -> list[Any]:
+        """SGLang's metadata objects of batch size bs, of each of :meth:`steps`."""
+        return [step.decode_cuda_graph_metadata[bs] for step in self.steps()]
 
     def _mode(self) -> Any:
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-        return ForwardMode.TARGET_VERIFY if self.role == VERIFY else ForwardMode.DRAFT_EXTEND_V2
+        return {
+            DRAFT_EXTEND: ForwardMode.DRAFT_EXTEND_V2,
+            DRAFT_DECODE: ForwardMode.DECODE,
+            VERIFY: ForwardMode.TARGET_VERIFY,
+        }[self.role]
+
+    def _rows_per_request(self) -> int:
+        return 1 if self.role == DRAFT_DECODE else self.draft_tokens
 
     def _validate_bs(self, bs: int) -> None:
         if not 1 <= bs <= self.max_bs:
@@ -155,3 +191,9 @@ def _target_backend(model_runner: Any) -> Any:
     from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
 
     return DeepseekSparseAttnBackend(model_runner)
+
+
+def _multi_step_backend(model_runner: Any, steps: int) -> Any:
+    from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnMultiStepBackend
+
+    return DeepseekSparseAttnMultiStepBackend(model_runner, 1, steps)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin.adapters import fields, in_graph
+from sglang_nsa_plugin.adapters import fields, taken_over
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills, GraphFill
 from sglang_nsa_plugin.harness.diff import Diff, compare_captured
 from sglang_nsa_plugin.harness.graph_backend import GraphBackend
@@ -40,7 +40,7 @@ class GraphPair(BackendPair[GraphBackend]):
             self._replays[bs] = self._capture(bs)
 
     def _hand_back(self, backend: Any) -> None:
-        in_graph.hand_back(backend)
+        taken_over.hand_back(backend)
 
     def bucket(self, raw_bs: int) -> int:
         """The smallest captured batch size that holds so many requests."""
@@ -58,7 +58,8 @@ class GraphPair(BackendPair[GraphBackend]):
 
     def compare(self, bs: int, diff: Diff) -> None:
         """Compares what the metadata of both backends holds now."""
-        compare_captured(self.metadata(bs), self.theirs.backend.decode_cuda_graph_metadata[bs], diff)
+        for mine, other in zip(self.ours.metadata(bs), self.theirs.metadata(bs), strict=True):
+            compare_captured(mine, other, diff)
 
     def replay(self, bs: int) -> None:
         """What the runner does before, in and after a replay."""
@@ -74,7 +75,7 @@ class GraphPair(BackendPair[GraphBackend]):
 
     def metadata(self, bs: int) -> Any:
         """SGLang's metadata object of the taken-over backend, whose tensors the graph fills."""
-        return self.ours.backend.decode_cuda_graph_metadata[bs]
+        return self.ours.metadata(bs)[0]
 
     def recording(self, bs: int) -> Callable[[], None]:
         """What the graph of this batch size holds: the fill and the tables derived from it.
@@ -104,7 +105,7 @@ class GraphPair(BackendPair[GraphBackend]):
     def sglang_kernel(self, bs: int, with_page_table_1: bool = True) -> Callable[[], None]:
         """SGLang's own fill kernel alone, into the untouched backend's tensors."""
         theirs = self.theirs
-        metadata = theirs.backend.decode_cuda_graph_metadata[bs]
+        (metadata,) = theirs.metadata(bs)
         if not with_page_table_1:
             metadata = dataclasses.replace(metadata, page_table_1=None)
         return lambda: sglang_fused_fill(
@@ -121,7 +122,7 @@ class GraphPair(BackendPair[GraphBackend]):
 
     def fills(self) -> BackendFills:
         """The plugin's fills of the backend that it took over."""
-        fills: BackendFills | None = getattr(self.ours.backend, in_graph.ATTRIBUTE, None)
+        fills: BackendFills | None = getattr(self.ours.backend, taken_over.ATTRIBUTE, None)
         if fills is None:
             raise RuntimeError(f"the plugin did not take over SGLang's backend: {STATE.reason}")
         return fills

@@ -11,7 +11,8 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,6 +24,12 @@ from sglang_nsa_plugin.harness.inputs import Inputs
 
 # Values of decode_impl for which the backend or its metadata needs a CUDA library.
 NEEDS_CUDA = ("flashmla_kv", "trtllm")
+# Where releases have the kernel that copies metadata from one draft step to the others.
+COPY_KERNELS = (
+    "sglang.jit_kernel.fused_metadata_copy",
+    "sglang.kernels.ops.attention.fused_metadata_copy",
+    "sglang.kernels.ops.attention.dsa.fused_metadata_copy",
+)
 
 
 def parameters(function: Callable[..., Any]) -> set[str]:
@@ -88,7 +95,8 @@ def stub_process(device: torch.device) -> Iterator[None]:
 
     Everywhere: attention TP of size 1, which is otherwise read from torch.distributed. On the CPU also:
     the compute capability 9.0, which the constructor asks for; no top-k plan, which needs a CUDA kernel;
-    and a launcher of the one Triton kernel that accepts CPU tensors.
+    a launcher of the one Triton kernel that accepts CPU tensors; and not the CUDA kernel that copies
+    draft-decode's metadata, which SGLang would try to compile at each step before it copies by torch.
     """
     from sglang.srt.environ import envs
     from sglang.srt.layers.attention import dsa_backend
@@ -107,7 +115,23 @@ def stub_process(device: torch.device) -> Iterator[None]:
             )
             launcher = on_cpu(dsa_backend.seqlens_expand_triton)
             stack.enter_context(mock.patch.object(dsa_backend, "seqlens_expand_triton", launcher))
+            stack.enter_context(_missing(COPY_KERNELS))
         yield
+
+
+@contextlib.contextmanager
+def _missing(modules: Iterable[str]) -> Iterator[None]:
+    """Makes an import of these modules fail."""
+    loaded = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(dict.fromkeys(loaded))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name, module in loaded.items():
+            if module is None:
+                sys.modules.pop(name)
+            else:
+                sys.modules[name] = module
 
 
 def on_cpu(launcher: Callable[..., Any]) -> Callable[..., Any]:

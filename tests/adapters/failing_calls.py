@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from sglang_nsa_plugin import containment, log, plugin
-from sglang_nsa_plugin.adapters import eager, in_graph, switch
+from sglang_nsa_plugin.adapters import draft_decode, eager, in_graph, switch, taken_over
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 
 # They run while a server starts, where an error by name is to end the start; see test_start_faults.py.
@@ -25,7 +25,9 @@ AT_START = {
     in_graph._create_backend,
     in_graph._init_backend,
     in_graph._init_cuda_graph_state,
-    in_graph._in_graph,
+    taken_over.record,
+    draft_decode._init,
+    draft_decode._init_cuda_graph_state,
     eager._init,
 }
 IN_SERVICE = {
@@ -33,6 +35,7 @@ IN_SERVICE = {
     plugin._set_internal_state,
     in_graph._out_graph,
     in_graph._execute,
+    draft_decode._out_graph,
     eager._init_forward_metadata,  # test_eager.py
     eager._replay,  # test_eager.py
 }
@@ -42,13 +45,15 @@ GUARDS = {
     in_graph._slow_path,
     in_graph._verify_out_graph,
     in_graph._itself,
+    draft_decode._slow_path,
+    draft_decode._plan_by_sglang,
     plugin._report_hooks.__wrapped__,
     log.loses,
     switch.set_internal_state,
     *AT_START,
     *IN_SERVICE,
 }
-NO_FAILURES = ("_set_internal_state.<locals>.<lambda>", "_fence_event.<locals>.<genexpr>")
+NO_FAILURES = ("_set_internal_state.<locals>.<lambda>", "fence_event.<locals>.<genexpr>")
 GUARD_CODE = {function.__code__ for function in GUARDS}
 
 

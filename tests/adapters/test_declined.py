@@ -32,11 +32,11 @@ def pair():
 )
 def test_configurations_that_stay_with_sglang(pair, monkeypatch, backend, server_args, said):
     """F10 and others: declined with the reason."""
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import supported
 
     for name, value in backend.items():
         monkeypatch.setattr(pair.ours.backend, name, value, raising=False)
-    assert in_graph.why_unsupported(pair.ours.backend, model_runner(**server_args)) == said
+    assert supported.why_draft_extend_unsupported(pair.ours.backend, model_runner(**server_args)) == said
 
 
 def model_runner(**server_args: object) -> SimpleNamespace:
@@ -48,9 +48,11 @@ def model_runner(**server_args: object) -> SimpleNamespace:
 
 def test_a_runner_whose_fence_is_unknown_stays_with_sglang(pair):
     """Nothing else could tell the scheduler when the read inside the replay has ended."""
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import supported
 
-    said = in_graph.why_unsupported(pair.ours.backend, SimpleNamespace(server_args=SimpleNamespace()))
+    said = supported.why_draft_extend_unsupported(
+        pair.ours.backend, SimpleNamespace(server_args=SimpleNamespace())
+    )
     assert said == (
         "the model runner has none of shared_read_done_event, war_fastpath_read_done_event, "
         "which the scheduler waits on"
@@ -59,7 +61,7 @@ def test_a_runner_whose_fence_is_unknown_stays_with_sglang(pair):
 
 def test_a_pooled_index_stays_with_sglang(pair):
     """F10: SGLang's own backend of a model that pools its index, in releases that can."""
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import taken_over
     from sglang_nsa_plugin.harness.graph_backend import GraphBackend
     from sglang_nsa_plugin.state import STATE
 
@@ -67,7 +69,7 @@ def test_a_pooled_index_stays_with_sglang(pair):
         return  # an earlier release: there is no such model to serve
     pooled = GraphBackend(CPU, index_kpool=4)
     assert pooled.backend.dsa_index_kpool == 4
-    assert in_graph.ATTRIBUTE not in vars(pooled.backend)
+    assert taken_over.ATTRIBUTE not in vars(pooled.backend)
     assert STATE.reason == "index k-pooling (4) is not supported"
 
 
@@ -96,10 +98,13 @@ def test_sglangs_resolved_arguments_are_asked(fields, reason):
 
 
 def test_hip_stays_with_sglang(pair, monkeypatch):
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import supported
 
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert in_graph.why_unsupported(pair.ours.backend, model_runner()) == "HIP is not supported"
+    assert (
+        supported.why_draft_extend_unsupported(pair.ours.backend, model_runner())
+        == "HIP is not supported"
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,16 +114,16 @@ def test_draft_extend_must_be_one_forward_mode(pair, monkeypatch, names, got):
     """A batch's mode is compared with the one that was found at start-up."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import supported
 
     monkeypatch.setattr(ForwardMode, "is_draft_extend_v2", lambda mode: mode.name in names)
-    said = in_graph.why_unsupported(pair.ours.backend, model_runner())
+    said = supported.why_draft_extend_unsupported(pair.ours.backend, model_runner())
     assert said == f"one ForwardMode must be draft-extend, got {got}"
 
 
 def test_a_backend_without_what_the_fill_reads_stays_with_sglang(pair, monkeypatch):
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import supported
 
     monkeypatch.delattr(pair.ours.backend, "dsa_index_topk")
-    said = in_graph.why_unsupported(pair.ours.backend, model_runner())
+    said = supported.why_draft_extend_unsupported(pair.ours.backend, model_runner())
     assert said == "DeepseekSparseAttnBackend has no attribute dsa_index_topk"

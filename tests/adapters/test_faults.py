@@ -45,7 +45,7 @@ def test_installing_twice_changes_nothing():
 from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.install import adapter_for_installed
 import pkgutil
-targets = hooks.applied(adapter_for_installed().hooks)
+targets = hooks.applied(adapter_for_installed().common.hooks)
 before = {{target: pkgutil.resolve_name(target) for target in targets}}
 plugin.activate(SimpleNamespace(**json.loads(sys.argv[1])))
 print(bool(before) and all(pkgutil.resolve_name(t) is was for t, was in before.items()))

@@ -19,7 +19,8 @@ import json
 from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.install import adapter_for_installed
 adapter = adapter_for_installed()
-print(json.dumps({"name": adapter.name, "misfits": hooks.misfits(adapter.requirements), "broken": None}))
+misfits = hooks.misfits(adapter.common.requirements)
+print(json.dumps({"name": adapter.name, "misfits": misfits, "broken": None}))
 """
 FROM_STUBS = """
 import json, sys

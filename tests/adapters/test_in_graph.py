@@ -260,9 +260,9 @@ def test_a_known_batch_size_is_looked_at_all_the_same(pair, change):
     """What was admitted once is no reason to take over another call, or one with other tensors."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import roles
 
-    expect_sglang_to_take(pair, change, in_graph.FAST_PATH, ForwardMode.TARGET_VERIFY)
+    expect_sglang_to_take(pair, change, roles.DRAFT_EXTEND_ROLE.fast_path, ForwardMode.TARGET_VERIFY)
 
 
 def test_a_known_batch_size_leaves_prefills_impl_as_sglang_would(pair):
@@ -305,13 +305,13 @@ def test_other_modes_stay_with_sglang(pair):
     """Target-verify and decode on the same object must reach SGLang's code."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import in_graph, taken_over
 
     seen = []
     for mode in (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.IDLE):
         batch = SimpleNamespace(forward_mode=mode, batch_size=2)
         original = lambda backend, batch, **kwargs: seen.append(batch.forward_mode)  # noqa: E731
-        in_graph._in_graph(original, pair.ours.backend, batch)
+        taken_over.record(original, pair.ours.backend, batch)
         in_graph._out_graph(original, pair.ours.backend, batch)
     assert len(seen) == 6
 
@@ -320,7 +320,9 @@ def test_a_batch_size_without_a_graph_stays_with_sglang(pair, state):
     """SGLang plans such a step eagerly; the adapter hooks nothing there; a stray call is SGLang's."""
     from sglang_nsa_plugin.adapters import in_graph
 
-    assert not any(hook.target.endswith(".init_forward_metadata") for hook in in_graph.ADAPTER.hooks)
+    assert not any(
+        hook.target.endswith(".init_forward_metadata") for hook in in_graph.ADAPTER.common.hooks
+    )
     view = pair.ours.replay_view(2)
     view.batch_size = BATCH_SIZES[-1] + 1
     seen = []
@@ -331,10 +333,10 @@ def test_a_batch_size_without_a_graph_stays_with_sglang(pair, state):
 
 
 def test_backends_not_made_by_the_draft_extend_factory_are_left_alone(pair):
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import taken_over
 
-    assert getattr(pair.ours.backend, in_graph.ATTRIBUTE) is not None
-    assert in_graph.ATTRIBUTE not in vars(pair.theirs.backend)
+    assert getattr(pair.ours.backend, taken_over.ATTRIBUTE) is not None
+    assert taken_over.ATTRIBUTE not in vars(pair.theirs.backend)
 
 
 def test_server_info_carries_the_record(state):

@@ -89,9 +89,15 @@ def test_off_in_yaml_wins_over_the_variables(tmp_path):
         ("dsa-metadata-backend:", "must be one of auto, cuda, triton, torch, off, got 'None'"),
         ("nsa-metadata-check: true", "must be a whole number, 0 or more, got 'true'"),
         ("nsa-metadata-check: 2.5", "must be a whole number, 0 or more, got '2.5'"),
-        ("nsa-metadata-roles: [verify, decode]", "must be of draft-extend, verify, got decode"),
-        ("nsa-metadata-roles: Verify,draft", "must be of draft-extend, verify, got Verify, draft"),
-        ("nsa-metadata-roles:", "must be of draft-extend, verify, got None"),
+        (
+            "nsa-metadata-roles: [verify, decode]",
+            "must be of draft-extend, draft-decode, verify, got decode",
+        ),
+        (
+            "nsa-metadata-roles: Verify,draft",
+            "must be of draft-extend, draft-decode, verify, got Verify, draft",
+        ),
+        ("nsa-metadata-roles:", "must be of draft-extend, draft-decode, verify, got None"),
     ],
 )
 def test_another_value_in_yaml_ends_with_the_choices(text, said, tmp_path):
@@ -124,7 +130,7 @@ thread.join()
     [
         (VARIABLE, "CUDA", "must be one of auto, cuda, triton, torch, off, got 'CUDA'"),
         (CHECK_VARIABLE, "often", "must be a whole number, 0 or more, got 'often'"),
-        (ROLES_VARIABLE, "all", "must be of draft-extend, verify, got all"),
+        (ROLES_VARIABLE, "all", "must be of draft-extend, draft-decode, verify, got all"),
     ],
 )
 def test_a_mistyped_variable_is_logged_where_a_thread_ends_without_a_word(variable, value, said):

@@ -21,7 +21,7 @@ RANK = """
 import datetime, json, sys
 import torch
 import torch.distributed as dist
-from sglang_nsa_plugin.adapters import captured_fill, in_graph
+from sglang_nsa_plugin.adapters import captured_fill, taken_over
 from sglang_nsa_plugin.harness.inputs import random_step
 from sglang_nsa_plugin.harness.diff import Diff, compare_captured
 from sglang_nsa_plugin.harness.graph_pair import GraphPair
@@ -37,7 +37,7 @@ def no_memory(*_):
 if rank == 1 and fault == "set-up":
     captured_fill.BackendFills.refresh_derived = no_memory
 if rank == 1 and fault == "take-over":
-    in_graph.BackendFills = no_memory
+    taken_over.BackendFills = no_memory
 
 class Rank(GraphPair):
     def _capture(self, bs):

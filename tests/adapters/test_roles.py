@@ -31,47 +31,25 @@ SHAPES = [
 ]
 
 
-class VerifyBackend(GraphBackend):
-    """The backend of the target model, which verifies the draft tokens."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, role="verify", **kwargs)
-
-    def metadata(self, bs):
-        return [self.backend.decode_cuda_graph_metadata[bs]]
-
-
-class DraftDecodeBackend(GraphBackend):
-    """The backend of the draft model's steps, which holds one for each step but the last."""
-
-    def _make_backend(self):
-        from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnMultiStepBackend
-
-        return DeepseekSparseAttnMultiStepBackend(self.model_runner, 1, self.draft_tokens - 1)
-
-    def metadata(self, bs):
-        return [step.decode_cuda_graph_metadata[bs] for step in self.backend.attn_backends]
-
-
 class Role(NamedTuple):
-    """A plan of SGLang's step: its backend, and its numbers for so many draft tokens."""
+    """A plan of SGLang's step: its name, and its numbers for so many draft tokens."""
 
-    backend: type[GraphBackend]
+    name: str
     rows_per_request: int
     length_offset: int
 
 
 def verify(draft_tokens: int = DRAFT_TOKENS) -> Role:
-    return Role(VerifyBackend, draft_tokens, draft_tokens)
+    return Role("verify", draft_tokens, draft_tokens)
 
 
 def draft_decode(draft_tokens: int = DRAFT_TOKENS) -> Role:
-    return Role(DraftDecodeBackend, 1, 0)
+    return Role("draft-decode", 1, 0)
 
 
 def make(role, inputs=None, **shape):
     settings = {"draft_tokens": DRAFT_TOKENS, "context_len": 512, "pool_size": 12, **shape}
-    made = role.backend(CPU, inputs=inputs, **settings)
+    made = GraphBackend(CPU, role=role.name, inputs=inputs, **settings)
     made.init_state()
     for bs in BATCH_SIZES:
         made.capture_setup(bs)

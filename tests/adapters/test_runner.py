@@ -67,7 +67,7 @@ def make_runner(pair):
 
 def rename_fence(model_runner, runner_class):
     """Leaves the one attribute that this release's runner publishes its event in."""
-    from sglang_nsa_plugin.adapters.in_graph import FENCE_EVENTS
+    from sglang_nsa_plugin.adapters.supported import FENCE_EVENTS
 
     (name,) = set(FENCE_EVENTS).intersection(inspect.unwrap(runner_class.execute).__code__.co_names)
     for other in FENCE_EVENTS:
@@ -169,9 +169,9 @@ def test_the_scheduler_waits_for_the_whole_forward_when_the_canary_reads(pair, r
 
 
 def test_a_backend_that_was_not_taken_over_keeps_sglangs_fence(pair, runner):
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import taken_over
 
-    in_graph.hand_back(pair.ours.backend)
+    taken_over.hand_back(pair.ours.backend)
     sglangs = runner.device_module.Event.return_value
     execute(pair, runner, torch.Generator().manual_seed(4), raw_bs=2)
     assert wait_of_the_scheduler(runner.model_runner) in (sglangs, "the whole forward")

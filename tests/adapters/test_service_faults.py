@@ -29,7 +29,7 @@ from test_start_faults import serve_and_expect_sglangs_values
 from test_switch import real_scheduler
 
 from sglang_nsa_plugin import log, plugin
-from sglang_nsa_plugin.adapters import eager, in_graph
+from sglang_nsa_plugin.adapters import draft_decode, eager, in_graph, supported, taken_over
 from sglang_nsa_plugin.adapters.outcome import OUTCOME, OUTCOMES
 from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.state import ROLES
@@ -41,16 +41,24 @@ def test_every_hook_is_one_of_the_two() -> None:
     """A new hook needs a test here, or a reason why an error may leave it."""
     from sglang_nsa_plugin.adapters.eager_names import DSA, NSA
 
-    tables = (*plugin._COMMAND_LINE, *plugin._IN_SCHEDULER, *in_graph._HOOKS)
+    tables = (*plugin._COMMAND_LINE, *plugin._IN_SCHEDULER, *in_graph.ADAPTER.common.hooks)
+    tables += tuple(hook for parts in in_graph.ADAPTER.parts.values() for hook in parts.hooks)
     hooks = (*tables, *eager._hooks(DSA), *eager._hooks(NSA))
     assert {hook.replacement for hook in hooks} | {eager._replay} == AT_START | IN_SERVICE
 
 
 # --- the fill ---
 
+OUT_GRAPH = {
+    "draft-extend": in_graph._out_graph,
+    "draft-decode": draft_decode._out_graph,
+    "verify": in_graph._out_graph,
+}
+
 
 def replaced_lengths(view):
     view.seq_lens = view.seq_lens.clone()
+    view.seq_lens[:1] += 1
 
 
 def unchanged(view): ...
@@ -75,7 +83,7 @@ def test_sglang_fills_a_step_whose_fill_failed_and_all_after_it(
         prepare(view)
         original = sglangs(type(backend).init_forward_metadata_out_graph)
         with pair.stub_process(), failing_call(number) as failed:
-            in_graph._out_graph(original, backend, view)
+            OUT_GRAPH[role](original, backend, view)
         if not failed:
             return failed
         if outcome.has_failed:
@@ -84,7 +92,7 @@ def test_sglang_fills_a_step_whose_fill_failed_and_all_after_it(
             assert "please report this line" in errors_of(caplog)[0]
             assert f"PlantedError: {failed[0]}" in outcome.state.reason
             assert not fills.enabled.any(), failed
-            assert vars(backend).keys().isdisjoint({in_graph.FAST_PATH, in_graph.VERIFY_FAST_PATH})
+            assert vars(backend).keys().isdisjoint(each.fast_path for each in taken_over.ROLES)
             for _ in range(3):
                 again = random_batch(pair, torch.Generator().manual_seed(number))
                 serve_and_expect_sglangs_values(pair, captured, again)
@@ -139,7 +147,7 @@ def test_after_an_error_behind_a_replay_the_scheduler_waits_for_the_whole_forwar
         fresh()
         pair = make_pair(check_every=check_every)
         runner = make_runner(pair)
-        fence = in_graph._fence_event(runner.model_runner)
+        fence = supported.fence_event(runner.model_runner)
         bs = runner.bs = random_batch(pair, torch.Generator().manual_seed(2), raw_bs=2)
         with pair.stub_process():
             pair.ours.backend.init_forward_metadata_out_graph(pair.ours.replay_view(bs))

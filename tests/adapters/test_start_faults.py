@@ -76,14 +76,14 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
     fail, error, state, monkeypatch, caplog
 ):
     """Also those whose graphs hold our fill already: it is switched off for good."""
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import taken_over
     from sglang_nsa_plugin.state import record
 
     fail(monkeypatch, error)
     with caplog.at_level(logging.INFO, logger="sglang.nsa_plugin"):
         pair = make_pair(check_every=1)
     backend = pair.ours.backend
-    assert not hasattr(backend, in_graph.ATTRIBUTE)
+    assert not hasattr(backend, taken_over.ATTRIBUTE)
     said = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
     assert len(said) == 1
     reason = f"the fill could not be set up: {type(error).__name__}: {error}"
@@ -92,7 +92,7 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
     assert (found["adapter"], found["backend"], found["reason"]) == (None, None, reason)
     assert not found["in_graph"]
 
-    captured = getattr(backend, in_graph.RETIRED).captured
+    captured = getattr(backend, taken_over.RETIRED).captured
     assert set(captured) >= set(BATCH_SIZES) - {LAST}
     generator = torch.Generator().manual_seed(1)
     for _ in range(12):
@@ -136,7 +136,7 @@ def test_a_backend_without_memory_for_its_self_test_or_switch_stays_with_sglang(
     def no_memory(*_):
         raise OUT_OF_MEMORY
 
-    monkeypatch.setattr(f"sglang_nsa_plugin.adapters.in_graph.{step}", no_memory)
+    monkeypatch.setattr(f"sglang_nsa_plugin.adapters.taken_over.{step}", no_memory)
     with pytest.raises(RuntimeError, match=r"did not take over .*: the fill could not be set up: OutOf"):
         make_pair().replay(1)
 
@@ -156,14 +156,14 @@ def test_a_shadow_check_without_its_library_leaves_the_backend_to_sglang(state, 
 
 def test_one_backend_that_fails_hands_back_the_others(state, monkeypatch):
     """Adaptive speculation has several backends: the record speaks for all of them."""
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import taken_over
 
     first = make_pair()
     fail_in_bind(monkeypatch, OUT_OF_MEMORY)
     second = make_pair()
     for pair in (first, second):
-        assert not hasattr(pair.ours.backend, in_graph.ATTRIBUTE)
-        serve_and_expect_sglangs_values(pair, getattr(pair.ours.backend, in_graph.RETIRED).captured, 2)
+        assert not hasattr(pair.ours.backend, taken_over.ATTRIBUTE)
+        serve_and_expect_sglangs_values(pair, getattr(pair.ours.backend, taken_over.RETIRED).captured, 2)
 
 
 def test_an_error_of_the_program_is_not_stepped_aside_from(state, monkeypatch):
@@ -174,10 +174,10 @@ def test_an_error_of_the_program_is_not_stepped_aside_from(state, monkeypatch):
 
 def test_an_error_inside_sglangs_capture_ends_the_start_with_advice(state, monkeypatch):
     """The capture is broken by then, and no other fill could go on with it."""
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import taken_over
     from sglang_nsa_plugin.adapters.captured_fill import CaptureError
 
-    monkeypatch.setattr(in_graph, "is_capturing", lambda: True)
+    monkeypatch.setattr(taken_over, "is_capturing", lambda: True)
     fail_in_bind(monkeypatch, OUT_OF_MEMORY)
     with pytest.raises(CaptureError) as ended:
         make_pair()

@@ -13,8 +13,8 @@ hooked = Backend.init_forward_metadata_in_graph
 Backend.init_forward_metadata_in_graph = {}
 """
 FORGET = """
-from sglang_nsa_plugin.adapters import in_graph
-in_graph._takeovers["draft-extend"].backends[0]._nsa_fills.forget()
+from sglang_nsa_plugin.adapters import taken_over
+taken_over.TAKEOVERS["draft-extend"].backends[0]._nsa_fills.forget()
 """
 NO_BACKEND = "SGLang made no NSA/DSA attention backend for draft-extend"
 

@@ -30,7 +30,7 @@ from cpu_pair import (
 )
 from test_switch import ask
 
-from sglang_nsa_plugin.adapters import in_graph, install
+from sglang_nsa_plugin.adapters import in_graph, install, roles, supported, taken_over
 from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
@@ -112,7 +112,7 @@ def test_replaced_inputs_go_through_sglang(pair, name, known, caplog):
 def test_a_known_batch_size_is_looked_at_all_the_same(pair, change):
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    expect_sglang_to_take(pair, change, in_graph.VERIFY_FAST_PATH, ForwardMode.DECODE)
+    expect_sglang_to_take(pair, change, roles.VERIFY_ROLE.fast_path, ForwardMode.DECODE)
 
 
 def test_a_known_batch_size_leaves_prefills_impl_as_sglang_would(pair):
@@ -134,13 +134,13 @@ def test_only_the_targets_backend_is_taken_over(pair):
 
     with pair.stub_process():
         runner = pair.ours.model_runner
-        assert in_graph.ATTRIBUTE in vars(DeepseekSparseAttnBackend(runner))
+        assert taken_over.ATTRIBUTE in vars(DeepseekSparseAttnBackend(runner))
         step = DeepseekSparseAttnBackend(runner, speculative_num_steps=3)
-        assert in_graph.ATTRIBUTE not in vars(step)
+        assert taken_over.ATTRIBUTE not in vars(step)
         runner.is_draft_worker = True
-        assert in_graph.ATTRIBUTE not in vars(DeepseekSparseAttnBackend(runner))
+        assert taken_over.ATTRIBUTE not in vars(DeepseekSparseAttnBackend(runner))
         for child in DeepseekSparseAttnMultiStepBackend(runner, 1, 3).attn_backends:
-            assert in_graph.ATTRIBUTE not in vars(child)
+            assert taken_over.ATTRIBUTE not in vars(child)
 
 
 def test_without_the_role_the_target_stays_with_sglang(state):
@@ -151,7 +151,7 @@ def test_without_the_role_the_target_stays_with_sglang(state):
     runner = pair.ours.model_runner
     runner.is_draft_worker = False
     with pair.stub_process():
-        assert in_graph.ATTRIBUTE not in vars(DeepseekSparseAttnBackend(runner))
+        assert taken_over.ATTRIBUTE not in vars(DeepseekSparseAttnBackend(runner))
     assert list(record()["roles"]) == ["draft-extend"]
 
 
@@ -242,9 +242,9 @@ def test_a_capture_in_between_leaves_out_the_comparison(state):
 def make_both():
     """A target's backend and a draft's, both taken over, as in a server that asks for both roles."""
     verify = make_verify()
-    requested = in_graph._takeovers["verify"].request
+    requested = taken_over.TAKEOVERS["verify"].request
     draft_extend = make_pair()
-    in_graph._takeovers["verify"].arm(requested)
+    taken_over.TAKEOVERS["verify"].arm(requested)
     return verify, draft_extend
 
 
@@ -277,7 +277,7 @@ def test_an_error_while_verify_is_set_up_leaves_draft_extend(state, monkeypatch,
     monkeypatch.setattr(BackendFills, "_args", failing)
     caplog.set_level(logging.INFO)
     verify = make_verify()
-    assert in_graph.ATTRIBUTE not in vars(verify.ours.backend)
+    assert taken_over.ATTRIBUTE not in vars(verify.ours.backend)
     assert "OutOfMemoryError" in VERIFY_STATE.reason
     assert "SGLang fills verify metadata itself" in caplog.text
     generator = torch.Generator().manual_seed(6)
@@ -335,7 +335,7 @@ def test_configurations_that_stay_with_sglang(pair, monkeypatch, backend, server
     for name, value in backend.items():
         monkeypatch.setattr(pair.ours.backend, name, value, raising=False)
     runner = runner_of(**server_args)
-    why_not = in_graph.why_verify_unsupported(pair.ours.backend, runner)
+    why_not = supported.why_verify_unsupported(pair.ours.backend, runner)
     assert why_not == said if said is None else why_not.startswith(said)
 
 
@@ -355,7 +355,7 @@ def test_what_goes_past_the_hook_stays_with_sglang(pair, variable, monkeypatch):
     else:  # an earlier release
         switch = SimpleNamespace(get=lambda: True)
         monkeypatch.setattr(environ, "envs", SimpleNamespace(**{variable: switch}))
-    why_not = in_graph.why_verify_unsupported(pair.ours.backend, runner_of())
+    why_not = supported.why_verify_unsupported(pair.ours.backend, runner_of())
     assert why_not.startswith(f"{variable} is not supported")
 
 
@@ -365,7 +365,7 @@ def test_a_backend_that_fills_in_the_graph_itself_stays_with_sglang(pair):
             """A fill of its own."""
 
     pair.ours.backend.__class__ = Other
-    why_not = in_graph.why_verify_unsupported(pair.ours.backend, runner_of())
+    why_not = supported.why_verify_unsupported(pair.ours.backend, runner_of())
     assert why_not == "Other fills in the graph itself"
 
 
@@ -382,7 +382,7 @@ def test_a_backend_that_is_declined_says_so_and_ends_a_start_by_name(state):
 
     process_stubs.activate_plugin("auto", 0, "verify")
     declined = GraphBackend(CPU, role="verify", enable_two_batch_overlap=True)
-    assert in_graph.ATTRIBUTE not in vars(declined.backend)
+    assert taken_over.ATTRIBUTE not in vars(declined.backend)
     assert VERIFY_STATE.reason.startswith("two-batch overlap")
     process_stubs.activate_plugin("torch", 0, "verify")
     with pytest.raises(BackendUnavailableError, match="two-batch overlap"):
@@ -392,12 +392,12 @@ def test_a_backend_that_is_declined_says_so_and_ends_a_start_by_name(state):
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_an_adapter_without_the_role_leaves_it_to_sglang(backend, state, monkeypatch):
     """As that of SGLang up to 0.5.14."""
-    takeovers = {"draft-extend": in_graph._takeovers["draft-extend"]}
+    takeovers = {"draft-extend": taken_over.TAKEOVERS["draft-extend"]}
     older = dataclasses.replace(in_graph.ADAPTER, takeovers=takeovers)
     monkeypatch.setattr(install, "adapter_for_installed", lambda: older)
     by_name = pytest.raises(BackendUnavailableError) if backend == "torch" else nullcontext()
     with by_name as ended:
-        install.install(Request(backend, 0), ["draft-extend", "verify"])
+        install.install(dict.fromkeys(["draft-extend", "verify"], Request(backend, 0)))
     why_not = "with this SGLang release the plugin fills no verify metadata"
     assert why_not in (str(ended.value) if ended else VERIFY_STATE.reason)
     assert takeovers["draft-extend"].request is not None
