@@ -73,7 +73,7 @@ def test_the_first_bench_of_a_gpu_shows_the_goals_alone(capsys):
 
 
 @without_gpu
-@pytest.mark.parametrize("role", ["draft-extend", "verify"])
+@pytest.mark.parametrize("role", ["draft-extend", "draft-decode", "verify"])
 def test_every_replay_of_the_soak_is_checked(tmp_path, role):
     """On the CPU, in the same processes; the last replay, too."""
     file = tmp_path / "soak.json"
