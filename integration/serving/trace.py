@@ -28,7 +28,7 @@ METADATA_KERNELS = (
     "paged_mqa_logits_metadata",
     "topk_plan",
     "get_mla_metadata",
-    "fill_static",  # the plugin's
+    "fill_static_kernel",  # of the plugin
 )
 
 Event = Mapping[str, Any]
