@@ -25,7 +25,7 @@ def section(gpu: dict[str, Part], serve: dict[str, Part], loads: Sequence[Part])
         *sanitized_tests("the tests", gpu.get("sanitized_tests", {})),
         *sanitized_tests("the tests that hold 17 GB", gpu.get("sanitized_vast_tests", {})),
         *demonstrated(gpu["demo"]),
-        *soaked(gpu.get("soak", {})),
+        *(row for part in SOAKS for row in soaked(gpu.get(part, {}))),
         *under_load(serve.get("shadow_checked_load", {})),
         *loaded(loads),
         *planted(serve["planted_error"]),
@@ -98,10 +98,13 @@ def demonstrated(part: Part) -> Iterator[Row]:
     )
 
 
+SOAKS = ("soak", "soak_verify", "soak_draft_decode")
+
+
 def soaked(part: Part) -> Iterator[Row]:
     if "replays" in part:  # else it was not run, or did not end
         yield (
-            "`integration/gpu/soak.py`: random batches, shadow-checked",
+            f"`integration/gpu/soak.py`, {part.get('role', 'draft-extend')}: random batches, shadow-checked",
             f"{part['checks']:,} of {part['replays']:,} replays, {part['values_compared']:,} values",
             f"{part['mismatches']} different",
         )

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,18 +28,19 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TIMING = "tests/gpu/test_gpu_bench.py"
 APART = ("tests/tools", sanitizers.FUZZ, TIMING)
 TIME_LIMIT_S = 540
+SOAKS = {"soak": "draft-extend", "soak_verify": "verify", "soak_draft_decode": "draft-decode"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parts = {
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": lambda: run_tests("tests", *(f"--ignore={path}" for path in APART)),
         "timing": lambda: run_tests(TIMING),  # with the GPU to itself
         "fuzz": lambda: run_tests(sanitizers.FUZZ),
         "adapters": lambda: run_tests("tests/gpu/test_gpu_in_graph.py", "tests/gpu/test_gpu_eager.py"),
         **sanitizers.parts(),
         "demo": run_demo,
-        "soak": lambda: run_module("soak"),
+        **{part: partial(run_module, "soak", "--role", role) for part, role in SOAKS.items()},
         "check_cost": lambda: run_module("check_cost"),  # with the GPU to itself
     }
     parser.add_argument("--only", choices=parts, action="append")
@@ -48,7 +51,7 @@ def main() -> int:
         "fuzz",
         "sanitized_tests",
         "sanitized_vast_tests",
-        "soak",
+        *SOAKS,
         "check_cost",
     )
     only = parser.parse_args().only or [name for name in parts if name not in by_name]
@@ -91,11 +94,11 @@ def run_demo() -> dict[str, Any]:
         return {"passed": run.returncode == 0, **found}
 
 
-def run_module(name: str) -> dict[str, Any]:
+def run_module(name: str, *arguments: str) -> dict[str, Any]:
     """What a module of this package writes with --json."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        command = [sys.executable, "-m", f"integration.gpu.{name}", "--json", str(path)]
+        command = [sys.executable, "-m", f"integration.gpu.{name}", *arguments, "--json", str(path)]
         subprocess.run(command, cwd=ROOT, timeout=TIME_LIMIT_S, check=False)
         return json.loads(path.read_text()) if path.is_file() else {"passed": False}
 

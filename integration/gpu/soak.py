@@ -1,9 +1,10 @@
-"""Replays of captured draft-extend graphs on changing random batches, every one shadow-checked.
+"""Replays of captured graphs of one role on changing random batches, every one shadow-checked.
 
-    python -m integration.gpu.soak [--replays 1000000] [--processes 8] [--json FILE]
+    python -m integration.gpu.soak [--role verify] [--replays 1000000] [--processes 8] [--json FILE]
 
 Each process takes over SGLang's own backend object, captures a graph for each batch size and replays
-them. After each replay SGLang's own fill runs and every live value is compared on the device.
+them. For each replay SGLang's own fill runs, too, and every live value is compared on the device. A run
+may be split: --seed chooses other batches. Without a GPU the CPU runs again what the graphs would hold.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
+ROLES = ("draft-extend", "verify", "draft-decode")
 # Two processes have each: draft tokens, context, how SGLang decodes.
 SETTINGS = (
     {"draft_tokens": 4, "context_len": 4_096, "decode_impl": "flashmla_sparse"},
@@ -32,15 +34,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--replays", type=int, default=1_000_000, help="of all processes together")
     parser.add_argument("--processes", type=int, default=2 * len(SETTINGS))
+    parser.add_argument("--role", choices=ROLES, default=ROLES[0])
+    parser.add_argument("--seed", type=int, default=0, help="of the batches of the first process")
     parser.add_argument("--time-limit-s", type=float, default=500.0, help="longer is a hang, and fails")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     begin = time.monotonic()
     each = -(-arguments.replays // arguments.processes)
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
-        numbers = [(number, each) for number in range(arguments.processes)]
-        runs = pool.starmap_async(soak, numbers).get(arguments.time_limit_s)
+        jobs = [
+            (number, each, arguments.role, arguments.seed + number)
+            for number in range(arguments.processes)
+        ]
+        runs = pool.starmap_async(soak, jobs).get(arguments.time_limit_s)
     found = {
+        "role": arguments.role,
         "passed": all(run["passed"] for run in runs),
         "replays": sum(run["record"]["replays"] for run in runs),
         "checks": sum(run["record"]["checks"] for run in runs),
@@ -55,7 +63,7 @@ def main() -> int:
     return 0 if found["passed"] else 1
 
 
-def soak(number: int, replays: int) -> dict[str, Any]:
+def soak(number: int, replays: int, role: str, seed: int) -> dict[str, Any]:
     """One process's replays, on random batches drawn on the device."""
     import torch
 
@@ -64,14 +72,15 @@ def soak(number: int, replays: int) -> dict[str, Any]:
     from sglang_nsa_plugin.shadow import Field
     from sglang_nsa_plugin.state import record
 
-    device = torch.device("cuda", 0)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     settings = SETTINGS[number % len(SETTINGS)]
     draft_tokens = int(str(settings["draft_tokens"]))
-    pair = GraphPair(device, BATCH_SIZES, check_every=1, pool_size=POOL, **settings)
-    on_device = torch.Generator(device).manual_seed(number)
-    on_host = torch.Generator().manual_seed(number)
+    pair = GraphPair(device, BATCH_SIZES, role=role, check_every=1, pool_size=POOL, **settings)
+    on_device = torch.Generator(device).manual_seed(seed)
+    on_host = torch.Generator().manual_seed(seed)
     sizes = torch.randint(1, BATCH_SIZES[-1] + 1, (replays,), generator=on_host).tolist()
-    longest = pair.inputs.req_to_token.shape[1]
+    # Verify's rows reach beyond seq_lens, by the draft tokens.
+    longest = pair.inputs.req_to_token.shape[1] - (draft_tokens if role == "verify" else 0)
     for step, raw_bs in enumerate(sizes):
         bs = pair.bucket(raw_bs)
         new_slots = step % NEW_SLOTS_EVERY == 0
@@ -79,9 +88,13 @@ def soak(number: int, replays: int) -> dict[str, Any]:
         pair.replay(bs)
         if step % PROGRESS_EVERY == 0:
             print(f"process {number}: {step:,} of {replays:,} replays", flush=True)
-    torch.cuda.synchronize()
+    shadowed = pair.fills().shadowed
+    assert shadowed is not None
+    shadowed.compare_last()  # where a replay is compared before the next one
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     report = pair.shadow_report()
-    found = record()
+    found = record()["roles"][role]
     passed = (
         found["replays"] == found["checks"] == replays == report[Field.CHECKS]
         and report[Field.DIFFERENT] == 0

@@ -19,6 +19,10 @@ from integration.releases.install_sglang import release_key
 from integration.serving.server import POLL_S, Server, ServerError
 
 PROBE = Path(__file__).parent / "probe"
+# Which plans the plugin is to fill. NSA_TEST_ROLES names others, for a release that lacks one: for every
+# server then, while without it only those tests name roles that are about them.
+TEST_ROLES = os.environ.get("NSA_TEST_ROLES")
+ROLES = tuple((TEST_ROLES or "draft-extend,draft-decode,verify").split(","))
 # Until all of a setup are ready: on a host that never served it, SGLang compiles for up to five minutes.
 START_LIMIT_S = 420.0
 CORRUPT_LIMIT_S = 10.0
@@ -42,8 +46,9 @@ PLUGIN_ENV: Environment = {
     "SGLANG_PLUGINS": None,
     "SGLANG_NSA_METADATA_BACKEND": None,
     "SGLANG_NSA_METADATA_CHECK": None,
-    "SGLANG_NSA_METADATA_ROLES": None,
+    "SGLANG_NSA_METADATA_ROLES": TEST_ROLES,
 }
+ALL_ROLES_ENV: Environment = {**PLUGIN_ENV, "SGLANG_NSA_METADATA_ROLES": ",".join(ROLES)}
 SGLANG_ENV: Environment = {"SGLANG_PLUGINS": "probe"}
 ENVIRONMENTS: Mapping[str, Environment] = {"plugin": PLUGIN_ENV, "sglang": SGLANG_ENV}
 # The probe keeps an event of each replay: without it memory stays, under minutes of load.

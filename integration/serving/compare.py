@@ -22,6 +22,7 @@ from integration.serving.ab_stats import Row, accepted_drafts, mismatched, total
 from integration.serving.server import Answer, Server
 
 RECORD_KEY = "nsa_metadata"
+FIRST_ROLE = "draft-extend"  # the one that every adapter fills
 PROBE_SETTLES_S = 2.0
 # Around pages (64 tokens), and with 96 new tokens within index_topk: beyond, SGLang's top-k writes the
 # chosen positions in an order that differs from run to run, and bfloat16 sums with it.
@@ -65,6 +66,11 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "accepted_drafts": accepted_drafts(rows),
         "each": list(rows),
     }
+
+
+def other_answers(rows: Iterable[Row]) -> list[Row]:
+    """Rows that differ in tokens or reason to finish."""
+    return [row for row in rows if not (row["same_ids"] and row["same_finish"])]
 
 
 def mismatches(rows: Iterable[Row]) -> list[Row]:
@@ -196,20 +202,36 @@ def in_graph(probe: Mapping[str, Any]) -> bool:
 
 
 def check_record(servers: AbServers, report: Report) -> None:
-    """Every captured draft-extend step went through the plugin, none through SGLang's own fill."""
+    """Every captured step of each role went through the plugin, none through SGLang's own fill."""
     probe, record = scheduler_figures(servers["plugin"]), read_record(servers["plugin"])
     steps = probe["replays"] if in_graph(probe) else probe["fills"]
-    report(f"{servers.setup.name}.record", {"record": record, "probe_steps": steps})
-    assert record["backend"] == "cuda", record
-    assert record["in_place"] == {"draft-extend": True}, record
-    assert record["fallbacks"] == {}, record
+    report(
+        f"{servers.setup.name}.record",
+        {"record": record, "probe_steps": steps, "probe_roles": probe.get("roles", {})},
+    )
     assert record["pid"] == probe["pid"]
+    assert FIRST_ROLE in record["in_place"], record
+    assert all(record["in_place"].values()), record
+    for role in record["in_place"]:
+        assert record["roles"][role]["backend"] == "cuda", role
+        assert record["roles"][role]["fallbacks"] == {}, role
     assert steps > 0
     if in_graph(probe):
-        assert sorted(record["captures"]) == sorted(probe["capture_bs"])
-        assert record["replays"] == steps
+        for role in record["in_place"]:
+            check_replays(role, record["roles"][role], of_role(probe, role))
     else:
         assert record["launches"] == steps
+
+
+def of_role(probe: Mapping[str, Any], role: str) -> Mapping[str, Any]:
+    """What the probe counted of a role: those of draft-extend's runner are the probe's own figures."""
+    return probe if role == FIRST_ROLE else probe["roles"][role]
+
+
+def check_replays(role: str, found: Mapping[str, Any], counted: Mapping[str, Any]) -> None:
+    """The plugin's record of a role says what the probe counted at that role's runner."""
+    assert sorted(found["captures"]) == sorted(counted["capture_bs"]), role
+    assert found["replays"] == counted["replays"] > 0, role
 
 
 def needs_graphs(servers: AbServers) -> None:

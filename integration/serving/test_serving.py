@@ -9,16 +9,21 @@ run in the order of this file; each writes its figures before it asserts, so a f
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
 from integration.serving.ab_servers import AbServers, Setup
 from integration.serving.ab_stats import total
 from integration.serving.compare import (
+    FIRST_ROLE,
     RECORD_KEY,
     Report,
+    check_replays,
     in_graph,
     mismatches,
+    of_role,
     one_at_a_time,
     processes,
     prompts,
@@ -40,6 +45,7 @@ MOST_CANDIDATES = 8
 AT_ONCE_LENGTHS = LENGTHS[:16]  # the greatest captured batch size
 LEAST_STEPS = 1000
 FILL_LIMIT_US = 10.0
+STEP_LIMIT_US = 15.0  # all roles together
 DRAFT_TOKENS = 4
 
 LAUNCHER_LINE = r"sglang-nsa-plugin \S+: metadata backend \S+"
@@ -102,11 +108,11 @@ def test_tokens_many_at_once(servers: AbServers, report: Report) -> None:
 
 
 def test_record_counts_every_step(servers: AbServers, report: Report) -> None:
-    """Every draft-extend step of SGLang went through the plugin, none through SGLang's own fill."""
+    """Every step of each role went through the plugin, none through SGLang's own fill."""
     probe = scheduler_figures(servers["plugin"])
     record = read_record(servers["plugin"])
     steps = probe["replays"] if in_graph(probe) else probe["fills"]
-    report("record", {"record": record, "probe_steps": steps})
+    report("record", {"record": record, "probe_steps": steps, "probe_roles": probe.get("roles", {})})
     assert record["backend"] == "cuda", record
     assert sum(record["fallbacks"].values()) == 0, record["fallbacks"]
     assert record["pid"] == probe["pid"]
@@ -114,8 +120,9 @@ def test_record_counts_every_step(servers: AbServers, report: Report) -> None:
     if in_graph(probe):
         assert record["adapter"] == "in-graph", record
         assert record["in_graph"], record
-        assert sorted(record["captures"]) == sorted(probe["capture_bs"])
-        assert record["replays"] == steps
+        for role, found in record["roles"].items():
+            assert found["fallbacks"] == {}, role
+            check_replays(role, found, of_role(probe, role))
     else:
         assert record["adapter"] == "eager", record
         assert record["launches"] == steps
@@ -137,10 +144,27 @@ def test_published_fence_is_the_one_in_the_graph(servers: AbServers, report: Rep
 def test_host_time_of_the_fill(servers: AbServers, report: Report) -> None:
     figures = {name: scheduler_figures(server) for name, server in servers.items()}
     kept = ("fill_us", "before_replay_us", "replays", "replays_by_batch_size", "capture_bs", "fills")
-    report("host_time", {name: {k: f[k] for k in kept if k in f} for name, f in figures.items()})
+    step = {name: medians(f) for name, f in figures.items()}
+    report(
+        "host_time",
+        {
+            **{name: {k: f[k] for k in kept if k in f} for name, f in figures.items()},
+            "median_us_by_role": step,
+        },
+    )
     if in_graph(figures["plugin"]):
         assert figures["plugin"]["fill_us"]["median"] <= FILL_LIMIT_US
+    in_place = read_record(servers["plugin"])["in_place"]
+    if set(in_place) == set(step["plugin"]) and all(in_place.values()):
+        assert sum(step["plugin"].values()) <= STEP_LIMIT_US, step
+        assert all(step["plugin"][role] < step["sglang"][role] for role in in_place), step
     assert figures["plugin"]["fill_us"]["median"] < figures["sglang"]["fill_us"]["median"]
+
+
+def medians(probe: Mapping[str, Any]) -> dict[str, float]:
+    """The median host time of each role's metadata, in microseconds."""
+    roles = (FIRST_ROLE, *probe.get("roles", {}))
+    return {role: of_role(probe, role)["fill_us"]["median"] for role in roles}
 
 
 def repeatable_prompts(target: Server) -> tuple[list[list[int]], int]:

@@ -2,8 +2,9 @@
 
     python -m pytest integration/serving/test_shadow_load.py -v -s [--load-s 390] [--budget-s 520]
 
-All servers share one GPU and compare every replay. The load ends when --load-s are over, or 20 s before
---budget-s are, counted from pytest's start. Each GPU has a result file, shadow-load-GPU-VERSION.json.
+All servers share one GPU, fill every role and compare every replay. The load ends when --load-s are
+over, or 20 s before --budget-s are, counted from pytest's start. Each GPU has a result file,
+shadow-load-GPU-VERSION.json.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any
 import pytest
 
 from integration import result_files
-from integration.serving.ab_servers import FP8, MANY, NO_PROBE, START_LIMIT_S, Fleet, Setup
+from integration.serving.ab_servers import FP8, MANY, NO_PROBE, ROLES, START_LIMIT_S, Fleet, Setup
 from integration.serving.compare import read_record
 from integration.serving.server import ServerError
-from integration.serving.test_shadow_serving import CHECKED, mixed_load
+from integration.serving.test_shadow_serving import CHECKED, check_every_replay, mixed_load
 
 COMMAND = "make serve-test PART=shadow-load"
 ARM = {"checked": {**CHECKED, **NO_PROBE}}
@@ -34,6 +35,8 @@ SETUPS = (
 AT_ONCE = (1, 1, 1, 2, 5, 11, 16)
 NEW_TOKENS = (32, 192, 768)
 STOPPING_S = 20
+# Of each role, by all servers together, in a load of LONG_S seconds or more.
+LEAST_CHECKS, LONG_S = 10_000, 120
 SUMMED = ("replays", "checks", "values_checked", "mismatches")
 
 
@@ -75,11 +78,16 @@ def _run(fleet: Fleet, setup: Setup, load_s: float, end: float) -> dict[str, Any
 
 def _write(runs: dict[str, dict[str, Any]]) -> None:
     records = [run["record"] for run in runs.values() if "record" in run]
-    total = {key: sum(record[key] for record in records) for key in SUMMED}
-    total["fallbacks"] = sum(sum(record["fallbacks"].values()) for record in records)
+    roles = {role: _total([record["roles"][role] for record in records]) for role in ROLES}
+    total = {**_total(records), "roles": roles}
     file = f"shadow-load-{result_files.gpu_name()}-{version('sglang')}.json"
     print(f"\n{file}: {total}")
     result_files.merge(file, COMMAND, {"total": total, "servers": runs})
+
+
+def _total(records: list[dict[str, Any]]) -> dict[str, int]:
+    total = {key: sum(record[key] for record in records) for key in SUMMED}
+    return {**total, "fallbacks": sum(sum(record["fallbacks"].values()) for record in records)}
 
 
 @pytest.mark.parametrize("name", [setup.name for setup in SETUPS])
@@ -88,7 +96,18 @@ def test_every_replay_was_checked_and_equal(found: dict[str, dict[str, Any]], na
     assert "error" not in run, run["error"]
     record = run["record"]
     assert record["adapter"] == "in-graph"
-    assert record["checks"] == record["replays"] > 1000
-    assert record["values_checked"] > 100 * record["checks"]
-    assert record["mismatches"] == 0
-    assert record["fallbacks"] == {}
+    for role in ROLES:
+        of_role = record["roles"][role]
+        check_every_replay(role, of_role)
+        assert of_role["checks"] > 1000, role
+        assert of_role["values_checked"] > 100 * of_role["checks"], role
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_replays_of_each_role_are_enough(
+    found: dict[str, dict[str, Any]], role: str, request: pytest.FixtureRequest
+) -> None:
+    if request.config.getoption("--load-s") < LONG_S:
+        pytest.skip(f"needs --load-s {LONG_S} or more")
+    checks = sum(run["record"]["roles"][role]["checks"] for run in found.values() if "record" in run)
+    assert checks >= LEAST_CHECKS

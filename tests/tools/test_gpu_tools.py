@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +70,18 @@ def test_the_first_bench_of_a_gpu_shows_the_goals_alone(capsys):
     text = capsys.readouterr().out
     assert text.startswith("No committed run of this GPU to compare with.\n")
     assert "paged_kernel     1 missed" in text
+
+
+@without_gpu
+@pytest.mark.parametrize("role", ["draft-extend", "draft-decode", "verify"])
+def test_every_replay_of_the_soak_is_checked(tmp_path, role):
+    """On the CPU, in the same processes; the last replay, too."""
+    file = tmp_path / "soak.json"
+    command = [sys.executable, "-m", "integration.gpu.soak", "--role", role, "--json", str(file)]
+    options = ["--replays", "24", "--processes", "1"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, check=False)
+    found = json.loads(file.read_text())
+    assert (done.returncode, found["role"], found["passed"]) == (0, role, True)
+    assert (found["replays"], found["checks"], found["mismatches"]) == (24, 24, 0)
+    assert found["values_compared"] > 24 * 1_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -13,6 +14,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -26,6 +28,8 @@ from integration.serving import (
     compare,
     metrics_page,
     serve_test,
+    test_corruption,
+    test_dropped,
     test_gain,
     test_load,
 )
@@ -284,9 +288,10 @@ def test_tokens_of_a_step_and_how_far_apart():
 FIELDS = ("cache_seqlens_int32", "dsa_seqlens_expanded", "real_page_table")
 
 
-@pytest.mark.parametrize("wrong", FIELDS)
-def test_the_probe_makes_one_tensor_wrong_while_it_is_asked_to(tmp_path, monkeypatch, wrong):
-    """On SGLang's own backend class, whose captured fill the CPU runs again at each replay."""
+@pytest.fixture
+def corrupting(tmp_path, monkeypatch):
+    """Makes a pair of SGLang's own backend class whose captured fill the CPU runs again at each replay;
+    and says which tensors differ while the probe is asked to make some wrong."""
     from sglang_nsa_plugin.adapters import captured_fill, in_graph
 
     if not in_graph.is_generation() or torch.cuda.is_available():
@@ -299,23 +304,114 @@ def test_the_probe_makes_one_tensor_wrong_while_it_is_asked_to(tmp_path, monkeyp
 
     refresh = captured_fill.BackendFills.refresh_derived
     monkeypatch.setattr(captured_fill.BackendFills, "refresh_derived", refresh)  # put back afterwards
-    nsa_probe.Corruption(list(FIELDS), tmp_path).install()
-    pair = GraphPair(torch.device("cpu"), (2,), draft_tokens=4, context_len=512, pool_size=12)
-    pair.inputs.seq_lens[:2] = 200
-    pair.inputs.req_to_token.fill_(640)
 
-    def different_when_asked_for(text):
-        (tmp_path / "corrupt").write_text(text)
-        done = tmp_path / "corrupted"
-        while not done.is_file() or done.read_text() != text:
-            time.sleep(0.05)
-        result = Diff()
-        pair.step(2, result)
-        return {name for name, count in result.different.items() if count}
+    def make(names, role="draft-extend"):
+        nsa_probe.Corruption(list(names), tmp_path).install()
+        cpu = torch.device("cpu")
+        pair = GraphPair(cpu, (2,), role=role, draft_tokens=4, context_len=512, pool_size=12)
+        pair.inputs.seq_lens[:2] = 200
+        pair.inputs.req_to_token.fill_(640)
 
-    seen = different_when_asked_for(wrong)
-    assert seen - {"ctx_lens"} == {field_of[wrong]}
+        def different_when_asked_for(text):
+            (tmp_path / "corrupt").write_text(text)
+            done = tmp_path / "corrupted"
+            while not done.is_file() or done.read_text() != text:
+                time.sleep(0.05)
+            result = Diff()
+            pair.step(2, result)
+            return {name for name, count in result.different.items() if count}
+
+        return pair, different_when_asked_for
+
+    return make
+
+
+@pytest.mark.parametrize("role", ["draft-extend", "draft-decode", "verify"])
+@pytest.mark.parametrize("wrong", FIELDS)
+def test_the_probe_makes_one_tensor_wrong_while_it_is_asked_to(corrupting, role, wrong):
+    """Draft-decode's lengths and expanded lengths are one tensor."""
+    prefix = "" if role == "draft-extend" else f"{role}:"
+    own = test_corruption.of(role, FIELDS)
+    if wrong not in own:
+        pytest.skip("not a tensor of its own there")
+    _, different_when_asked_for = corrupting([prefix + field for field in own], role)
+    different = different_when_asked_for(prefix + wrong) - {"ctx_lens"}
+    also = {"cache_seqlens"} if role == "draft-decode" and wrong == "dsa_seqlens_expanded" else set()
+    assert different == {field_of[wrong]} | also
     assert different_when_asked_for("") == set()
+
+
+def test_the_probe_leaves_the_tensors_of_other_roles_alone(corrupting):
+    _, different_when_asked_for = corrupting(["verify:real_page_table"])
+    assert different_when_asked_for("verify:real_page_table") == set()
+
+
+def test_the_probe_writes_minus_one_into_a_table(corrupting):
+    name = "verify:page_table_1=-1"
+    pair, different_when_asked_for = corrupting([name], "verify")
+    assert different_when_asked_for(name) == {"page_table_1"}
+    assert (pair.metadata(2).page_table_1 == -1).all()
+    assert different_when_asked_for("") == set()
+
+
+def test_a_table_that_was_left_out_gets_a_stand_in_of_minus_one(corrupting):
+    import nsa_probe
+
+    pair, _ = corrupting([])
+    metadata = pair.metadata(2)
+    object.__setattr__(metadata, "page_table_1", None)
+    nsa_probe.give_stand_in(pair.fills(), metadata, "page_table_1")
+    assert metadata.page_table_1.shape == (2 * 4, pair.inputs.req_to_token.shape[1])
+    assert (metadata.page_table_1 == -1).all()
+
+
+class Graphs:
+    """What a runner replays through, since 0.5.14."""
+
+    def replay(self, key, batch):
+        return batch
+
+
+def test_the_probe_counts_replays_of_a_runner_and_times_its_metadata(monkeypatch):
+    monkeypatch.syspath_prepend(str(SERVING / "probe"))
+    import nsa_probe
+
+    monkeypatch.setattr(nsa_probe.RoleWatch, "all", {})
+    backend = SimpleNamespace(init_forward_metadata_out_graph=lambda batch: batch)
+    runner = SimpleNamespace(capture_bs=[1, 2, 4], backend=Graphs())
+    watch = nsa_probe.RoleWatch("draft-decode", runner, backend)
+    for size in (1, 4, 4):
+        assert backend.init_forward_metadata_out_graph("a batch") == "a batch"
+        assert runner.backend.replay(SimpleNamespace(size=size), "an output") == "an output"
+    found = watch.figures()
+    assert found["capture_bs"] == [1, 2, 4]
+    assert (found["replays"], found["replays_by_batch_size"]) == (3, {"1": 1, "4": 2})
+    assert found["fill_us"]["count"] == 3
+    assert nsa_probe.RoleWatch.all == {"draft-decode": watch}
+
+
+def test_the_probe_hooks_what_sglang_has():
+    """The names of the two runners, their graphs' backend and the attributes that the probe asks for."""
+    import inspect
+
+    spec = importlib.util.spec_from_file_location("probe", SERVING / "probe" / "nsa_probe.py")
+    probe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(probe)
+    if not probe._exists(probe.VERIFY_MODULE):
+        pytest.skip("this SGLang has no such runners")
+    for target, attribute in (
+        (probe.VERIFY_RUNNER, "self.attn_backend"),
+        (probe.DRAFT_RUNNER, "self.draft_attn_backend"),
+    ):
+        module, _, name = target.rpartition(".")
+        source = inspect.getsource(getattr(importlib.import_module(module), name))
+        for needed in (
+            attribute,
+            "self.capture_bs",
+            "self.backend.replay(",
+            "init_forward_metadata_out",
+        ):
+            assert needed in source, (target, needed)
 
 
 def test_the_probe_can_do_the_least_that_a_hook_can(monkeypatch):
@@ -392,6 +488,10 @@ def written(tmp_path: Path) -> dict:
         ),
         (("corruption", "memory"), {"corruption", "memory"}),
         (("parallel", "load", "other-plugin"), {"tp2", "dp2", "load", "other-plugin"}),
+        (
+            ("roles", "dropped"),
+            {"roles", "roles-checked", "roles-5-steps", *(each.name for each in test_dropped.SETUPS)},
+        ),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
@@ -405,6 +505,8 @@ def test_slices_run_alone_and_merge_into_one_file(tmp_path, names, setups):
         assert parts["load"]["requests"]["plugin"]["answered"] > 48
     if "memory" in names:
         assert parts["memory.recapture"]["outcomes"] == {"plugin": "ended", "sglang": "ended"}
+        assert parts["corruption.verify.real_page_table"]["caught_by"] == ["tokens", "accepted drafts"]
+        assert parts["corruption.draft-decode.real_page_table"]["caught_by"] == ["accepted drafts"]
 
 
 @pytest.mark.parametrize("is_installed", [True, False])
@@ -449,6 +551,17 @@ def test_a_wrong_plugin_fails_the_slice(tmp_path, fault, failed):
     assert "FAILED: fp8" in run.stdout
     assert failures(run.stdout) == failed
     assert "fp8.one_at_a_time" in written(tmp_path)  # figures before assertions
+
+
+@pytest.mark.parametrize(
+    ("fault", "failed"),
+    [("fallback", ["test_record"] * 3), ("mismatch", ["test_record"] * 3)],
+)
+def test_a_role_whose_record_is_wrong_fails_the_slice(tmp_path, fault, failed):
+    run = slices(
+        tmp_path, "roles", "--", "-q", "-k", "record", STAND_IN_FAULT=fault, STAND_IN_ROLE="verify"
+    )
+    assert failures(run.stdout) == failed, run.stdout[-3_000:]
 
 
 def test_an_unknown_slice_is_refused_with_the_choices(tmp_path):

@@ -15,6 +15,9 @@ captures are not timed. Two spans are taken, in nanoseconds of ``time.perf_count
 It also counts the distinct events that ``execute`` publishes for the scheduler to wait on: SGLang makes
 a new one for each replay, a graph records the same one again.
 
+The runners of the other two plans, target-verify and draft-decode, are watched in the same way, but only
+their metadata is timed and their replays counted. Their figures lie below ``roles``.
+
 SGLang 0.5.14 and before runs draft-extend without a graph: there only fill is taken, one call of
 ``init_forward_metadata`` for a draft-extend batch.
 
@@ -22,15 +25,22 @@ SGLang 0.5.14 and before runs draft-extend without a graph: there only fill is t
 of SGLang's registry, a function that points the backend at its captured metadata and checks nothing. For
 servers with the plugin, whose graphs hold the fill.
 
-``NSA_PROBE_CORRUPT`` names fields of SGLang's metadata, separated by commas, that can be corrupted. Each
-captured fill of sglang-nsa-plugin is then followed by one more step for each field. It works while the
-field is named in ``$NSA_PROBE_DIR/corrupt`` and the fill is switched on: it halves lengths and running
-sums, and points page tables to page 0. ``$NSA_PROBE_DIR/corrupted`` names the fields that are corrupted
-now. Indices stay inside their tensors, so that a corrupted tensor shows in what the server answers.
+``NSA_PROBE_MARK`` names these calls in SGLang's profiles, ``nsa-probe metadata ROLE``. It costs time.
+
+``NSA_PROBE_CORRUPT`` names fields of SGLang's metadata, separated by commas, that can be corrupted; a
+role and a colon before a field mean that role's, a field alone draft-extend's. Each captured fill of
+sglang-nsa-plugin is then followed by one more step for each field. It works while the field is named in
+``$NSA_PROBE_DIR/corrupt`` and the fill is switched on: it halves lengths and running sums, and points
+page tables to page 0. ``$NSA_PROBE_DIR/corrupted`` names the fields that are corrupted now. Indices stay
+inside their tensors, so that a corrupted tensor shows in what the server answers.
+
+A field with ``=-1`` behind it gets -1 everywhere, which is no page and no slot. That is for tables that
+nothing should read. Where the metadata has no such table, because it was left out, it gets one.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -41,10 +51,15 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 WORKER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
+# Since 0.5.14 these two have a backend of graphs with a method replay(key, batch).
+VERIFY_MODULE = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
+VERIFY_RUNNER = f"{VERIFY_MODULE}.DecodeCudaGraphRunner"
+DRAFT_RUNNER = "sglang.srt.speculative.eagle_draft_cuda_graph_runner.EAGLEDraftCudaGraphRunner"
+DRAFT_EXTEND, DRAFT_DECODE, VERIFY = "draft-extend", "draft-decode", "verify"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 PLUGIN_MODULE = "sglang_nsa_plugin.plugin"
 STATE_MODULE = "sglang_nsa_plugin.state"
@@ -83,10 +98,22 @@ def register() -> None:
         if not getattr(worker, "cuda_graph_runner_for_draft_extend", None):
             EagerWatch(worker.draft_runner.attn_backend, path)
 
+    def watch_verify(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:
+        original(runner, *args, **kwargs)
+        if not runner.model_runner.is_draft_worker:
+            RoleWatch(VERIFY, runner, runner.attn_backend)
+
+    def watch_draft(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:
+        original(runner, *args, **kwargs)
+        RoleWatch(DRAFT_DECODE, runner, runner.draft_attn_backend)
+
     fields = os.environ.get("NSA_PROBE_CORRUPT")
     if fields:
         Corruption(fields.split(","), Path(folder)).install()
     HookRegistry.register(f"{RUNNER}.__init__", watch, HookType.AROUND)
+    if _exists(VERIFY_MODULE):
+        HookRegistry.register(f"{VERIFY_RUNNER}.__init__", watch_verify, HookType.AROUND)
+        HookRegistry.register(f"{DRAFT_RUNNER}.__init__", watch_draft, HookType.AROUND)
     HookRegistry.register(f"{WORKER}.init_cuda_graphs", watch_eager, HookType.AROUND)
 
 
@@ -115,14 +142,13 @@ class Corruption:
         if self.switches is None:
             self.switches = fill.enabled.new_zeros(len(self.fields))
             threading.Thread(target=self._follow, name="nsa-corruption", daemon=True).start()
-        for number, field in enumerate(self.fields):
-            tensor = getattr(metadata, field)
-            assert tensor is not None, f"{field}: is not there to be made wrong"
-            on = self.switches[number] * fill.enabled
-            if tensor.dim() == 1:
-                tensor.sub_(tensor // 2 * on)
-            else:
-                tensor.mul_(1 - on)
+        for number, name in enumerate(self.fields):
+            role, field, is_stand_in = parsed(name)
+            if role == fill.role.name:
+                on = self.switches[number] * fill.enabled
+                if is_stand_in:
+                    give_stand_in(fill, metadata, field)
+                _spoil(metadata, field, on, is_stand_in)
 
     def _follow(self) -> None:
         """Sets the switches to what the file asks for; touches the device only when that changes."""
@@ -142,6 +168,87 @@ class Corruption:
             import torch
 
             torch.cuda.synchronize()
+
+
+def parsed(name: str) -> tuple[str, str, bool]:
+    """Role and field of a name in ``NSA_PROBE_CORRUPT``, and whether it gets -1."""
+    role, _, field = name.rpartition(":")
+    return role or DRAFT_EXTEND, field.removesuffix("=-1"), field.endswith("=-1")
+
+
+def give_stand_in(fill: Any, metadata: Any, field: str) -> None:
+    """Gives the metadata a table of -1 where that one was left out; as wide as SGLang makes it."""
+    if getattr(metadata, field) is None:
+        rows, width = metadata.dsa_cache_seqlens_int32.shape[0], fill.backend.req_to_token.shape[1]
+        table = fill.enabled.new_full((rows, width), -1)
+        object.__setattr__(metadata, field, table)
+
+
+def _spoil(metadata: Any, field: str, on: Any, is_stand_in: bool) -> None:
+    """Makes a tensor wrong where ``on``, a number on the device, is 1."""
+    tensor = getattr(metadata, field)
+    assert tensor is not None, f"{field}: is not there to be made wrong"
+    if is_stand_in:
+        tensor.mul_(1 - on).sub_(on)
+    elif tensor.dim() == 1:
+        tensor.sub_(tensor // 2 * on)
+    else:
+        tensor.mul_(1 - on)
+
+
+def marked(role: str, fill: Callable[..., Any]) -> Callable[..., Any]:
+    """With ``NSA_PROBE_MARK``, the same call below a name that a profile shows."""
+    if not os.environ.get("NSA_PROBE_MARK"):
+        return fill
+    from torch.profiler import record_function
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        with record_function(f"nsa-probe metadata {role}"):
+            return fill(*args, **kwargs)
+
+    return named
+
+
+class RoleWatch:
+    """Times the metadata of verify's or draft-decode's runner and counts its replays."""
+
+    all: ClassVar[dict[str, RoleWatch]] = {}
+
+    def __init__(self, role: str, runner: Any, backend: Any) -> None:
+        self.capture_bs = [int(size) for size in runner.capture_bs]
+        self.fill_ns: list[int] = []
+        self.replays: Counter[int] = Counter()
+        self._time_fill(role, backend)
+        self._count_replays(runner.backend)
+        self.all[role] = self
+
+    def _time_fill(self, role: str, backend: Any) -> None:
+        fill = marked(role, backend.init_forward_metadata_out_graph)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = clock()
+            result = fill(*args, **kwargs)
+            self.fill_ns.append(clock() - begin)
+            return result
+
+        backend.init_forward_metadata_out_graph = timed
+
+    def _count_replays(self, graphs: Any) -> None:
+        replay = graphs.replay
+
+        def counted(key: Any, *args: Any, **kwargs: Any) -> Any:
+            self.replays[key.size] += 1
+            return replay(key, *args, **kwargs)
+
+        graphs.replay = counted
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "capture_bs": self.capture_bs,
+            "replays": sum(self.replays.values()),
+            "replays_by_batch_size": {str(bs): n for bs, n in sorted(self.replays.items())},
+            "fill_us": summary(self.fill_ns),
+        }
 
 
 class EagerWatch:
@@ -190,7 +297,7 @@ class Watch:
         _write_when_quiet(path, self.before_replay_ns, self.figures)
 
     def _time_fill(self, backend: Any) -> None:
-        fill = backend.init_forward_metadata_out_graph
+        fill = marked(DRAFT_EXTEND, backend.init_forward_metadata_out_graph)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             begin = clock()
@@ -240,6 +347,7 @@ class Watch:
             "distinct_fences": len(self.fences),
             "fill_us": summary(self.fill_ns),
             "before_replay_us": summary(self.before_replay_ns),
+            "roles": {role: watch.figures() for role, watch in RoleWatch.all.items()},
             "plugin_record": _plugin_record(),
         }
 
@@ -287,6 +395,13 @@ def summary(samples_ns: list[int]) -> dict[str, Any]:
         "max": round(max(spans), 3),
         "first": [round(span, 3) for span in spans[:FIRST_SAMPLES]],
     }
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is the package that it would be in
+        return False
 
 
 def _process(role: str) -> dict[str, Any]:

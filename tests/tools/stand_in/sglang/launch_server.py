@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import ClassVar
 
 READ = ("dsa_seqlens_expanded", "dsa_cache_seqlens_int32", "real_page_table")
+STAND_IN = "page_table_1=-1"  # which SGLang's older top-k reads
+ROLES = os.environ.get("SGLANG_NSA_METADATA_ROLES", "draft-extend").split(",")
 VOCAB = 4_000
 STEP_S = 0.002
 PATCHED = "another plugin (first) patched sglang.srt.managers.scheduler.Scheduler.__init__ before"
@@ -31,6 +33,7 @@ def option(name: str, default: str) -> str:
 class State:
     has_plugin = os.environ.get("SGLANG_PLUGINS") != "probe"
     fault = os.environ.get("STAND_IN_FAULT", "") if has_plugin else ""
+    wrong_role = os.environ.get("STAND_IN_ROLE")  # whose record shows the fault; unset, each role's
     context = int(option("--context-length", "163840"))
     draft_tokens = int(option("--speculative-num-draft-tokens", "4"))
     ranks = int(option("--tp", "1"))
@@ -48,9 +51,12 @@ class State:
 
 
 def wrong_now() -> set[str]:
-    """What the file of the corruption asks for."""
+    """The roles with a wrong tensor that something reads, by the file of the corruption."""
     path = Path(State.folder or "/nonexistent") / "corrupt"
-    return set(path.read_text().split(",")) if path.is_file() else set()
+    asked = path.read_text().split(",") if path.is_file() else []
+    read = {*READ, STAND_IN} if os.environ.get("SGLANG_OPT_USE_TOPK_V2") == "0" else READ
+    names = [name.rpartition(":") for name in asked]
+    return {role or "draft-extend" for role, _, field in names if field in read}
 
 
 def tokens(prompt: list[int], count: int, temperature: float) -> list[int]:
@@ -84,9 +90,10 @@ def answer(prompt: list[int], parameters: dict, rid: str) -> dict:
         if rid in State.aborted:
             made, finish = made[: done + 1], {"type": "abort", "message": "Aborted"}
             break
-    if State.fault == "tokens" and len(made) > 3:
+    wrong = wrong_now()
+    if (State.fault == "tokens" or "verify" in wrong) and len(made) > 3:
         made[3] += 1
-    if State.fault == "drafts" or wrong_now() & set(READ):
+    if State.fault == "drafts" or wrong:
         steps[0] += 2
     with State.lock:
         shared = max((common(prompt, other) for other in State.cached), default=0)
@@ -113,23 +120,33 @@ def why_not() -> str | None:
 
 
 def record(pid: int) -> dict:
-    why_idle = why_not()
-    checks = State.replays if os.environ.get("SGLANG_NSA_METADATA_CHECK") == "1" else 0
+    first = role_record("draft-extend")
+    roles = {role: first if role == "draft-extend" else role_record(role) for role in ROLES}
     return {
         "version": "0",
+        **first,
+        "in_place": {role: why_not() is None for role in ROLES},
+        "roles": roles,
+        "pid": pid,
+    }
+
+
+def role_record(role: str) -> dict:
+    why_idle = why_not()
+    checks = State.replays if os.environ.get("SGLANG_NSA_METADATA_CHECK") == "1" else 0
+    is_wrong = State.wrong_role in (None, role)
+    return {
         "adapter": None if why_idle else "in-graph",
         "backend": None if why_idle else "cuda",
         "mqa_schedule": "cuda",
         "reason": why_idle or "stand-in",
-        "in_place": {"draft-extend": why_idle is None},
         "captures": [] if why_idle else [1, 2],
         "replays": 0 if why_idle else State.replays,
         "launches": 0,
         "checks": checks,
         "values_checked": 1000 * checks,
-        "mismatches": int(State.fault == "mismatch"),
-        "fallbacks": {"planted": 1} if State.fault == "fallback" else {},
-        "pid": pid,
+        "mismatches": int(State.fault == "mismatch" and is_wrong),
+        "fallbacks": {"planted": 1} if State.fault == "fallback" and is_wrong else {},
     }
 
 
@@ -139,8 +156,10 @@ def probe() -> None:
         folder = Path(State.folder or "")
         for rank in range(State.ranks):
             pid = os.getpid() + rank
-            figures = {"pid": pid, "role": "scheduler", "fill_us": {}, "capture_bs": [1, 2]}
-            figures |= {"replays": State.replays, "plugin_record": record(pid)}
+            of_runner = {"capture_bs": [1, 2], "replays": State.replays, "fill_us": {}}
+            of_runner["replays_by_batch_size"] = {"1": State.replays}
+            figures = {"pid": pid, "role": "scheduler", **of_runner, "plugin_record": record(pid)}
+            figures["roles"] = {"verify": of_runner, "draft-decode": of_runner}
             temporary = folder / f"{pid}.tmp"
             temporary.write_text(json.dumps(figures))
             temporary.replace(folder / f"{pid}.json")
