@@ -122,6 +122,18 @@ def serve(name: str, model: Path, layers: int, sizes: list[int], rounds: int) ->
         return rows
 
 
+def command_of(arguments: argparse.Namespace) -> str:
+    """The command that measures the same again."""
+    options = {
+        "--layers": [arguments.layers],
+        "--rounds": [arguments.rounds],
+        "--requests": arguments.requests,
+        "--servers": arguments.servers,
+    }
+    words = [word for name, values in options.items() for word in (name, *map(str, values))]
+    return " ".join(["python -m integration.serving.programmatic_noop", *words])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=61)
@@ -136,9 +148,8 @@ def main() -> int:
         for name in arguments.servers:
             rows += serve(name, model, arguments.layers, arguments.requests, arguments.rounds)
     if arguments.json:
-        command = "python -m integration.serving.programmatic_noop"
         result = {
-            "command": command,
+            "command": command_of(arguments),
             **result_files.environment(),
             "host": node_gaps.host(),
             "rows": rows,

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from integration.figures import build, gain, gpu_checks, one_fill, results_page, servers
+from integration.figures.committed import load
 from integration.serving import compare
 from integration.serving.server import Answer
 
@@ -257,3 +258,17 @@ def test_the_switch_is_shown_with_what_every_rank_found():
     assert "1,448 switches in 204 requests: the 2 ranks ran 2,000 and 2,001 replays" in text
     assert "in which 3 values differed" in text
     assert servers.switched({}) == []
+
+
+def test_the_steps_behind_no_ops_are_those_of_the_result_file():
+    """The table of docs/kernel.md, which is written by hand."""
+    rows = load("programmatic-noop-8-h200.json")["rows"]
+    page = (ROOT / "docs" / "kernel.md").read_text()
+    assert {row["beside"] for row in rows} == {None, "context"}
+    for row in rows:
+        where = "beside a process that holds a context" if row["beside"] else "alone"
+        many = "1 request" if row["requests"] == 1 else f"{row['requests']} requests"
+        names = ("off again", "no-op", "8 no-ops", "forked graph")
+        ratios = (f"{row[name]['ratio']['median']:.4f}" for name in names)
+        cells = (f"{where}, {many}", f"{row['off']['step_us'] / 1000:.2f}", *ratios)
+        assert f"| {' | '.join(cells)} |" in page
