@@ -15,6 +15,7 @@ Cell = dict[str, Any]
 HOST_BOUND = "2"  # layers
 KINDS = {"bf16": "bfloat16", "fp8": "FP8"}
 CONTEXTS = {"160k": "160 k", "1m": "1 M"}
+CHECKED = {0: "", 1: ", every fill shadow-checked"}
 FEW = 3  # differences that are listed
 NO_DIFFERENCE = "no difference beyond noise"
 FIRST_MINUTE = "first-minute."
@@ -54,10 +55,17 @@ def _method() -> str:
     )
 
 
-def cells(parts: dict[str, Any], roles: Iterable[str]) -> list[Part]:
-    """The cells of servers in which the plugin filled exactly these roles, by server and requests."""
-    found = [part for part in parts.values() if "cell" in part and set(part["roles"]) == set(roles)]
-    return sorted(found, key=_place)
+def cells(parts: dict[str, Any], roles: Iterable[str], check: int = 0) -> list[Part]:
+    """The cells of servers in which the plugin filled exactly these roles, by server and requests.
+
+    Args:
+        parts: of a result file.
+        roles: that were filled.
+        check: fills from one shadow check to the next; 0 for none.
+    """
+    asked = set(roles), check
+    found = [part for part in parts.values() if "cell" in part]
+    return sorted((part for part in found if (set(part["roles"]), part["check"]) == asked), key=_place)
 
 
 def _place(part: Part) -> tuple[Any, ...]:
@@ -68,18 +76,37 @@ def _place(part: Part) -> tuple[Any, ...]:
 
 def _on_one_gpu(parts: dict[str, Any]) -> Iterator[str]:
     """The cells of each choice of roles, the smallest one first; then the first minutes."""
-    choices = {frozenset(part["roles"]) for part in parts.values() if "cell" in part}
-    for roles in sorted(choices, key=lambda each: (len(each), sorted(each))):
-        found = cells(parts, roles)
+    choices = {
+        (tuple(sorted(part["roles"])), part["check"]) for part in parts.values() if "cell" in part
+    }
+    for roles, check in sorted(choices, key=lambda choice: (len(choice[0]), *choice)):
+        found = cells(parts, roles, check)
         gpus = dict.fromkeys(gpu_name(gpu) for part in found for gpu in part["of"]["gpus"])
-        yield paragraph(f"{', '.join(gpus)}, {_filled(roles)} filled. {' '.join(in_words(found))}")
+        what = f"{_filled(roles)} filled{CHECKED.get(check, f', one in {check} of the fills shadow-checked')}"
+        yield paragraph(f"{', '.join(gpus)}, {what}. {' '.join(in_words(found))}")
         has_bounds = any(part["cell"]["bound"] for part in found)
         columns = (*COLUMNS, BOUND) if has_bounds else COLUMNS
         yield table(columns, [_row(part)[: len(columns)] for part in found])
         yield "\n".join(_origins(found))
+        yield from _costs_of_checks(found, cells(parts, roles)) if check else ()
     for name, part in parts.items():
         if name.startswith(FIRST_MINUTE):
             yield from _first_minute(part)
+
+
+def _costs_of_checks(checked: Sequence[Part], unchecked: Sequence[Part]) -> Iterator[str]:
+    """Off is without checks in both, so the difference of on ÷ off is their share of a step."""
+    without = {_place(part): part["cell"] for part in unchecked if part["cell"]["resolved"]}
+    costs = []
+    for part in checked:
+        cell, other = part["cell"], without.get(_place(part))
+        if other is not None and cell["resolved"]:
+            share = cell["step_on_over_off"]["median"] - other["step_on_over_off"]["median"]
+            added, step = share * cell["step_ms"]["off"], cell["step_ms"]["off"]
+            where = f"{_server(part)}, {cell['load']} at once"
+            costs.append(f"{added:.2f} ms of a step of {step:.2f} ms ({where})")
+    if costs:
+        yield paragraph(f"So the checks cost {'; '.join(costs)}.")
 
 
 def _filled(roles: Iterable[str]) -> str:

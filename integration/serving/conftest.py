@@ -43,6 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="roles that the servers of the slices gain and first-minute fill, with commas between "
         f"them; default: ${ROLES_VARIABLE}, else what the plugin fills by default",
     )
+    parser.addoption(
+        "--check", type=int, default=0, help="the servers of slice gain shadow-check every Nth fill"
+    )
     parser.addoption("--servers", type=int, default=2, help="servers that run ahead of their tests")
 
 
@@ -111,6 +114,12 @@ def roles(request: pytest.FixtureRequest) -> str | None:
     """The roles that were asked for; None for those of the plugin's own choice."""
     asked: str | None = request.config.getoption("--roles")
     return asked
+
+
+@pytest.fixture(scope="session")
+def check(request: pytest.FixtureRequest) -> int:
+    """Fills from one shadow check to the next; 0 for none."""
+    return int(request.config.getoption("--check"))
 
 
 @pytest.fixture(scope="session")

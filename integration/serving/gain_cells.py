@@ -86,10 +86,11 @@ class Cell:
         """As ``pytest -k`` takes it."""
         return f"{self.regime.name}-{self.requests}-{'beside' if self.beside else 'alone'}"
 
-    def part(self, roles: Iterable[str]) -> str:
-        """Its name in the result file, where cells of other roles have other names."""
+    def part(self, roles: Iterable[str], check: int = 0) -> str:
+        """Its name in the result file, where cells of other roles and checks have other names."""
         names = [self.regime.name, str(self.requests), "+".join(sorted(roles))]
-        return ".".join([*names, *([f"beside-a-{self.beside}"] if self.beside else [])])
+        names += [f"beside-a-{self.beside}"] if self.beside else []
+        return ".".join([*names, *([f"check-{check}"] if check else [])])
 
     @property
     def goal(self) -> float | None:
