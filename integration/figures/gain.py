@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
-from integration.figures.committed import gpu_name, paragraph, table
+from integration.figures.committed import SHOWN_RELEASE, gpu_name, paragraph, table
 from integration.serving.gain_cells import WHOLE_STEP
 
 Part = dict[str, Any]  # of a result file: one cell, and what it is of
@@ -15,7 +15,6 @@ Cell = dict[str, Any]
 HOST_BOUND = "2"  # layers
 KINDS = {"bf16": "bfloat16", "fp8": "FP8"}
 CONTEXTS = {"160k": "160 k", "1m": "1 M"}
-CHECKED = {0: "", 1: ", every fill shadow-checked"}
 FEW = 3  # differences that are listed
 NO_DIFFERENCE = "no difference beyond noise"
 FIRST_MINUTE = "first-minute."
@@ -55,17 +54,46 @@ def _method() -> str:
     )
 
 
-def cells(parts: dict[str, Any], roles: Iterable[str], check: int = 0) -> list[Part]:
+class Choice(NamedTuple):
+    """What cells have in common that may stand in one table."""
+
+    roles: tuple[str, ...]
+    check: int
+    variables: tuple[tuple[str, str], ...]
+
+
+def _choice(part: Part) -> Choice:
+    return Choice(tuple(sorted(part["roles"])), part["check"], tuple(part["variables"].items()))
+
+
+def _what(part: Part) -> str:
+    """'NVIDIA H200, driver 580.1, SGLang 0.5.23, verify filled, every fill shadow-checked'."""
+    gpus = [gpu_name(gpu) for gpu in part["of"]["gpus"]]
+    release = [] if part["sglang"] == SHOWN_RELEASE else [f"SGLang {part['sglang']}"]
+    variables = [f"{name}={value}" for name, value in part["variables"].items()]
+    check = part["check"]
+    how_many = "every fill" if check == 1 else f"one fill in {check}"
+    checked = [f"{how_many} shadow-checked"] if check else []
+    return ", ".join([*gpus, *release, *variables, f"{_filled(part['roles'])} filled", *checked])
+
+
+def cells(
+    parts: dict[str, Any],
+    roles: Iterable[str],
+    check: int = 0,
+    variables: tuple[tuple[str, str], ...] = (),
+) -> list[Part]:
     """The cells of servers in which the plugin filled exactly these roles, by server and requests.
 
     Args:
         parts: of a result file.
         roles: that were filled.
         check: fills from one shadow check to the next; 0 for none.
+        variables: of SGLang, that the servers had.
     """
-    asked = set(roles), check
+    asked = Choice(tuple(sorted(roles)), check, variables)
     found = [part for part in parts.values() if "cell" in part]
-    return sorted((part for part in found if (set(part["roles"]), part["check"]) == asked), key=_place)
+    return sorted((part for part in found if _choice(part) == asked), key=_place)
 
 
 def _place(part: Part) -> tuple[Any, ...]:
@@ -76,19 +104,16 @@ def _place(part: Part) -> tuple[Any, ...]:
 
 def _on_one_gpu(parts: dict[str, Any]) -> Iterator[str]:
     """The cells of each choice of roles, the smallest one first; then the first minutes."""
-    choices = {
-        (tuple(sorted(part["roles"])), part["check"]) for part in parts.values() if "cell" in part
-    }
-    for roles, check in sorted(choices, key=lambda choice: (len(choice[0]), *choice)):
-        found = cells(parts, roles, check)
-        gpus = dict.fromkeys(gpu_name(gpu) for part in found for gpu in part["of"]["gpus"])
-        what = f"{_filled(roles)} filled{CHECKED.get(check, f', one in {check} of the fills shadow-checked')}"
-        yield paragraph(f"{', '.join(gpus)}, {what}. {' '.join(in_words(found))}")
+    choices = {_choice(part) for part in parts.values() if "cell" in part}
+    for choice in sorted(choices, key=lambda each: (len(each.roles), each)):
+        found = cells(parts, *choice)
+        yield paragraph(f"{_what(found[0])}. {' '.join(in_words(found))}")
         has_bounds = any(part["cell"]["bound"] for part in found)
         columns = (*COLUMNS, BOUND) if has_bounds else COLUMNS
         yield table(columns, [_row(part)[: len(columns)] for part in found])
         yield "\n".join(_origins(found))
-        yield from _costs_of_checks(found, cells(parts, roles)) if check else ()
+        if choice.check:
+            yield from _costs_of_checks(found, cells(parts, choice.roles))
     for name, part in parts.items():
         if name.startswith(FIRST_MINUTE):
             yield from _first_minute(part)
@@ -221,7 +246,8 @@ def _first_minute(part: Part) -> Iterator[str]:
         "The first minute of a server (2 layers) in which one request after the other joins, up to "
         f"{part['on']['at_once']} at once, with no metadata kernel of SGLang's compiled yet: how long a client "
         f"waited for the next tokens of one long answer, {_filled(part['roles'])} filled "
-        f"({', '.join(map(gpu_name, of['gpus']))}, commit {of['commit'][:7]}, {of['date'][:10]})."
+        f"({', '.join(map(gpu_name, of['gpus']))}, SGLang {part['sglang']}, commit {of['commit'][:7]}, "
+        f"{of['date'][:10]})."
     )
     yield table(
         ("ms between tokens", "longest three", "median", "over 100 ms", "all, s"),

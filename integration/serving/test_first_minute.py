@@ -17,6 +17,7 @@ import time
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,10 @@ def test_first_minute(gpus: int, model: Path, folder: Path, roles: str | None, t
                 filled = filled_roles([state["nsa_metadata"] for state in states])
             found[name] = pauses(target)
             print(f"\nfirst minute, {name}: {found[name]}", flush=True)
-    keep(f"first-minute.{'+'.join(sorted(filled))}", {"roles": filled, **found})
+    keep(
+        f"first-minute.{'+'.join(sorted(filled))}",
+        {"sglang": version("sglang"), "roles": filled, **found},
+    )
     assert filled
     assert all(each["at_once"] == SIZES[-1] for each in found.values()), found
 

@@ -183,6 +183,8 @@ def regime(name, *cells, roles=("draft-extend",), beside=None, **more):
         "settings": {"rounds": 7, "output_len": 96},
         "roles": list(roles),
         "check": 0,
+        "variables": {},
+        "sglang": "0.5.17",
         **more,
     }
     return {
@@ -291,13 +293,27 @@ def test_the_cost_of_shadow_checks_is_the_difference_to_cells_without():
     )
 
 
+def test_another_release_and_another_baseline_are_named():
+    glue = {"SGLANG_ENABLE_METADATA_GLUE_GRAPH": "1"}
+    text = gain_shown(
+        regime("2-layers-160k-bf16", EQUAL, sglang="0.5.23")
+        | regime("2-layers-160k-bf16", EQUAL, sglang="0.5.23", variables=glue)
+    )
+    assert text.count("no difference beyond noise in 1 of 1 cells") == 2
+    assert "580.1, SGLang 0.5.23, draft-extend filled. Where" in text
+    assert "SGLang 0.5.23, SGLANG_ENABLE_METADATA_GLUE_GRAPH=1, draft-extend filled. Where" in text
+
+
 def test_the_first_minute_is_shown_beside_the_regimes():
     waits = {"pauses": 1_200, "longest_ms": [900.4, 80.0, 60.0, 5.0], "median_ms": 6.5}
     off, on = ({**waits, "over_100_ms": n, "at_once": 24, "seconds": 9.0 - n} for n in (1, 0))
-    part = {"of": OF, "roles": ["draft-extend", "verify"], "off": off, "on": on}
+    roles = ["draft-extend", "verify"]
+    part = {"of": OF, "sglang": "0.5.17", "roles": roles, "off": off, "on": on}
     text = gain_shown({"first-minute.draft-extend+verify": part})
     assert "up to 24 at once" in text
-    assert "draft-extend, verify filled (NVIDIA H200, driver 580.1, commit 0123456, 2026-11-28)" in text
+    assert (
+        "draft-extend, verify filled (NVIDIA H200, driver 580.1, SGLang 0.5.17, commit 0123456" in text
+    )
     assert "| SGLang's own fill | 900, 80, 60 | 6.50 | 1 of 1,200 | 8.0 |" in text
     assert "| with the plugin | 900, 80, 60 | 6.50 | 0 of 1,200 | 9.0 |" in text
 
@@ -307,7 +323,9 @@ def test_every_gpu_that_was_measured_is_shown(monkeypatch, tmp_path):
         (tmp_path / f"gain-{gpu}-0.5.17.json").write_text("{}")
     (tmp_path / "gain-h200-0.5.12.json").write_text("{}")
     monkeypatch.setattr(results_page, "RESULTS", tmp_path)
-    assert results_page._gain_files() == ["gain-h100-80gb-hbm3-0.5.17.json", "gain-h200-0.5.17.json"]
+    assert results_page._gain_files() == [
+        *("gain-h100-80gb-hbm3-0.5.17.json", "gain-h200-0.5.17.json", "gain-h200-0.5.12.json")
+    ]
     assert gain.section([]) == []
 
 
