@@ -16,7 +16,7 @@ from ab_stand_in import SharedClock, StandIn, WallClock
 from commands import command, program
 
 from sglang_nsa_plugin.cli import main
-from sglang_nsa_plugin.cli.ab import compare, load, server
+from sglang_nsa_plugin.cli.ab import compare, load, run, server
 
 LENGTHS = ("--input-len", "8", "--output-len", "128")
 
@@ -332,6 +332,12 @@ def test_every_role_is_switched(stand_in, ab):
     stand_in.verify = {"replays": 0, "launches": 0, "fallbacks": {}, "falls_back": False}
     assert ab("--rounds", "6")[0]["resolved"]
     assert stand_in.verify["replays"] == stand_in.records[0]["replays"] > 0
+
+
+def test_a_role_counts_where_every_rank_fills_it():
+    both, one = {"roles": {"draft-extend": {}, "verify": {}}}, {"roles": {"draft-extend": {}}}
+    assert run.filled_roles([both, both]) == ["draft-extend", "verify"]
+    assert run.filled_roles([both, one]) == ["draft-extend"]
 
 
 def test_more_requests_than_the_server_runs_at_once(stand_in, ab):

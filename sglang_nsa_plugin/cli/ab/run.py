@@ -192,10 +192,11 @@ def of_roles(record: Record) -> dict[str, Record]:
 
 def filled_roles(ranks: list[Record]) -> list[str]:
     """The roles that the plugin fills on every rank."""
+    of_ranks = [of_roles(record) for record in ranks]
     return [
         role
-        for role in of_roles(ranks[0])
-        if all(of_roles(record).get(role, {}).get("in_place", True) for record in ranks)
+        for role in of_ranks[0]
+        if all(role in roles and roles[role].get("in_place", True) for roles in of_ranks)
     ]
 
 
