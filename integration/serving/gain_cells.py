@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from integration.serving.ab_servers import FP8, serve_args
-
 MILLION = 1 << 20
 CONTEXTS = {"160k": 163_840, "1m": MILLION}
 WHOLE_STEP = {"draft-extend", "draft-decode", "verify"}
@@ -58,6 +56,8 @@ class Regime:
     @property
     def args(self) -> list[str]:
         """Options of the server; those of a server that has the GPU to itself win."""
+        from integration.serving.ab_servers import FP8, serve_args  # not for the pages: imports requests
+
         overrides: dict[str, Any] = {}
         args = serve_args("flashmla_kv" if self.is_fp8 else "flashmla_sparse")
         args += [*(FP8 if self.is_fp8 else ()), *captured(self.requests)]
