@@ -628,10 +628,13 @@ def test_each_cell_of_the_gain_is_kept_under_its_roles(tmp_path):
         assert part["cell"]["step_is"] == "median"
         assert part["cell"]["bound"]["at_most"] == 1.0
     (tmp_path / "other").mkdir()
-    run = slices(tmp_path / "other", "gain", "--", "-k", "2-layers-160k-bf16-1-alone", "--check=1")
+    run = slices(
+        tmp_path / "other", "gain", "--", "-k", "2-layers-160k-bf16-1-alone", "--check=1",
+        "--wide-tables=auto", f"--roles={roles}",
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3_000:]
     (part,) = gain_parts(tmp_path / "other").items()
-    assert part[0] == "2-layers-160k-bf16.1.draft-extend.wide-tables-kept.check-1"
+    assert part[0] == f"2-layers-160k-bf16.1.{suffix}.check-1"
     assert (part[1]["check"], part[1]["cell"]["bound"]) == (1, None)
 
 
