@@ -19,7 +19,7 @@ from sglang_nsa_plugin.fill_args import FillArgs
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # seq_lens, req_pool_indices, req_to_token
 # What a replay on the fast path compares, and then SGLang's metadata, which it serves. Of inputs that
 # are the same objects or new slices: ForwardMode, seq_lens, req_pool_indices, req_to_token, and of
-# slices the addresses. Of copied inputs: the backend, req_to_token.
+# slices the addresses; then also the state that counts. Of copied inputs: the backend, req_to_token.
 Hit = tuple[Any, ...]
 
 
@@ -197,8 +197,9 @@ class BackendFills:
         if self.role.inputs is Inputs.COPIED:
             return self.backend, req_to_token, metadata
         if self.role.inputs is Inputs.NEW_SLICES:
-            return self.mode, seq_lens.data_ptr(), req_pool_indices.data_ptr(), req_to_token, metadata
-        return self.mode, seq_lens, req_pool_indices, req_to_token, metadata
+            addresses = seq_lens.data_ptr(), req_pool_indices.data_ptr()
+            return self.mode, *addresses, req_to_token, metadata, self.role.state
+        return self.mode, seq_lens, req_pool_indices, req_to_token, metadata, self.role.state
 
     def read_done(self, bs: int) -> torch.cuda.Event | None:
         """To be called after a replay: the event after which nothing of it reads ``req_to_token``.

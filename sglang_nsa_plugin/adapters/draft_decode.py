@@ -16,7 +16,7 @@ from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.hooks import Call, Hook, Sets
 from sglang_nsa_plugin.adapters.roles import DRAFT_DECODE_ROLE
 from sglang_nsa_plugin.adapters.supported import why_draft_decode_unsupported
-from sglang_nsa_plugin.adapters.taken_over import ATTRIBUTE, TAKEOVERS, consider, record
+from sglang_nsa_plugin.adapters.taken_over import ATTRIBUTE, FAST_PATH, TAKEOVERS, consider, record
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_DECODE_STATE
 
@@ -29,7 +29,6 @@ _DSA = "sglang.srt.layers.attention.dsa_backend"
 _BACKEND = f"{_DSA}.DeepseekSparseAttnBackend"
 _MULTI_STEP = f"{_DSA}.DeepseekSparseAttnMultiStepBackend"
 _MODE = "sglang.srt.model_executor.forward_batch_info.ForwardMode"
-_FAST_PATH = DRAFT_DECODE_ROLE.fast_path
 
 
 def _init(
@@ -76,7 +75,7 @@ def _out_graph(
 
     SGLang chooses between its attention kernels for prefill here, too; draft steps run none of them.
     """
-    fast_path = getattr(multi_step, _FAST_PATH, None)
+    fast_path = getattr(multi_step, FAST_PATH, None)
     hit = None if fast_path is None else fast_path.get(forward_batch.batch_size)
     if hit is not None and not in_capture:
         backend, req_to_token, metadata = hit

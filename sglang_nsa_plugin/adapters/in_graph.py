@@ -27,6 +27,7 @@ from sglang_nsa_plugin.adapters.supported import (
 )
 from sglang_nsa_plugin.adapters.taken_over import (
     ATTRIBUTE,
+    FAST_PATH,
     NAME,
     TAKEOVERS,
     consider,
@@ -34,15 +35,13 @@ from sglang_nsa_plugin.adapters.taken_over import (
     why_unfilled,
 )
 from sglang_nsa_plugin.containment import attempt
-from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, STATE, VERIFY_STATE
+from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, STATE
 
 _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _BACKEND = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend"
 _METADATA = "sglang.srt.layers.attention.dsa_backend.DSAMetadata"
 _FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info"
 _RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
-# On a backend; written out because a step looks them up.
-_FAST_PATH, _VERIFY_FAST_PATH = DRAFT_EXTEND_ROLE.fast_path, VERIFY_ROLE.fast_path
 
 
 def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
@@ -84,54 +83,37 @@ def _out_graph(
 ) -> Any:
     """Before a replay: points the backend at the captured tensors, or lets SGLang fill.
 
-    The fast path is inline and compares objects by identity. Between two replays other work evicts the
-    CPU's caches, so each function called from here would cost some 0.2 µs, and each object touched some
-    0.1 µs. Memory that moved under the same tensor object is not looked for: comparing three addresses
-    would cost 2 µs, no release of SGLang moves memory, and the shadow check validates every replay.
+    The fast path is inline and compares objects by identity; of verify, whose runner cuts new slices
+    from its buffers for each replay, addresses. Between two replays other work evicts the CPU's caches,
+    so each function called from here would cost some 0.2 µs, and each object touched some 0.1 µs.
+    Memory that moved under the same tensor object is not looked for: comparing three addresses would
+    cost 2 µs, no release of SGLang moves memory, and the shadow check validates every replay.
     """
-    fast_path = getattr(backend, _FAST_PATH, None)  # first: all other backends' steps come here, too
-    if fast_path is None:
-        return _verify_out_graph(original, backend, forward_batch, in_capture)
-    hit = fast_path.get(forward_batch.batch_size)
-    if hit is not None:
-        mode, seq_lens, req_pool_indices, req_to_token, metadata = hit
-        if (
-            forward_batch.forward_mode is mode
-            and forward_batch.seq_lens is seq_lens
-            and forward_batch.req_pool_indices is req_pool_indices
-            and backend.req_to_token is req_to_token
-            and not backend.use_mha
-            and not in_capture
-        ):
-            backend.forward_metadata = metadata
-            STATE.replays += 1
-            return None
-    return _slow_path(original, backend, forward_batch, in_capture)
-
-
-def _verify_out_graph(
-    original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool
-) -> Any:
-    """The same for verify, whose runner cuts new slices from its buffers for each replay.
-
-    Slices are compared by address, the other objects by identity.
-    """
-    fast_path = getattr(backend, _VERIFY_FAST_PATH, None)
-    if fast_path is None:
+    fast_path = getattr(backend, FAST_PATH, None)
+    if fast_path is None:  # first: all other backends' steps come here, too
         return original(backend, forward_batch, in_capture=in_capture)
     hit = fast_path.get(forward_batch.batch_size)
     if hit is not None:
-        mode, seq_lens, req_pool_indices, req_to_token, metadata = hit
+        mode, seq_lens, req_pool_indices, req_to_token, metadata, state = hit
         if (
             forward_batch.forward_mode is mode
-            and forward_batch.seq_lens.data_ptr() == seq_lens
-            and forward_batch.req_pool_indices.data_ptr() == req_pool_indices
+            and (
+                (
+                    forward_batch.seq_lens is seq_lens
+                    and forward_batch.req_pool_indices is req_pool_indices
+                )
+                if state is STATE
+                else (
+                    forward_batch.seq_lens.data_ptr() == seq_lens
+                    and forward_batch.req_pool_indices.data_ptr() == req_pool_indices
+                )
+            )
             and backend.req_to_token is req_to_token
             and not backend.use_mha
             and not in_capture
         ):
             backend.forward_metadata = metadata
-            VERIFY_STATE.replays += 1
+            state.replays += 1
             return None
     return _slow_path(original, backend, forward_batch, in_capture)
 

@@ -46,7 +46,6 @@ class Role:
             behind its replay: it publishes the event that frees ``req_to_token``, and checks. A plan
             before it needs no event of its own: its fill comes before the last one's on one stream.
         inputs: what a replay passes.
-        fast_path: the attribute of a backend that holds the ``fast_path`` of its BackendFills.
         state: what is reported of it.
     """
 
@@ -56,7 +55,6 @@ class Role:
     adds_drafts: bool
     ends_step: bool
     inputs: Inputs
-    fast_path: str
     state: State
 
     def modes(self) -> list[Any]:
@@ -81,7 +79,6 @@ DRAFT_EXTEND_ROLE = Role(
     adds_drafts=False,
     ends_step=True,
     inputs=Inputs.SAME_OBJECTS,
-    fast_path="_nsa_draft_extend_fast_path",
     state=STATE,
 )
 DRAFT_DECODE_ROLE = Role(
@@ -91,7 +88,6 @@ DRAFT_DECODE_ROLE = Role(
     adds_drafts=False,
     ends_step=False,
     inputs=Inputs.COPIED,
-    fast_path="_nsa_draft_decode_fast_path",
     state=DRAFT_DECODE_STATE,
 )
 VERIFY_ROLE = Role(
@@ -101,6 +97,5 @@ VERIFY_ROLE = Role(
     adds_drafts=True,
     ends_step=False,
     inputs=Inputs.NEW_SLICES,
-    fast_path="_nsa_verify_fast_path",
     state=VERIFY_STATE,
 )

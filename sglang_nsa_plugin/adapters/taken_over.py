@@ -17,6 +17,7 @@ from sglang_nsa_plugin.adapters.roles import DRAFT_DECODE_ROLE, DRAFT_EXTEND_ROL
 
 NAME = "in-graph"
 ATTRIBUTE = "_nsa_fills"  # on an owner: its BackendFills
+FAST_PATH = "_nsa_fast_path"  # on an owner: the `fast_path` of its BackendFills
 RETIRED = "_nsa_retired_fill"  # on an owner that was handed back: its former BackendFills
 ROLES = (DRAFT_DECODE_ROLE, VERIFY_ROLE, DRAFT_EXTEND_ROLE)  # as SGLang captures them
 
@@ -55,7 +56,7 @@ def _take_over(owner: Any, backend: Any, request: Request, role: Role, takeover:
         takeover.fail(error)
         return
     setattr(owner, ATTRIBUTE, fills)
-    setattr(owner, role.fast_path, fills.fast_path)
+    setattr(owner, FAST_PATH, fills.fast_path)
     takeover.add(owner)
     takeover.outcome.report_active(NAME, choice, fills.remainder_last is not None)
 
@@ -64,8 +65,7 @@ def hand_back(owner: Any) -> None:
     """SGLang fills for this owner from now on, whatever graphs of it were captured."""
     for takeover in TAKEOVERS.values():
         takeover.discard(owner)
-    for role in ROLES:
-        vars(owner).pop(role.fast_path, None)
+    vars(owner).pop(FAST_PATH, None)
     fills = vars(owner).pop(ATTRIBUTE, None)
     if fills is not None:
         fills.retire()

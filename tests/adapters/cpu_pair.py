@@ -77,14 +77,14 @@ def plan_and_expect_nothing_written(pair, bs):
     expect_equal(pair, bs)
 
 
-def expect_sglang_to_take(pair, change, fast_path, other_mode):
+def expect_sglang_to_take(pair, change, other_mode):
     """A batch size on the fast path is SGLang's in a call that is another one, in this respect."""
-    from sglang_nsa_plugin.adapters import in_graph
+    from sglang_nsa_plugin.adapters import in_graph, taken_over
 
     bs = random_batch(pair, torch.Generator().manual_seed(13), raw_bs=2)
     step_and_expect_equal(pair, bs)
     backend, view, seen = pair.ours.backend, pair.ours.replay_view(bs), []
-    assert getattr(backend, fast_path)[bs]
+    assert getattr(backend, taken_over.FAST_PATH)[bs]
     if change == "another mode":
         view.forward_mode = other_mode
     elif change == "req_to_token":

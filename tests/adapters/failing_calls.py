@@ -45,7 +45,6 @@ IN_SERVICE = {
 GUARDS = {
     containment.attempt,
     in_graph._slow_path,
-    in_graph._verify_out_graph,
     in_graph._itself,
     draft_decode._slow_path,
     draft_decode._plan_by_sglang,

@@ -123,7 +123,7 @@ def test_slices_of_the_buffers_prove_nothing_about_copies(pair):
     with pair.stub_process():
         pair.ours.backend.init_forward_metadata_out_graph(view)
     assert DRAFT_DECODE_STATE.replays == 1
-    assert not getattr(pair.ours.backend, draft_decode._FAST_PATH)
+    assert not getattr(pair.ours.backend, taken_over.FAST_PATH)
 
 
 def test_another_req_to_token_goes_to_sglang(pair):
@@ -258,7 +258,7 @@ def test_an_error_in_service_leaves_the_steps_to_sglang(pair, monkeypatch):
     bs = random_batch(pair, generator)
     step_and_expect_equal(pair, bs)
     captured = dict(pair.fills().captured)
-    getattr(pair.ours.backend, draft_decode._FAST_PATH).clear()
+    getattr(pair.ours.backend, taken_over.FAST_PATH).clear()
     monkeypatch.setattr(pair.fills(), "validate", None)
     bs = random_batch(pair, generator)
     pair.ours.replay(bs)

@@ -260,9 +260,7 @@ def test_a_known_batch_size_is_looked_at_all_the_same(pair, change):
     """What was admitted once is no reason to take over another call, or one with other tensors."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from sglang_nsa_plugin.adapters import roles
-
-    expect_sglang_to_take(pair, change, roles.DRAFT_EXTEND_ROLE.fast_path, ForwardMode.TARGET_VERIFY)
+    expect_sglang_to_take(pair, change, ForwardMode.TARGET_VERIFY)
 
 
 def test_a_known_batch_size_leaves_prefills_impl_as_sglang_would(pair):
