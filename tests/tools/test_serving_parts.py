@@ -531,7 +531,7 @@ def test_the_shadow_checked_load_adds_up_its_servers(tmp_path, fault, mismatches
     parts = json.loads(path.read_text())["parts"]
     assert failures(run.stdout) == failed, run.stdout[-3_000:]
     assert run.returncode == bool(failed)
-    assert list(parts["servers"]) == ["checked2", "checked4", "checked6", "checked4-fp8"]
+    assert list(parts["servers"]) == ["checked3", "checked4", "checked6", "checked4-fp8"]
     replays = [server["record"]["replays"] for server in parts["servers"].values()]
     assert parts["total"]["checks"] == sum(replays)
     assert parts["total"]["mismatches"] == mismatches
