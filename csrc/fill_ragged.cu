@@ -8,7 +8,9 @@
 #include "tables.cuh"
 
 namespace nsa {
-namespace {
+// Not unnamed, where nvcc puts a hash of the path of this file into names. Static kernels compile
+// to the same machine code as in an unnamed namespace; others did not.
+inline namespace ragged_kernel {
 
 constexpr int kResidentBlocksPerSm = 2;
 
@@ -103,7 +105,7 @@ __device__ void fill_rest(const Fill& fill, const Sums& total) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kResidentBlocksPerSm)
+static __global__ void __launch_bounds__(kThreads, kResidentBlocksPerSm)
     fill_ragged_kernel(const __grid_constant__ Fill fill) {
   __shared__ Tile tile;
   const bool enabled = is_enabled(fill);
@@ -125,7 +127,7 @@ int64_t most_blocks(const Fill& fill) {
   return maximum(ceil_div(fill.rows, kThreads), chunks);
 }
 
-}  // namespace
+}  // namespace ragged_kernel
 
 RaggedFill ragged_fill(const Fill& fill, int sms, int64_t max_blocks) {
   const int64_t resident = int64_t{sms} * kResidentBlocksPerSm;

@@ -27,7 +27,9 @@
 #include "tables.cuh"
 
 namespace nsa {
-namespace {
+// Not unnamed, where nvcc puts a hash of the path of this file into names. Static kernels compile
+// to the same machine code as in an unnamed namespace; others did not.
+inline namespace static_kernel {
 
 constexpr int kResidentBlocksPerSm = 6;
 // Fewer where blocks share out chunks: kSharedVectorsInFlight takes more registers.
@@ -218,9 +220,9 @@ __device__ void fill_tables(const StaticFill& launch, int block) {
 
 // Table blocks are the most, so they are asked for first, by one comparison.
 template <TokenCopyMode kMode>
-__global__ void __launch_bounds__(kThreads, kMode == TokenCopyMode::kSharedChunks
-                                                ? kResidentSharingBlocksPerSm
-                                                : kResidentBlocksPerSm)
+static __global__ void __launch_bounds__(kThreads, kMode == TokenCopyMode::kSharedChunks
+                                                       ? kResidentSharingBlocksPerSm
+                                                       : kResidentBlocksPerSm)
     fill_static_kernel(const __grid_constant__ StaticFill launch) {
   const int block = blockIdx.x;
   if (block >= launch.pages_begin) {
@@ -288,7 +290,7 @@ int token_blocks(const Fill& fill, TokenCopyMode mode, int64_t sms) {
   }
 }
 
-}  // namespace
+}  // namespace static_kernel
 
 StaticFill static_fill(const Fill& fill, int sms) {
   StaticFill launch{};

@@ -19,6 +19,10 @@ CHECK_FLAG = "--nsa-metadata-check"
 CHECK_VARIABLE = "SGLANG_NSA_METADATA_CHECK"
 ROLES_FLAG = "--nsa-metadata-roles"
 ROLES_VARIABLE = "SGLANG_NSA_METADATA_ROLES"
+WIDE_FLAG = "--nsa-metadata-wide-tables"
+WIDE_VARIABLE = "SGLANG_NSA_METADATA_WIDE_TABLES"
+KEEP = "keep"
+WIDE_CHOICES = (DEFAULT, KEEP)
 # Wrong verify metadata gives wrong tokens; wrong draft-extend metadata costs accepted drafts alone.
 DEFAULT_ROLES = (DRAFT_EXTEND,)
 # From the command line SGLang copies only its own fields. Attributes with an underscore travel to every
@@ -26,6 +30,7 @@ DEFAULT_ROLES = (DRAFT_EXTEND,)
 ATTRIBUTE = "_nsa_metadata_backend"
 CHECK_ATTRIBUTE = "_nsa_metadata_check"
 ROLES_ATTRIBUTE = "_nsa_metadata_roles"
+WIDE_ATTRIBUTE = "_nsa_metadata_wide_tables"
 # In YAML, `off` and `no` without quotes are booleans, which SGLang's --config hands over as `false`.
 OFF_WORDS = ("off", "false", "no", "0")
 ON_WORDS = ("on", "true", "yes", "1")
@@ -44,6 +49,11 @@ ROLES_HELP = (
     "(sglang-nsa-plugin). verify is new: it has not run on a GPU yet, and wrong verify metadata would "
     f"give wrong tokens. Environment: {ROLES_VARIABLE}. Default: {','.join(DEFAULT_ROLES)}."
 )
+WIDE_HELP = (
+    "The token-wide page tables of the filled roles (sglang-nsa-plugin): auto leaves them out where "
+    f"nothing reads them, keep has SGLang allocate and fill them. Environment: {WIDE_VARIABLE}. "
+    f"Default: {DEFAULT}."
+)
 
 
 def validate_environment() -> None:
@@ -56,6 +66,7 @@ def validate_environment() -> None:
     _backend_from_environment()
     _check_from_environment()
     _roles_from_environment()
+    _wide_tables_from_environment()
 
 
 def _backend_from_environment() -> str | None:
@@ -69,6 +80,10 @@ def _check_from_environment() -> int | None:
 
 def _roles_from_environment() -> tuple[str, ...] | None:
     return _from_environment(ROLES_VARIABLE, _roles)
+
+
+def _wide_tables_from_environment() -> str | None:
+    return _from_environment(WIDE_VARIABLE, _auto_or_keep)
 
 
 def _from_environment(variable: str, read: Callable[[str], _Value]) -> _Value | None:
@@ -93,6 +108,12 @@ def check_of(server_args: object) -> int:
 def roles_of(server_args: object) -> tuple[str, ...]:
     """The roles to fill: by the flag, else by the environment, else the default."""
     return getattr(server_args, ROLES_ATTRIBUTE, None) or _roles_from_environment() or DEFAULT_ROLES
+
+
+def wide_tables_of(server_args: object) -> str:
+    """One of WIDE_CHOICES: by the flag, else by the environment, else the default."""
+    flag = getattr(server_args, WIDE_ATTRIBUTE, None)
+    return flag or _wide_tables_from_environment() or DEFAULT
 
 
 def names_role(server_args: object, role: str) -> bool:
@@ -174,6 +195,15 @@ def add_flags(original: Callable[..., Any], parser: argparse.ArgumentParser) -> 
         default=None,
         help=ROLES_HELP,
     )
+    parser.add_argument(
+        WIDE_FLAG,
+        action=_Carried,
+        variable=WIDE_VARIABLE,
+        type=_auto_or_keep,
+        choices=WIDE_CHOICES,
+        default=None,
+        help=WIDE_HELP,
+    )
     return result
 
 
@@ -183,6 +213,7 @@ def keep_flags(original: Callable[..., Any], cls: type, args: argparse.Namespace
     setattr(server_args, ATTRIBUTE, getattr(args, "nsa_metadata_backend", None))
     setattr(server_args, CHECK_ATTRIBUTE, getattr(args, "nsa_metadata_check", None))
     setattr(server_args, ROLES_ATTRIBUTE, getattr(args, "nsa_metadata_roles", None))
+    setattr(server_args, WIDE_ATTRIBUTE, getattr(args, "nsa_metadata_wide_tables", None))
     _restore_variables()
     return server_args
 
@@ -193,6 +224,12 @@ def _one_backend(text: str) -> str:
     if text not in CHOICES:
         advice = f"; for the plugin's own choice, set {DEFAULT}" if text.lower() in ON_WORDS else ""
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(CHOICES)}, got {text!r}{advice}")
+    return text
+
+
+def _auto_or_keep(text: str) -> str:
+    if text not in WIDE_CHOICES:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(WIDE_CHOICES)}, got {text!r}")
     return text
 
 

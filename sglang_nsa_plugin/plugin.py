@@ -191,7 +191,7 @@ def _conclude(scheduler: Any, server_args: Any) -> None:
     if OUTCOME.is_undecided:
         _decline(server_args, f"the plugin's hook of {_SCHEDULER_INIT.target} did not run")
     else:
-        verdict.conclude(server_args, _requests(server_args))
+        verdict.conclude(scheduler, server_args, _requests(server_args))
     collector = getattr(scheduler, "metrics_collector", None)
     if collector is not None:
         from sglang_nsa_plugin import metrics
@@ -271,9 +271,13 @@ def _requests(server_args: Any) -> dict[str, Request]:
     """What the server asks for, by role."""
     from sglang_nsa_plugin.adapters.adapter import Request
 
-    backend, check_every = options.backend_of(server_args), options.check_of(server_args)
     return {
-        role: Request(backend, check_every, options.names_role(server_args, role))
+        role: Request(
+            options.backend_of(server_args),
+            options.check_of(server_args),
+            options.names_role(server_args, role),
+            options.wide_tables_of(server_args) == options.KEEP,
+        )
         for role in options.roles_of(server_args)
     }
 

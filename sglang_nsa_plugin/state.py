@@ -39,6 +39,7 @@ class State:
         reason: why this adapter and implementation, or why none.
         switched_on: whether the fill is switched on in service.
         in_place: whether the plugin fills this role's steps; false until start-up is over.
+        bytes_saved: of token-wide page tables that the graphs of this role do without.
         captures: batch sizes whose fill was recorded in a CUDA graph.
         replays: replays whose fill was in the graph.
         launches: steps whose fill was one launch from Python.
@@ -47,6 +48,7 @@ class State:
         values_checked: values that those steps compared, as far as the device has reported.
         mismatches: values that differed in the failing check, which is the last one.
         first_mismatch: the first of them, in words.
+        tree_mask: of verify: what is done with its tree mask, in words; None before it was decided.
     """
 
     role: str = DRAFT_EXTEND
@@ -56,6 +58,7 @@ class State:
     reason: str = NOT_ASKED
     switched_on: bool = True
     in_place: bool = False
+    bytes_saved: int = 0
     captures: set[int] = field(default_factory=set)
     replays: int = 0
     launches: int = 0
@@ -64,6 +67,7 @@ class State:
     values_checked: int = 0
     mismatches: int = 0
     first_mismatch: str | None = None
+    tree_mask: str | None = None
 
 
 STATE = State()
@@ -86,6 +90,7 @@ def record() -> dict[str, Any]:
         "version": VERSION,
         **_values_of(STATE),
         "in_place": {state.role: state.in_place for state in reported()},
+        "tree_mask": VERIFY_STATE.tree_mask,
         "roles": {state.role: _values_of(state) for state in reported()},
         "pid": os.getpid(),
     }
@@ -99,6 +104,7 @@ def _values_of(state: State) -> dict[str, Any]:
         "reason": state.reason,
         "switched_on": state.switched_on,
         "in_place": state.in_place,
+        "bytes_saved": state.bytes_saved,
         "in_graph": bool(state.captures),
         "captures": sorted(state.captures),
         "replays": state.replays,

@@ -59,12 +59,15 @@ class StandIn:
     """A server with the plugin, as an HTTP client sees it.
 
     Attributes to plant something: ``step_ms`` by who fills, ``prefill_ms`` likewise, ``noise`` as a
-    share of each batch's step time, ``steps_per_event``, ``at_once`` (requests that it runs at once),
-    ``share_of_fewer`` (of the step time, once a request of the batch has ended).
+    share of each batch's step time, ``steps_per_event`` by who fills, ``at_once`` (requests that it runs
+    at once), ``share_of_fewer`` (of the step time, once a request of the batch has ended),
+    ``long_steps`` (every fifth step takes so many times as long, by who fills).
 
     Faults: ``stuck_ranks`` take no switch, ``refuses`` answers the switch with false, ``dies_in_batch``
     is the batch in whose middle it goes away, ``hangs`` answers nothing, ``ignores_switch`` lets the
     plugin fill whatever the switch says, ``aborts`` requests.
+
+    ``verify`` is None, or that role's part of each record. ``falls_back`` in it: SGLang fills that role.
     """
 
     def __init__(self, clock: Any, ranks: int = 1) -> None:
@@ -72,11 +75,13 @@ class StandIn:
         self.step_ms = {"on": 10.0, "off": 10.0}
         self.prefill_ms = {"on": 5.0, "off": 5.0}
         self.noise = 0.0
-        self.steps_per_event = 1
+        self.steps_per_event = {"on": 1, "off": 1}
+        self.long_steps = {"on": 1.0, "off": 1.0}
         self.at_once = 1_000
         self.share_of_fewer = 1.0
         self.info: dict[str, Any] = {"version": "0.5.17", "speculative_algorithm": "EAGLE"}
         self.records: list[dict[str, Any] | None] = [_record() for _ in range(ranks)]
+        self.verify: dict[str, Any] | None = None
         self.api_key: str | None = None
         self.admin_api_key: str | None = None
         self.stuck_ranks: tuple[int, ...] = ()
@@ -112,8 +117,15 @@ class StandIn:
         self.server.server_close()
 
     def server_info(self) -> dict[str, Any]:
-        states = [{} if each is None else {"nsa_metadata": each} for each in self.records]
+        states = [
+            {} if each is None else {"nsa_metadata": self._with_roles(each)} for each in self.records
+        ]
         return {**self.info, "internal_states": states}
+
+    def _with_roles(self, record: dict[str, Any]) -> dict[str, Any]:
+        """As the plugin shows it: what does not lie below "roles" is draft-extend's."""
+        verify = {} if self.verify is None else {"verify": self.verify}
+        return {**record, "roles": {"draft-extend": record, **verify}}
 
     def switch(self, body: dict[str, Any]) -> list[bool]:
         on = body["server_args"]["nsa_metadata"]
@@ -132,6 +144,8 @@ class StandIn:
             else:
                 reason = "switched off in service"
                 record["fallbacks"][reason] = record["fallbacks"].get(reason, 0) + 1
+        if self.verify is not None:
+            self.verify["replays"] += self.is_on and not self.verify["falls_back"]
 
     def batch(self, body: dict[str, Any]) -> Any:
         """The events of a batch, and the time that passes between them."""
@@ -142,17 +156,20 @@ class StandIn:
         limit = body["sampling_params"]["max_new_tokens"]
         waiting = [_Request(number, limit) for number in range(len(body["input_ids"]))]
         running: list[_Request] = []
+        number = 0
         while waiting or running:
             while waiting and len(running) < self.at_once:
                 self.clock.advance(self.prefill_ms[arm] / 1e3)
                 running.append(waiting.pop(0))
                 yield running[-1].event(self.aborts)
             is_full = len(running) == len(body["input_ids"])
-            self.clock.advance(step_s if is_full else step_s * self.share_of_fewer)
+            number += 1
+            times = self.long_steps[arm] if number % 5 == 0 else 1
+            self.clock.advance(times * (step_s if is_full else step_s * self.share_of_fewer))
             self.count_step()
             for request in running:
                 request.step(self.random)
-                if request.steps % self.steps_per_event == 0 or request.is_done:
+                if request.steps % self.steps_per_event[arm] == 0 or request.is_done:
                     yield request.event(self.aborts)
             running = [request for request in running if not request.is_done]
 

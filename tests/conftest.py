@@ -130,6 +130,7 @@ OF_GRAPHS = (
     "test_service_faults.py",
     "test_shadow_check.py",
     "test_start_faults.py",
+    "test_tree_mask.py",
     "test_verify_role.py",
     "test_wide_table.py",
 )

@@ -16,7 +16,7 @@ from ab_stand_in import SharedClock, StandIn, WallClock
 from commands import command, program
 
 from sglang_nsa_plugin.cli import main
-from sglang_nsa_plugin.cli.ab import compare, load, server
+from sglang_nsa_plugin.cli.ab import compare, load, run, server
 
 LENGTHS = ("--input-len", "8", "--output-len", "128")
 
@@ -88,11 +88,37 @@ def test_steps_after_the_first_request_has_ended_are_not_counted(stand_in, ab):
 
 def test_events_of_several_steps_are_counted_by_their_tokens(stand_in, ab):
     stand_in.step_ms = {"on": 8.0, "off": 10.0}
-    stand_in.steps_per_event = 4
+    stand_in.steps_per_event = dict.fromkeys(("on", "off"), 4)
     single, several = ab("--output-len", "512", requests="1,6")
     assert single["step_ms"]["off"] == pytest.approx(10)
     assert several["step_ms"]["off"] == pytest.approx(10, rel=0.02)
     assert several["step_on_over_off"]["median"] == pytest.approx(0.8, rel=0.02)
+    assert several["step_is"] == "mean"
+
+
+def test_a_gain_is_found_among_long_steps(stand_in, ab):
+    """Every fifth step is long, for a reason that has nothing to do with the plugin."""
+    stand_in.step_ms = {"on": 9.5, "off": 10.0}
+    stand_in.long_steps = {"on": 10.0 / 9.5 * 6, "off": 6.0}
+    for cell in ab("--rounds", "6", "--output-len", "512", requests="1,6"):
+        assert cell["step_is"] == "median"
+        assert cell["step_ms"]["off"] == pytest.approx(10)
+        assert cell["step_on_over_off"]["median"] == pytest.approx(0.95)
+        assert cell["verdict"].startswith("with the plugin a step is 5.0% faster")
+        n = int(cell["load"])
+        assert cell["tokens_per_s"]["off"] == pytest.approx(n * 125, rel=0.1)  # a step takes 20 ms
+        on, off = (turn["step_ms"] for turn in map(cell["every_round"][0].get, ("on", "off")))
+        assert (on, off) == (pytest.approx(19.6, rel=0.03), pytest.approx(20, rel=0.03))
+
+
+def test_a_median_step_is_not_compared_with_a_mean(stand_in, ab):
+    """Where SGLang sends fewer events than steps in one arm, all arms are compared by their means."""
+    stand_in.long_steps = {"on": 6.0, "off": 6.0}
+    stand_in.steps_per_event = {"on": 4, "off": 1}
+    (cell,) = ab("--rounds", "6", "--output-len", "1024")
+    assert cell["step_is"] == "mean"
+    assert cell["step_on_over_off"]["median"] == pytest.approx(1, abs=0.03)
+    assert cell["step_ms"]["off"] == pytest.approx(20, rel=0.02)
 
 
 def test_a_shaky_control_resolves_nothing(stand_in, ab):
@@ -285,7 +311,33 @@ def test_a_plugin_that_falls_back_while_it_is_on(stand_in, ab):
 
     stand_in.count_step = count_step
     (cell,) = ab(code=1)
-    assert re.match(r"not resolved: the plugin filled \d of \d\d steps while it was on", cell["verdict"])
+    assert re.match(
+        "not resolved: the plugin filled draft-extend in \\d of \\d\\d steps while", cell["verdict"]
+    )
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_role_that_sglang_fills_while_the_plugin_is_on(stand_in, ab, in_place, capsys):
+    """A role that the plugin does not fill at all is no part of the comparison."""
+    stand_in.verify = {"replays": 0, "launches": 0, "fallbacks": {}, "falls_back": True}
+    stand_in.verify["in_place"] = in_place
+    (cell,) = ab("--rounds", "6", code=int(in_place))
+    verdict = "not resolved: the plugin filled verify in 0 of" if in_place else "no difference"
+    assert cell["verdict"].startswith(verdict)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("roles draft-extend, verify" in shown) == in_place
+
+
+def test_every_role_is_switched(stand_in, ab):
+    stand_in.verify = {"replays": 0, "launches": 0, "fallbacks": {}, "falls_back": False}
+    assert ab("--rounds", "6")[0]["resolved"]
+    assert stand_in.verify["replays"] == stand_in.records[0]["replays"] > 0
+
+
+def test_a_role_counts_where_every_rank_fills_it():
+    both, one = {"roles": {"draft-extend": {}, "verify": {}}}, {"roles": {"draft-extend": {}}}
+    assert run.filled_roles([both, both]) == ["draft-extend", "verify"]
+    assert run.filled_roles([both, one]) == ["draft-extend"]
 
 
 def test_more_requests_than_the_server_runs_at_once(stand_in, ab):

@@ -34,6 +34,7 @@ NOT_SOURCE = (
     ".*_cache",
     ".hypothesis",
 )
+LIBRARY = f"{NAME}/lib/nsa_metadata.so"
 MEGABYTES = 5
 # A run prints: the wheel's own version, what filled, and the values.
 USE = """
@@ -72,10 +73,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make wheel` leaves in dist/, from a clean copy and with a .venv of its own."""
-    venv = tmp_path_factory.mktemp("make") / "venv"
-    run("make", "wheel", f"VENV={venv}", cwd=source, MAKEFLAGS="")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The .venv of `make wheel`."""
+    return tmp_path_factory.mktemp("make") / "venv"
+
+
+@pytest.fixture(scope="session")
+def made(source: Path, tools: Path) -> Path:
+    """What `make wheel` leaves in dist/, from a clean copy but for an older wheel."""
+    (source / "dist").mkdir()
+    (source / "dist" / f"{NAME}-0.0.1-py3-none-linux_x86_64.whl").touch()
+    run("make", "wheel", f"VENV={tools}", cwd=source, MAKEFLAGS="")
     return source / "dist"
 
 
@@ -98,8 +106,9 @@ def metadata(wheel: Path) -> email.message.Message:
 
 
 def members(wheel: Path) -> set[str]:
+    """The files of a wheel. auditwheel also lists the folders."""
     with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
+        return {name for name in archive.namelist() if not name.endswith("/")}
 
 
 def read(wheel: Path, ending: str) -> str:
@@ -115,19 +124,18 @@ def test_files_of_the_wheel(wheel: Path, source: Path) -> None:
     modules = {str(path.relative_to(source)) for path in (source / NAME).rglob("*.py")}
     info = f"{NAME}-{version()}.dist-info"
     described = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
-    library = f"{NAME}/lib/nsa_metadata.so"
-    assert members(wheel) == modules | {library} | {f"{info}/{name}" for name in described}
+    assert members(wheel) == modules | {LIBRARY} | {f"{info}/{name}" for name in described}
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which compiles the CUDA kernel")
 def test_the_library_has_code_for_the_gpus_that_the_readme_names(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        library = archive.read(f"{NAME}/lib/nsa_metadata.so")
+        library = archive.read(LIBRARY)
     # ptxas leaves its options in each piece of machine code
     compiled_for = {found.decode() for found in re.findall(rb"-arch (sm_\d+)", library)}
-    assert compiled_for == {"sm_90", "sm_100", "sm_120"}
+    assert compiled_for == {"sm_90", "sm_100", "sm_103", "sm_120"}
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "machine code for sm_90, sm_100 and sm_120" in readme
+    assert "machine code for sm_90, sm_100, sm_103 and sm_120" in readme
 
 
 def test_size_of_the_wheel(wheel: Path) -> None:
@@ -135,8 +143,46 @@ def test_size_of_the_wheel(wheel: Path) -> None:
 
 
 def test_one_wheel_serves_every_python(wheel: Path) -> None:
-    pattern = rf"{NAME}-{re.escape(version())}-py3-none-(linux|manylinux\w+)_(x86_64|aarch64)\.whl"
+    pattern = rf"{NAME}-{re.escape(version())}-py3-none-manylinux_2_\d+_(x86_64|aarch64)\.whl"
     assert re.fullmatch(pattern, wheel.name)
+
+
+def test_the_tag_of_the_wheel_is_the_lowest_that_its_library_fulfils(wheel: Path, tools: Path) -> None:
+    """PyPI refuses `linux_x86_64`, which the build itself writes."""
+    said = " ".join(run(tools / "bin/auditwheel", "show", wheel).split())
+    constrains = re.search(r'This constrains the platform tag to "(manylinux_\w+)"', said)
+    assert constrains is not None
+    tags = re.findall(r"^Tag: py3-none-(\S+)$", read(wheel, "dist-info/WHEEL"), re.MULTILINE)
+    assert tags == [constrains[1]]
+    assert wheel.stem.endswith(f"-{constrains[1]}")
+
+
+def test_pip_refuses_the_wheel_where_its_c_library_is_too_new(wheel: Path, tmp_path: Path) -> None:
+    processor = re.search(r"manylinux_2_\d+_(\w+)\.whl", wheel.name)
+    assert processor is not None
+    older = ("--platform", f"manylinux2010_{processor[1]}", "--only-binary=:all:", "--no-deps")
+    command = (sys.executable, "-m", "pip", "install", *older, "--target", tmp_path, wheel)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert f"{wheel.name} is not a supported wheel on this platform" in done.stderr
+
+
+def test_auditwheel_leaves_the_library_as_it_was_built(wheel: Path, source: Path) -> None:
+    """Same bytes: libtvm_ffi.so is neither bundled nor found by another path than TVM FFI's own."""
+    built = only((source / "build" / "wheel").glob("*.whl"))
+    assert built.name.endswith(("-linux_x86_64.whl", "-linux_aarch64.whl"))
+    assert members(wheel) == members(built)
+    with zipfile.ZipFile(wheel) as repaired, zipfile.ZipFile(built) as original:
+        assert repaired.read(LIBRARY) == original.read(LIBRARY)
+
+
+def test_the_library_names_no_folder(wheel: Path, tools: Path, tmp_path: Path) -> None:
+    """Neither where other libraries lie (RPATH) nor where it was built."""
+    with zipfile.ZipFile(wheel) as archive:
+        library = Path(archive.extract(LIBRARY, tmp_path))
+    patchelf = tools / "bin/patchelf"
+    assert run(patchelf, "--print-rpath", library).strip() == ""
+    assert "libtvm_ffi.so" in run(patchelf, "--print-needed", library).split()
+    assert re.findall(rb"/(?:tmp|home|root|build)/[ -~]+", library.read_bytes()) == []
 
 
 def test_entry_points_of_the_wheel(wheel: Path) -> None:
@@ -253,14 +299,14 @@ def test_python_of_the_clone_uses_the_installed_library(venv: Path, source: Path
     """As a server that is started there: the wheel was built from the same sources."""
     package, library, backend = used(venv, source)
     assert package == source / NAME
-    assert library == only(venv.glob(f"lib/python*/site-packages/{NAME}/lib/nsa_metadata.so"))
+    assert library == only(venv.glob(f"lib/python*/site-packages/{LIBRARY}"))
     assert backend == "cpu"
 
 
 def test_a_clone_that_has_changed_refuses_the_installed_library(
     venv: Path, source: Path, tmp_path: Path
 ) -> None:
-    clone = shutil.copytree(source, tmp_path / "clone", ignore=shutil.ignore_patterns("dist"))
+    clone = shutil.copytree(source, tmp_path / "clone", ignore=shutil.ignore_patterns("build", "dist"))
     with (clone / "csrc" / "fill.h").open("a") as file:
         file.write("// changed\n")
     refused = run(venv / "bin/python", "-c", REFUSED, cwd=clone)
@@ -271,10 +317,10 @@ def test_a_clone_that_has_changed_refuses_the_installed_library(
 def test_an_editable_install_uses_the_library_that_it_built(
     lent: Path, source: Path, tmp_path: Path
 ) -> None:
-    clone = shutil.copytree(source, tmp_path / "clone", ignore=shutil.ignore_patterns("dist"))
+    clone = shutil.copytree(source, tmp_path / "clone", ignore=shutil.ignore_patterns("build", "dist"))
     venv = make_venv(tmp_path / "venv", lent)
     pip("--python", venv / "bin/python", "install", "--quiet", "--editable", clone, NSA_CUDA="OFF")
-    installed = only(venv.glob(f"lib/python*/site-packages/{NAME}/lib/nsa_metadata.so"))
+    installed = only(venv.glob(f"lib/python*/site-packages/{LIBRARY}"))
     for folder in (clone, tmp_path):
         assert used(venv, folder) == (clone / NAME, installed, "cpu")
 
@@ -327,9 +373,14 @@ def test_files_of_the_source_distribution(sdist: Path) -> None:
     assert {name for name in files if name.endswith((".so", ".whl", ".pyc"))} == set()
 
 
-def test_pip_builds_the_same_from_the_source(source: Path, wheel: Path, tmp_path: Path) -> None:
-    """As `pip install .` does. `make wheel` has built the other one from the source distribution."""
-    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source, NSA_CUDA="OFF")
+def test_the_same_source_makes_the_same_bytes(source: Path, wheel: Path, tmp_path: Path) -> None:
+    """As `pip install .` builds them, in another folder. `make wheel` used the source distribution."""
+    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source)
     (from_source,) = tmp_path.iterdir()
     assert members(from_source) == members(wheel)
+    with zipfile.ZipFile(from_source) as archive, zipfile.ZipFile(wheel) as of_make:
+        changed = [name for name in sorted(members(wheel)) if archive.read(name) != of_make.read(name)]
+        dates = {info.date_time for info in of_make.infolist()}
+    assert [Path(name).name for name in changed] == ["RECORD", "WHEEL"]  # they hold the tag
+    assert dates == {(2020, 1, 1, 0, 0, 0)}
     assert metadata(from_source).items() == metadata(wheel).items()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
-from integration.figures.committed import gpu_name, paragraph, table
+from integration.figures.committed import SHOWN_RELEASE, gpu_name, paragraph, table
+from integration.serving.gain_cells import WHOLE_STEP
 
+Part = dict[str, Any]  # of a result file: one cell, and what it is of
 Cell = dict[str, Any]
-NamedCell = tuple[str, Cell]  # with the name of its regime
 HOST_BOUND = "2"  # layers
 KINDS = {"bf16": "bfloat16", "fp8": "FP8"}
 CONTEXTS = {"160k": "160 k", "1m": "1 M"}
+FEW = 3  # differences that are listed
 NO_DIFFERENCE = "no difference beyond noise"
-FIRST_MINUTE = "first-minute"
+FIRST_MINUTE = "first-minute."
+BESIDE = ", beside a process that holds a context"
+MET = {True: "met", False: "not met", None: "not resolved"}
 COLUMNS = (
     "server",
     "requests",
@@ -24,6 +29,7 @@ COLUMNS = (
     "tokens/s, on ÷ off",
     "verdict",
 )
+BOUND = "step, on ÷ off, at most"
 
 
 def section(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -38,56 +44,138 @@ def section(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 def _method() -> str:
     return paragraph(
-        "What that saving changes in the time of a step is measured inside one running server that has the GPU to "
-        "itself: `sglang-nsa-plugin ab URL` switches the plugin on, off and off again, in rotated order, and "
+        "What that saving changes in the time of a step is measured inside one running server: "
+        "`sglang-nsa-plugin ab URL` switches the plugin on, off and off again, in rotated order, and "
         "sends new requests each time ([docs/ab.md](ab.md)). *On ÷ off* is the figure with the plugin "
         "divided by the figure with SGLang's own fill: a step time below 1 means that the plugin is faster. "
         "*Off ÷ off*, the control, compares two measurements without the plugin: its distance from 1 is "
-        "noise. Ratios are medians over the rounds; the range in brackets holds the true median in 95 of 100 runs."
+        "noise. Ratios are medians over the rounds; the range in brackets holds the true median in 95 of 100 "
+        "runs. The server has the GPU to itself unless the table says otherwise."
     )
 
 
+class Choice(NamedTuple):
+    """What cells have in common that may stand in one table."""
+
+    roles: tuple[str, ...]
+    check: int
+    variables: tuple[tuple[str, str], ...]
+
+
+def _choice(part: Part) -> Choice:
+    return Choice(tuple(sorted(part["roles"])), part["check"], tuple(part["variables"].items()))
+
+
+def _what(part: Part) -> str:
+    """'NVIDIA H200, driver 580.1, SGLang 0.5.23, verify filled, every fill shadow-checked'."""
+    gpus = [gpu_name(gpu) for gpu in part["of"]["gpus"]]
+    release = [] if part["sglang"] == SHOWN_RELEASE else [f"SGLang {part['sglang']}"]
+    variables = [f"{name}={value}" for name, value in part["variables"].items()]
+    check = part["check"]
+    how_many = "every fill" if check == 1 else f"one fill in {check}"
+    checked = [f"{how_many} shadow-checked"] if check else []
+    return ", ".join([*gpus, *release, *variables, f"{_filled(part['roles'])} filled", *checked])
+
+
+def cells(
+    parts: dict[str, Any],
+    roles: Iterable[str],
+    check: int = 0,
+    variables: tuple[tuple[str, str], ...] = (),
+) -> list[Part]:
+    """The cells of servers in which the plugin filled exactly these roles, by server and requests.
+
+    Args:
+        parts: of a result file.
+        roles: that were filled.
+        check: fills from one shadow check to the next; 0 for none.
+        variables: of SGLang, that the servers had.
+    """
+    asked = Choice(tuple(sorted(roles)), check, variables)
+    found = [part for part in parts.values() if "cell" in part]
+    return sorted((part for part in found if _choice(part) == asked), key=_place)
+
+
+def _place(part: Part) -> tuple[Any, ...]:
+    context, kind = part["regime"].split("-")[2:]
+    places = list(CONTEXTS).index(context), list(KINDS).index(kind)
+    return (int(_layers(part)), *places, part["beside"] is not None, int(part["cell"]["load"]))
+
+
 def _on_one_gpu(parts: dict[str, Any]) -> Iterator[str]:
-    compared = {name: part for name, part in parts.items() if "cells" in part}
-    if compared:
-        gpus = dict.fromkeys(gpu_name(gpu) for part in compared.values() for gpu in part["of"]["gpus"])
-        yield paragraph(f"{', '.join(gpus)}. {' '.join(in_words(compared))}")
-        rows = [_row(name, cell) for name, part in compared.items() for cell in part["cells"]]
-        yield table(COLUMNS, rows)
-        yield "\n".join(_origin(name, part) for name, part in compared.items())
-    if FIRST_MINUTE in parts:
-        yield from _first_minute(parts[FIRST_MINUTE])
+    """The cells of each choice of roles, the smallest one first; then the first minutes."""
+    choices = {_choice(part) for part in parts.values() if "cell" in part}
+    for choice in sorted(choices, key=lambda each: (len(each.roles), each)):
+        found = cells(parts, *choice)
+        yield paragraph(f"{_what(found[0])}. {' '.join(in_words(found))}")
+        has_bounds = any(part["cell"]["bound"] for part in found)
+        columns = (*COLUMNS, BOUND) if has_bounds else COLUMNS
+        yield table(columns, [_row(part)[: len(columns)] for part in found])
+        yield "\n".join(_origins(found))
+        if choice.check:
+            yield from _costs_of_checks(found, cells(parts, choice.roles))
+    for name, part in parts.items():
+        if name.startswith(FIRST_MINUTE):
+            yield from _first_minute(part)
 
 
-def in_words(compared: dict[str, Any]) -> Iterator[str]:
+def _costs_of_checks(checked: Sequence[Part], unchecked: Sequence[Part]) -> Iterator[str]:
+    """Off is without checks in both, so the difference of on ÷ off is their share of a step."""
+    without = {_place(part): part["cell"] for part in unchecked if part["cell"]["resolved"]}
+    costs = []
+    for part in checked:
+        cell, other = part["cell"], without.get(_place(part))
+        if other is not None and cell["resolved"]:
+            share = cell["step_on_over_off"]["median"] - other["step_on_over_off"]["median"]
+            added, step = share * cell["step_ms"]["off"], cell["step_ms"]["off"]
+            where = f"{_server(part)}, {cell['load']} at once"
+            costs.append(f"{added:.2f} ms of a step of {step:.2f} ms ({where})")
+    if costs:
+        yield paragraph(f"So the checks cost {'; '.join(costs)}.")
+
+
+def _filled(roles: Iterable[str]) -> str:
+    names = ", ".join(sorted(roles))
+    return f"the whole step ({names})" if set(roles) == WHOLE_STEP else names
+
+
+def in_words(found: Sequence[Part]) -> Iterator[str]:
     """One sentence for the regimes that the host bounds, one for those that the GPU bounds."""
-    host, gpu = by_bound(compared)
+    host, gpu = by_bound(found)
     if host:
         yield f"Where the host bounds the step (2 layers): {_found(host)}."
     if gpu:
-        layers = " or ".join(dict.fromkeys(_layers(name) for name, _ in gpu))
+        layers = " or ".join(dict.fromkeys(_layers(part) for part in gpu))
         yield f"Where the GPU bounds it ({layers} thin layers of dummy weights): {_found(gpu)}."
 
 
-def by_bound(parts: dict[str, Any]) -> tuple[list[NamedCell], list[NamedCell]]:
+def by_bound(found: Sequence[Part]) -> tuple[list[Part], list[Part]]:
     """The cells of the regimes that the host bounds, and of those that the GPU bounds."""
-    cells = [(name, cell) for name, part in parts.items() for cell in part.get("cells", ())]
-    host = [each for each in cells if _layers(each[0]) == HOST_BOUND]
-    return host, [each for each in cells if each not in host]
+    host = [part for part in found if _layers(part) == HOST_BOUND]
+    return host, [part for part in found if _layers(part) != HOST_BOUND]
 
 
-def _found(cells: Sequence[NamedCell]) -> str:
+def _found(parts: Sequence[Part]) -> str:
     """'no difference beyond noise in 2 of 4 cells, 1 not resolved; a difference in 1: …'."""
-    differing = [(name, cell) for name, cell in cells if differs(cell)]
-    unresolved = sum(not cell["resolved"] for _, cell in cells)
-    equal = len(cells) - len(differing) - unresolved
-    text = f"{NO_DIFFERENCE} in {equal} of {len(cells)} cells"
+    differing = [part for part in parts if differs(part["cell"])]
+    unresolved = sum(not part["cell"]["resolved"] for part in parts)
+    equal = len(parts) - len(differing) - unresolved
+    text = f"{NO_DIFFERENCE} in {equal} of {len(parts)} cells"
     if unresolved:
         text += f", {unresolved} not resolved"
     if differing:
-        each = (f"{_regime(name)}, {cell['load']} at once, {_verdict(cell)}" for name, cell in differing)
-        text += f"; a difference in {len(differing)}: {'; '.join(each)}"
+        text += f"; a difference in {len(differing)}: {_differences(differing)}"
     return text
+
+
+def _differences(parts: Sequence[Part]) -> str:
+    """Each of them, or the range of many."""
+    if len(parts) > FEW:
+        medians = [part["cell"]["step_on_over_off"]["median"] for part in parts]
+        return f"a step takes {min(medians):.3f} to {max(medians):.3f} of SGLang's"
+    return "; ".join(
+        f"{_server(part)}, {part['cell']['load']} at once, {_verdict(part['cell'])}" for part in parts
+    )
 
 
 def differs(cell: Cell) -> bool:
@@ -95,24 +183,30 @@ def differs(cell: Cell) -> bool:
     return bool(cell["resolved"]) and not cell["verdict"].startswith(NO_DIFFERENCE)
 
 
-def _layers(name: str) -> str:
-    return name.partition("-")[0]
+def _layers(part: Part) -> str:
+    return str(part["regime"].partition("-")[0])
 
 
-def _regime(name: str) -> str:
-    """'61-layers-1m-bf16' → '61 layers, context 1 M, bfloat16'."""
-    layers, _, context, kind = name.split("-")
-    return f"{layers} layers, context {CONTEXTS[context]}, {KINDS[kind]}"
+def _server(part: Part) -> str:
+    """'61 layers, context 1 M, bfloat16'; beside another process the words for that come after it."""
+    layers, _, context, kind = part["regime"].split("-")
+    beside = BESIDE if part["beside"] else ""
+    return f"{layers} layers, context {CONTEXTS[context]}, {KINDS[kind]}{beside}"
 
 
-def _row(name: str, cell: Cell) -> tuple[str, ...]:
-    head = (_regime(name), cell["load"])
+def _row(part: Part) -> tuple[str, ...]:
+    """With the bound as its last column."""
+    cell = part["cell"]
+    head = (_server(part), cell["load"])
+    bound = cell["bound"]
+    limit = f"{bound['at_most']:.2f}: {MET[bound['met']]}" if bound else "-"
     if "rounds" not in cell:  # it was not measured
-        return (*head, "-", "-", "-", "-", _verdict(cell))
+        return (*head, "-", "-", "-", "-", _verdict(cell), limit)
     step, control, tokens = (
         _ratio(cell[ratio]) for ratio in ("step_on_over_off", "step_off_over_off", "tokens_on_over_off")
     )
-    return (*head, f"{cell['step_ms']['off']:.2f} ms", step, control, tokens, _verdict(cell))
+    off = f"{cell['step_ms']['off']:.2f} ms"
+    return (*head, off, step, control, tokens, _verdict(cell), limit)
 
 
 def _ratio(ratio: dict[str, float] | None) -> str:
@@ -129,31 +223,41 @@ def _verdict(cell: Cell) -> str:
     return str(what).removeprefix("with the plugin a step is ")
 
 
-def _origin(name: str, part: dict[str, Any]) -> str:
-    of = part["of"]
+def _origins(found: Sequence[Part]) -> Iterator[str]:
+    """A line for neighbouring cells of one server and run."""
+    for (server, origin), parts in groupby(found, lambda part: (_server(part), _origin(part))):
+        loads = ", ".join(part["cell"]["load"] for part in parts)
+        yield f"- {server}, {loads} at once: {origin}"
+
+
+def _origin(part: Part) -> str:
+    of, settings = part["of"], part["settings"]
+    steps = f"{part['cell']['step_is']} steps, " if "step_is" in part["cell"] else ""
     note = f". {part['note'][0].upper()}{part['note'][1:]}." if "note" in part else "."
-    settings = part["settings"]
     return (
-        f"- {_regime(name)}: commit {of['commit'][:7]}, {of['date'][:10]}, {settings['rounds']} rounds, "
+        f"commit {of['commit'][:7]}, {of['date'][:10]}, {steps}{settings['rounds']} rounds, "
         f"{settings['output_len']} new tokens{note}"
     )
 
 
-def _first_minute(part: dict[str, Any]) -> Iterator[str]:
+def _first_minute(part: Part) -> Iterator[str]:
     of = part["of"]
     yield paragraph(
-        "The first minute of a server (2 layers) whose traffic brings a new batch size every second, with no "
-        "metadata kernel of SGLang's compiled yet: how long a client waited for the next tokens of one long "
-        f"answer ({', '.join(map(gpu_name, of['gpus']))}, commit {of['commit'][:7]}, {of['date'][:10]})."
+        "The first minute of a server (2 layers) in which one request after the other joins, up to "
+        f"{part['on']['at_once']} at once, with no metadata kernel of SGLang's compiled yet: how long a client "
+        f"waited for the next tokens of one long answer, {_filled(part['roles'])} filled "
+        f"({', '.join(map(gpu_name, of['gpus']))}, SGLang {part['sglang']}, commit {of['commit'][:7]}, "
+        f"{of['date'][:10]})."
     )
     yield table(
-        ("ms between tokens", "longest three", "median", "over 100 ms"),
+        ("ms between tokens", "longest three", "median", "over 100 ms", "all, s"),
         [
             (
                 title,
                 ", ".join(f"{ms:,.0f}" for ms in part[arm]["longest_ms"][:3]),
                 f"{part[arm]['median_ms']:.2f}",
                 f"{part[arm]['over_100_ms']} of {part[arm]['pauses']:,}",
+                f"{part[arm]['seconds']:.1f}",
             )
             for arm, title in (("off", "SGLang's own fill"), ("on", "with the plugin"))
         ],

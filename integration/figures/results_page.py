@@ -74,7 +74,9 @@ def _in_a_server(serve: dict[str, Any]) -> list[str]:
 
 
 def _gain_files() -> list[str]:
-    return sorted(path.name for path in RESULTS.glob(f"gain-*-{SHOWN_RELEASE}.json"))
+    """Those of the shown release first."""
+    names = sorted(path.name for path in RESULTS.glob("gain-*.json"))
+    return sorted(names, key=lambda name: not name.endswith(f"-{SHOWN_RELEASE}.json"))
 
 
 def _host_row(times: dict[str, Any], what: str, clock: str, statistic: str) -> tuple[str, ...]:

@@ -10,6 +10,6 @@ bundle=${1:?usage: gpu_host.sh BUNDLE COMMAND...}
 shift
 source "$bundle/unpack.sh"
 site=$(mktemp -d)
-python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$site" dist/*.whl
+python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$site" dist/*"_$(uname -m).whl"
 export PYTHONPATH=$site:$PYTHONPATH
 "$@"

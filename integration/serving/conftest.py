@@ -21,6 +21,7 @@ import pytest
 from integration import result_files
 from integration.serving import checkpoint
 from integration.serving.ab_servers import AbServers, Fleet, Setup
+from sglang_nsa_plugin.options import ROLES_VARIABLE
 
 COMMAND = "make serve-test"
 PRINTED = 600  # characters of each part
@@ -35,6 +36,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--budget-s", type=float, default=480.0, help="no test begins after so many seconds"
+    )
+    parser.addoption(
+        "--roles",
+        default=os.environ.get(ROLES_VARIABLE) or None,
+        help="roles that the servers of the slices gain and first-minute fill, with commas between "
+        f"them; default: ${ROLES_VARIABLE}, else what the plugin fills by default",
+    )
+    parser.addoption(
+        "--check", type=int, default=0, help="the servers of slice gain shadow-check every Nth fill"
     )
     parser.addoption("--servers", type=int, default=2, help="servers that run ahead of their tests")
 
@@ -97,6 +107,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def gpus() -> int:
     """How many GPUs there are to be used."""
     return len(result_files.of_gpus("name"))
+
+
+@pytest.fixture(scope="session")
+def roles(request: pytest.FixtureRequest) -> str | None:
+    """The roles that were asked for; None for those of the plugin's own choice."""
+    asked: str | None = request.config.getoption("--roles")
+    return asked
+
+
+@pytest.fixture(scope="session")
+def check(request: pytest.FixtureRequest) -> int:
+    """Fills from one shadow check to the next; 0 for none."""
+    return int(request.config.getoption("--check"))
 
 
 @pytest.fixture(scope="session")

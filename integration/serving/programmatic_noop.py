@@ -1,10 +1,13 @@
-"""Do empty kernels with programmatic launch before each replay make a real server's steps shorter?
+"""Do empty kernels before each replay make a server's steps shorter, and a coarse fence longer?
 
     python -m integration.serving.programmatic_noop [--layers 61] [--json FILE]
+    python -m integration.serving.programmatic_noop --servers plugin --layers 2 --rounds 12 --alone \\
+        --settings off "coarse fence" "off again" --json FILE
 
 Switched inside one running server, alone on the GPU and beside a process that only holds a context, with
-off ÷ off as the control: once with SGLang as it is and once with sglang-nsa-plugin. Needs an NVIDIA GPU
-and SGLang.
+off ÷ off as the control: once with SGLang as it is and once with sglang-nsa-plugin. The empty kernels
+have programmatic launch. With the coarse fence SGLang's scheduler waits for the whole forward, and not
+for the event after the reads of the draft's graph. Needs an NVIDIA GPU and SGLang.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from integration import result_files
 from integration.gpu import node_gaps
@@ -27,14 +31,24 @@ from integration.serving.checkpoint import write_checkpoint
 from integration.serving.server import Server
 
 PROBE = Path(__file__).parent / "noop_probe"
-# What is launched before each replay; the probe knows these names.
+
+
+class Setting(NamedTuple):
+    """What the probe does; it knows the names of what is launched before each replay."""
+
+    before: str = "nothing"
+    coarse_fence: bool = False
+
+
 SETTINGS = {
-    "off": "nothing",
-    "no-op": "no-op",
-    "8 no-ops": "8 no-ops",
-    "forked graph": "forked graph",
-    "off again": "nothing",
+    "off": Setting(),
+    "no-op": Setting("no-op"),
+    "8 no-ops": Setting("8 no-ops"),
+    "forked graph": Setting("forked graph"),
+    "coarse fence": Setting(coarse_fence=True),
+    "off again": Setting(),
 }
+NO_OPS = [name for name in SETTINGS if name != "coarse fence"]
 SERVERS: dict[str, dict[str, str | None]] = {
     "SGLang": {"SGLANG_NSA_METADATA_BACKEND": "off"},
     "plugin": {"SGLANG_NSA_METADATA_BACKEND": None},
@@ -51,11 +65,11 @@ class Switched:
         self.server, self.folder = server, folder
         self._asked = 0
 
-    def ask(self, before: str) -> list[float]:
+    def ask(self, setting: Setting) -> list[float]:
         """Switches, and returns the µs of the steps since the request before."""
         self._asked += 1
         new = self.folder / "ask.new"
-        new.write_text(json.dumps({"id": self._asked, "before": before}))
+        new.write_text(json.dumps({"id": self._asked, **setting._asdict()}))
         new.replace(self.folder / "ask")
         deadline = time.monotonic() + ANSWER_LIMIT_S
         while time.monotonic() < deadline:
@@ -66,18 +80,17 @@ class Switched:
             time.sleep(0.005)
         raise RuntimeError(f"the probe did not answer within {ANSWER_LIMIT_S:.0f} s")
 
-    def step_us(self, before: str, prompts: list[list[int]]) -> tuple[float, list[Any]]:
+    def step_us(self, setting: Setting, prompts: list[list[int]]) -> tuple[float, list[Any]]:
         """The median time of a step while these prompts are answered, and the token ids."""
         self.server.flush_cache()
-        self.ask(before)
+        self.ask(setting)
         answers, _ = self.server.generate_at_once(prompts, NEW_TOKENS)
-        gaps = self.ask(before)
+        gaps = self.ask(setting)
         return statistics.median(gaps[SETTLING:-SETTLING] or gaps), [a.output_ids for a in answers]
 
 
-def measure(switched: Switched, requests: int, rounds: int) -> dict[str, Any]:
+def measure(switched: Switched, requests: int, rounds: int, names: list[str]) -> dict[str, Any]:
     """Ratios to "off" of the same round, with the order of settings rotated."""
-    names = list(SETTINGS)
     rows = []
     for turn in range(-1, rounds):  # the first one warms up
         random_tokens = random.Random(turn)
@@ -99,12 +112,12 @@ def measure(switched: Switched, requests: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def serve(name: str, model: Path, layers: int, sizes: list[int], rounds: int) -> list[dict[str, Any]]:
+def serve(name: str, model: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
     """One server, alone and then beside a context."""
     with tempfile.TemporaryDirectory() as folder:
-        overrides = json.dumps({"num_hidden_layers": layers})
+        overrides = json.dumps({"num_hidden_layers": asked.layers})
         args = ["--model-path", str(model), *serve_args(), "--load-format", "dummy", "--sleep-on-idle"]
-        if layers > 2:
+        if asked.layers > 2:
             args += ["--json-model-override-args", overrides]
         path = os.pathsep.join(filter(None, [str(PROBE), os.environ.get("PYTHONPATH")]))
         env = {"PYTHONPATH": path, "NOOP_PROBE_DIR": folder, **SERVERS[name]}
@@ -112,14 +125,28 @@ def serve(name: str, model: Path, layers: int, sizes: list[int], rounds: int) ->
         with Server(args, env, log_path=Path(folder) / f"{name}.log", name=name) as server:
             server.wait_ready(START_LIMIT_S)
             switched = Switched(server, Path(folder))
-            for beside in (None, "context"):
+            for beside in (None,) if asked.alone else (None, "context"):
                 with node_gaps.beside(beside) if beside else contextlib.nullcontext():
-                    for requests in sizes:
-                        found = measure(switched, requests, rounds)
+                    for requests in asked.requests:
+                        found = measure(switched, requests, asked.rounds, asked.settings)
                         row = {"server": name, "beside": beside, "requests": requests, **found}
                         print(json.dumps(row), flush=True)
                         rows.append(row)
         return rows
+
+
+def command_of(arguments: argparse.Namespace) -> str:
+    """The command that measures the same again."""
+    options = {
+        **({"--alone": []} if arguments.alone else {}),
+        "--layers": [arguments.layers],
+        "--rounds": [arguments.rounds],
+        "--requests": arguments.requests,
+        "--servers": arguments.servers,
+        "--settings": arguments.settings,
+    }
+    words = [word for name, values in options.items() for word in (name, *map(str, values))]
+    return f"python -m integration.serving.programmatic_noop {shlex.join(words)}"
 
 
 def main() -> int:
@@ -128,17 +155,18 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=NO_OPS, help="with off")
+    parser.add_argument("--alone", action="store_true", help="nothing beside a context")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = write_checkpoint(folder)
         for name in arguments.servers:
-            rows += serve(name, model, arguments.layers, arguments.requests, arguments.rounds)
+            rows += serve(name, model, arguments)
     if arguments.json:
-        command = "python -m integration.serving.programmatic_noop"
         result = {
-            "command": command,
+            "command": command_of(arguments),
             **result_files.environment(),
             "host": node_gaps.host(),
             "rows": rows,

@@ -34,7 +34,9 @@ SLICES: dict[str, tuple[str, ...]] = {
     "shadow": ("test_shadow_serving.py",),
     "shadow-load": ("test_shadow_load.py",),
     "load": ("test_load.py",),
-    "gain": ("test_gain.py",),
+    # Of eight servers the one of two layers; a later -k of the caller's chooses another.
+    "gain": ("test_gain.py", "-k", "2-layers-160k-bf16 and not 256"),
+    "first-minute": ("test_first_minute.py",),
     "switch": ("test_switch.py",),
     "parallel": ("test_parallel.py", "--servers=4"),
 }

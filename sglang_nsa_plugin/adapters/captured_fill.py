@@ -102,16 +102,24 @@ class BackendFills:
         fast_path: by batch size, the inputs that were validated last. A replay with the same ones skips
             validation. Empty while the fill is switched off, and where each replay has more to do.
         remainder_last: of DeepGEMM's schedule; None leaves the schedule to DeepGEMM.
+        drops_wide_tables: whether graphs do without the wide page table where nothing reads it.
     """
 
     def __init__(
-        self, backend: Any, role: Role, choice: dispatch.Choice, check_every: int, outcome: Outcome
+        self,
+        backend: Any,
+        role: Role,
+        choice: dispatch.Choice,
+        check_every: int,
+        outcome: Outcome,
+        drops_wide_tables: bool = True,
     ) -> None:
         self.backend = backend
         self.role = role
         (self.mode,) = role.modes()
         self.bind = choice.bind
         self.outcome = outcome
+        self.drops_wide_tables = drops_wide_tables
         self.remainder_last = mqa_schedule.remainder_last(backend, choice.bind)
         self.captured: dict[int, GraphFill] = {}
         self.fast_path: dict[int, Hit] = {}

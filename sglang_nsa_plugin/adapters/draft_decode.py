@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sglang_nsa_plugin.adapters import wide_tables
 from sglang_nsa_plugin.adapters.adapter import Parts
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.hooks import Call, Hook, Sets
@@ -43,14 +44,19 @@ def _init_cuda_graph_state(
     original: Callable[..., Any], multi_step: Any, max_bs: int, max_num_tokens: int
 ) -> Any:
     fills = getattr(multi_step, ATTRIBUTE, None)
-    if fills is not None:
-        fills.forget()
-    for step in multi_step.attn_backends[1:]:
-        if fills is None:
-            vars(step).pop(SHARES, None)
-        else:
-            setattr(step, SHARES, fills.backend)
-    return original(multi_step, max_bs, max_num_tokens)
+    for step in multi_step.attn_backends:
+        vars(step).pop(SHARES, None)
+    if fills is None:
+        return original(multi_step, max_bs, max_num_tokens)
+    fills.forget()
+    first, *others = steps = multi_step.attn_backends
+    for step in others:
+        setattr(step, SHARES, first)
+    with wide_tables.decided_without_speculation(steps if fills.drops_wide_tables else ()):
+        result = original(multi_step, max_bs, max_num_tokens)
+    of_a_step = wide_tables.bytes_of(first, max_num_tokens)
+    DRAFT_DECODE_STATE.bytes_saved += of_a_step * (len(others) + wide_tables.is_dropped(first))
+    return result
 
 
 def share_metadata(backend: Any) -> None:

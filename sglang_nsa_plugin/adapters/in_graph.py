@@ -10,13 +10,12 @@ in :mod:`draft_decode`.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from sglang_nsa_plugin.adapters import draft_decode, fields, hooks
+from sglang_nsa_plugin.adapters import draft_decode, fields, hooks, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Adapter, Parts
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Sets
@@ -68,29 +67,16 @@ def _init_cuda_graph_state(
     original: Callable[..., Any], backend: Any, max_bs: int, max_num_tokens: int
 ) -> Any:
     fills = getattr(backend, ATTRIBUTE, None)
-    if fills is not None:
-        fills.forget()
-    if fills is None or fills.role is not DRAFT_EXTEND_ROLE:
+    if fills is None:
         result = original(backend, max_bs, max_num_tokens)
         draft_decode.share_metadata(backend)
         return result
-    with _as_without_speculation(backend):
-        return original(backend, max_bs, max_num_tokens)
-
-
-@contextlib.contextmanager
-def _as_without_speculation(backend: Any) -> Iterator[None]:
-    """SGLang leaves ``page_table_1`` out where nothing reads it, but never with speculation.
-
-    It keeps the table for graphs of target-verify and draft-decode. Draft-extend graphs read it no more
-    than decode graphs do. All other conditions, such as the choice of the top-k kernel, stay SGLang's.
-    """
-    draft_tokens = backend.speculative_num_draft_tokens
-    backend.speculative_num_draft_tokens = None
-    try:
-        yield
-    finally:
-        backend.speculative_num_draft_tokens = draft_tokens
+    fills.forget()
+    with wide_tables.decided_without_speculation([backend] if fills.drops_wide_tables else ()):
+        result = original(backend, max_bs, max_num_tokens)
+    if wide_tables.is_dropped(backend):
+        fills.role.state.bytes_saved += wide_tables.bytes_of(backend, max_num_tokens)
+    return result
 
 
 def _out_graph(

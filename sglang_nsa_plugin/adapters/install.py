@@ -9,7 +9,9 @@ from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases
 from sglang_nsa_plugin.adapters.adapter import Adapter, Request
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.adapters.server_config import resolved
+from sglang_nsa_plugin.adapters.tree_mask import TREE_MASK
 from sglang_nsa_plugin.log import logger_of
+from sglang_nsa_plugin.state import VERIFY
 
 logger = logger_of(__name__)
 
@@ -88,6 +90,9 @@ def install(requests: Mapping[str, Request]) -> str | None:
             adapter.takeovers[role].outcome.report_waiting(adapter.name)
         else:
             OUTCOMES[role].step_aside(request.asked_for, why_not)
+    verify = adapter.takeovers.get(VERIFY)
+    if verify is not None and verify.request is not None:
+        TREE_MASK.install(verify)
     return None
 
 

@@ -43,7 +43,14 @@ def consider(
 def _take_over(owner: Any, backend: Any, request: Request, role: Role, takeover: Takeover) -> None:
     try:
         choice = dispatch.choose(request.backend, backend.req_to_token.device)
-        fills = BackendFills(backend, role, choice, request.check_every, takeover.outcome)
+        fills = BackendFills(
+            backend,
+            role,
+            choice,
+            request.check_every,
+            takeover.outcome,
+            drops_wide_tables=not request.keeps_wide_tables,
+        )
     except SET_UP_ERRORS as error:
         takeover.fail(error)
         return

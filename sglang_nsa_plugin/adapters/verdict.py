@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sglang_nsa_plugin.adapters import install
+from sglang_nsa_plugin.adapters import install, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.server_config import resolved
+from sglang_nsa_plugin.containment import attempt
+from sglang_nsa_plugin.log import loses
 
 
-def conclude(server_args: Any, requests: Mapping[str, Request]) -> None:
+def conclude(scheduler: Any, server_args: Any, requests: Mapping[str, Request]) -> None:
     """Says for each role in one line whether it is filled from now on; if not, leaves it to SGLang.
 
     What was decided before, such as a server without speculation, was logged then.
@@ -29,6 +31,8 @@ def conclude(server_args: Any, requests: Mapping[str, Request]) -> None:
             takeover.release()
             asked_for = requests[role].asked_for
             takeover.outcome.step_aside(asked_for, f"{why_not} ({_configuration(server_args)})")
+    savings = loses("the line on memory that is saved")
+    attempt(wide_tables.report_savings, savings, scheduler, adapter.takeovers.values())
 
 
 def _configuration(server_args: Any) -> str:

@@ -25,6 +25,7 @@ class BackendPair(ABC, Generic[AnyBackend]):
         backend: the implementation, as in ``--nsa-metadata-backend``.
         check_every: as in ``--nsa-metadata-check``.
         role: the one that is filled, as in ``--nsa-metadata-roles``.
+        wide_tables: as in ``--nsa-metadata-wide-tables``.
         harness: further arguments of :class:`HarnessBackend`.
     """
 
@@ -37,10 +38,11 @@ class BackendPair(ABC, Generic[AnyBackend]):
         backend: str = "auto",
         check_every: int = 0,
         role: str = DRAFT_EXTEND,
+        wide_tables: str | None = None,
         **harness: Any,
     ) -> None:
         self.batch_sizes = sorted(batch_sizes)
-        activate_plugin(backend, check_every, role)
+        activate_plugin(backend, check_every, role, wide_tables)
         if role != DRAFT_EXTEND:
             harness["role"] = role
         self.ours: AnyBackend = self.make_backend(device, max_bs=self.batch_sizes[-1], **harness)

@@ -37,12 +37,13 @@ def parameters(function: Callable[..., Any]) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
-def activate_plugin(backend: str, check_every: int, role: str) -> None:
+def activate_plugin(backend: str, check_every: int, role: str, wide_tables: str | None = None) -> None:
     """What the plugin does at the start of a server with these flags."""
     server_args = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa")
     setattr(server_args, options.ATTRIBUTE, backend)
     setattr(server_args, options.CHECK_ATTRIBUTE, check_every)
     setattr(server_args, options.ROLES_ATTRIBUTE, (role,))
+    setattr(server_args, options.WIDE_ATTRIBUTE, wide_tables)
     plugin.activate(server_args)
 
 

@@ -137,14 +137,16 @@ def plant_error(field, monkeypatch):
 
 def draft_tokens_as_sglang_decides(pair):
     """What SGLang sees of speculation each time that it decides about the wide table."""
-    backend, seen = pair.ours.backend, []
+    seen = []
 
-    class Watched(type(backend)):
+    class Watched(type(pair.ours.steps()[0])):
         def __setattr__(self, name: str, value: object) -> None:
             if name == "dsa_drop_wide_page_table":
                 seen.append(self.speculative_num_draft_tokens)
             super().__setattr__(name, value)
 
-    backend.__class__ = Watched
+    for step in pair.ours.steps():
+        step.__class__ = Watched
     pair.ours.init_state()
+    assert {step.speculative_num_draft_tokens for step in pair.ours.steps()} == {pair.ours.draft_tokens}
     return seen

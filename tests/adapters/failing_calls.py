@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from sglang_nsa_plugin import containment, log, plugin
 from sglang_nsa_plugin.adapters import draft_decode, eager, in_graph, switch, taken_over
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
+from sglang_nsa_plugin.adapters.tree_mask import TREE_MASK
 
 # They run while a server starts, where an error by name is to end the start; see test_start_faults.py.
 AT_START = {
@@ -38,6 +39,7 @@ IN_SERVICE = {
     draft_decode._out_graph,
     eager._init_forward_metadata,  # test_eager.py
     eager._replay,  # test_eager.py
+    TREE_MASK.build,  # test_tree_mask.py
 }
 # What decides to catch, and what runs before it: objects' attributes, no calls that could fail.
 GUARDS = {

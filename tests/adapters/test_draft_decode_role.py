@@ -181,10 +181,27 @@ def test_off_refreshes_the_schedule_where_sglang_leaves_it(steps, state, monkeyp
     )
     object.__setattr__(metadata, "paged_mqa_schedule_metadata", torch.zeros(1))
     ask(nsa_metadata_draft_decode=0)
-    for name in ("_out_graph",):
-        original = lambda multi_step, batch: None  # noqa: E731  # what SGLang does with more steps
-        getattr(draft_decode, name)(original, pair.ours.backend, pair.ours.replay_view(bs))
+    leaves_it = lambda multi_step, batch: None  # noqa: E731  # as SGLang does with more steps
+    draft_decode._out_graph(leaves_it, pair.ours.backend, pair.ours.replay_view(bs))
     assert refreshed == ([first] if steps > 3 else [])
+
+
+def test_off_plans_one_step_where_the_wide_table_is_left_out(pair, monkeypatch):
+    """SGLang's fill of all steps copies a wide table."""
+    bs = random_batch(pair, torch.Generator().manual_seed(7))
+    step_and_expect_equal(pair, bs)
+    first, metadata = pair.ours.steps()[0], pair.metadata(bs)
+    planned = []
+    monkeypatch.setattr(
+        type(first), "_apply_cuda_graph_metadata", lambda self, **_: planned.append(self)
+    )
+    object.__setattr__(metadata, "page_table_1", None)
+    for step in pair.ours.steps():
+        step.forward_metadata = None
+    ask(nsa_metadata_draft_decode=0)
+    pair.ours.replay(bs)
+    assert planned == [first]
+    assert all(step.forward_metadata is metadata for step in pair.ours.steps())
 
 
 # --- the shadow check ---

@@ -29,7 +29,14 @@ from test_start_faults import serve_and_expect_sglangs_values
 from test_switch import real_scheduler
 
 from sglang_nsa_plugin import log, plugin
-from sglang_nsa_plugin.adapters import draft_decode, eager, in_graph, supported, taken_over
+from sglang_nsa_plugin.adapters import (
+    draft_decode,
+    eager,
+    in_graph,
+    supported,
+    taken_over,
+    tree_mask,
+)
 from sglang_nsa_plugin.adapters.outcome import OUTCOME, OUTCOMES
 from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.state import ROLES
@@ -42,6 +49,7 @@ def test_every_hook_is_one_of_the_two() -> None:
     from sglang_nsa_plugin.adapters.eager_names import DSA, NSA
 
     tables = (*plugin._COMMAND_LINE, *plugin._IN_SCHEDULER, *in_graph.ADAPTER.common.hooks)
+    tables += (tree_mask.HOOK,)
     tables += tuple(hook for parts in in_graph.ADAPTER.parts.values() for hook in parts.hooks)
     hooks = (*tables, *eager._hooks(DSA), *eager._hooks(NSA))
     assert {hook.replacement for hook in hooks} | {eager._replay} == AT_START | IN_SERVICE

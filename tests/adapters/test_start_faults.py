@@ -112,10 +112,11 @@ def serve_and_expect_sglangs_values(pair, captured, bs):
     pair.inputs.seq_lens.copy_(kept)
     pair.theirs.sglang_fill(bs)
     result = Diff()
-    ours, theirs = (one.backend.decode_cuda_graph_metadata[bs] for one in (pair.ours, pair.theirs))
-    compare_captured(ours, theirs, result)
+    for ours, theirs in zip(pair.ours.metadata(bs), pair.theirs.metadata(bs), strict=True):
+        compare_captured(ours, theirs, result)
     assert result.first is None, result.first
-    assert pair.ours.backend.forward_metadata is ours
+    for step, metadata in zip(pair.ours.steps(), pair.ours.metadata(bs), strict=True):
+        assert step.forward_metadata is metadata
 
 
 @pytest.mark.parametrize(("fail", "error"), FAILING)

@@ -16,7 +16,6 @@ import torch
 from cpu_pair import (
     BATCH_SIZES,
     CPU,
-    draft_tokens_as_sglang_decides,
     expect_equal_after_sglang_fill,
     expect_prefills_impl_as_sglang_leaves_it,
     expect_sglang_to_take,
@@ -401,9 +400,3 @@ def test_an_adapter_without_the_role_leaves_it_to_sglang(backend, state, monkeyp
     why_not = "with this SGLang release the plugin fills no verify metadata"
     assert why_not in (str(ended.value) if ended else VERIFY_STATE.reason)
     assert takeovers["draft-extend"].request is not None
-
-
-def test_the_target_keeps_its_wide_table(pair):
-    """SGLang says that verify reads it; draft-extend's condition is not asked here."""
-    assert draft_tokens_as_sglang_decides(pair) == [pair.ours.draft_tokens]
-    assert pair.fills().captured == {}

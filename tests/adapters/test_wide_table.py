@@ -1,17 +1,24 @@
-"""The token-wide page table, which draft-extend graphs do without where nothing reads it.
+"""The token-wide page table, which the graphs of a step do without where nothing reads it.
 
 SGLang itself decides when: it leaves the table out of decode graphs whose top-k reads the paged one. The
-adapter only lets it ask the same of draft-extend.
+adapter only lets it ask the same of a speculative step's graphs.
 """
 
 from __future__ import annotations
 
 import ast
+import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from cpu_pair import draft_tokens_as_sglang_decides, make_pair, on_the_cpu
+
+from sglang_nsa_plugin.adapters import taken_over, wide_tables
+from sglang_nsa_plugin.adapters.adapter import Takeover
+from sglang_nsa_plugin.state import ROLES, STATES
 
 pytestmark = on_the_cpu
 
@@ -20,7 +27,7 @@ FIELD, GETTER = "page_table_1", "get_page_table_1"
 READERS = {
     "DSAIndexerMetadata.get_page_table_1": "called by the indexer's HIP path alone, see below",
     "IndexerKPool._kpool_fused_topk_mapping": "k-pooling, which the adapter declines",
-    "DSAMetadataManagementMixin._copy_base_replay_buffers": "precomputed draft-decode",
+    "DSAMetadataManagementMixin._copy_base_replay_buffers": "draft-decode by SGLang with the table",
     "DSATopKBackend.topk_transform": "not in its v2 branch, which SGLang's condition asks for",
     "DeepseekSparseAttnBackend._apply_cuda_graph_metadata": "SGLang's own fill; it takes None",
     "DeepseekSparseAttnBackend._graph_page_table_width": "asks whether it is there",
@@ -51,10 +58,53 @@ def test_every_reader_of_the_wide_table_is_known() -> None:
     assert "DSATopKBackend.topk_transform" in readers, "the search finds nothing any more"
 
 
-def test_sglang_decides_as_if_there_were_no_speculation() -> None:
-    pair = make_pair()
-    assert draft_tokens_as_sglang_decides(pair) == [None]
-    assert pair.ours.backend.speculative_num_draft_tokens == pair.ours.draft_tokens
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("wide_tables", ["auto", "keep"])
+def test_sglang_decides_as_if_there_were_no_speculation(role, wide_tables, state) -> None:
+    pair = make_pair(role=role, wide_tables=wide_tables)
+    expected = None if wide_tables == "auto" else pair.ours.draft_tokens
+    assert draft_tokens_as_sglang_decides(pair) == [expected] * len(pair.ours.steps())
+    assert pair.fills().captured == {}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_without_the_plugin_sglang_sees_speculation(role, state) -> None:
+    pair = make_pair(role=role)
+    taken_over.hand_back(pair.ours.backend)
+    expected = [pair.ours.draft_tokens] * len(pair.ours.steps())
+    assert draft_tokens_as_sglang_decides(pair) == expected
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_what_is_saved_is_counted(role, state, monkeypatch) -> None:
+    """Here SGLang drops no table, so only draft-decode's second set is saved, which is shared."""
+    monkeypatch.setattr(wide_tables, "is_dropped", lambda backend: True)
+    pair = make_pair(role=role)
+    rows = pair.ours.max_bs * (1 if role == "draft-decode" else pair.ours.draft_tokens)
+    expected = rows * pair.inputs.req_to_token.shape[1] * 4 * len(pair.ours.steps())
+    assert STATES[role].bytes_saved == expected
+
+
+def test_savings_are_reported_in_memory_tokens_and_a_flag(state, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 140_000_000_000))
+    caplog.set_level(logging.INFO)
+    draft = SimpleNamespace(size=1_000, get_kv_size_bytes=lambda: 1_000_000)
+    target = SimpleNamespace(size=1_000, get_kv_size_bytes=lambda: 61_000_000)
+    runner = SimpleNamespace(token_to_kv_pool=target)
+    scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+    takeover = Takeover(lambda backend: None)
+    state.in_place, state.bytes_saved = True, 1_400_000_000
+
+    class Owner(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    owner = Owner(token_to_kv_pool=draft)
+    takeover.add(owner)
+    wide_tables.report_savings(scheduler, [takeover])
+    assert (
+        "do without 1400 MB of page tables that nothing reads: 22580 tokens of KV cache, if you raise "
+        "--mem-fraction-static by 0.010" in caplog.text
+    )
 
 
 def test_an_error_leaves_the_backend_as_it_was() -> None:

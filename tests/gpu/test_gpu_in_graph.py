@@ -23,10 +23,8 @@ def pair_for_installed(decode_impl: str, backend: str = "auto", **harness: objec
     missing = why_unavailable(decode_impl)
     if missing is not None:
         pytest.skip(f"needs SGLang's GPU packages: {missing}")
-    device = torch.device("cuda", 0)
-    return GraphPair(
-        device, BATCH_SIZES, backend, draft_tokens=DRAFT_TOKENS, decode_impl=decode_impl, **harness
-    )
+    harness = {"draft_tokens": DRAFT_TOKENS, "decode_impl": decode_impl, **harness}
+    return GraphPair(torch.device("cuda", 0), BATCH_SIZES, backend, **harness)
 
 
 def random_batch(pair, generator, longest=None):
@@ -35,16 +33,20 @@ def random_batch(pair, generator, longest=None):
     raw_bs = int(torch.randint(1, BATCH_SIZES[-1] + 1, (), generator=generator))
     bs = pair.bucket(raw_bs)
     longest = longest or pair.inputs.req_to_token.shape[1]
-    random_step(pair.inputs, generator, raw_bs, bs, DRAFT_TOKENS, longest)
+    random_step(pair.inputs, generator, raw_bs, bs, pair.ours.draft_tokens, longest)
     return bs
 
 
-@pytest.mark.parametrize("role", ["draft-extend", "verify"])
+@pytest.mark.parametrize("wide_tables", ["auto", "keep"])
+@pytest.mark.parametrize(
+    ("role", "draft_tokens"),
+    [("draft-extend", 4), ("verify", 4), ("draft-decode", 4), ("draft-decode", 6)],
+)
 @pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
-def test_every_value_equals_sglangs_fill(decode_impl, role):
+def test_every_value_equals_sglangs_fill(decode_impl, role, draft_tokens, wide_tables):
     from sglang_nsa_plugin.harness.diff import Diff
 
-    pair = pair_for_installed(decode_impl, role=role)
+    pair = pair_for_installed(decode_impl, role=role, draft_tokens=draft_tokens, wide_tables=wide_tables)
     state = pair.fills().role.state
     result, replays = Diff(), state.replays
     generator = torch.Generator().manual_seed(1)
@@ -57,20 +59,44 @@ def test_every_value_equals_sglangs_fill(decode_impl, role):
     assert result.compared["paged_mqa_schedule_metadata"] > 0
     assert result.compared["topk_v2_plan"] > 0
     assert (result.compared["flashmla num_splits"] > 0) == (decode_impl == "flashmla_kv")
+    assert (result.compared["page_table_1"] > 0) == (wide_tables == "keep")
 
 
-def test_verify_is_checked_before_the_next_replay(state):
+@pytest.mark.parametrize("wide_tables", ["auto", "keep"])
+@pytest.mark.parametrize(
+    ("role", "draft_tokens"), [("verify", 4), ("draft-decode", 4), ("draft-decode", 6)]
+)
+@pytest.mark.parametrize("decode_impl", ["flashmla_sparse", "flashmla_kv"])
+def test_off_hands_every_step_to_sglang(decode_impl, role, draft_tokens, wide_tables, state):
+    """With graphs that were captured with the fill, whatever SGLang's own way is then."""
+    from sglang_nsa_plugin.adapters import install
+    from sglang_nsa_plugin.harness.diff import Diff
+
+    pair = pair_for_installed(decode_impl, role=role, draft_tokens=draft_tokens, wide_tables=wide_tables)
+    state, result = pair.fills().role.state, Diff()
+    generator = torch.Generator().manual_seed(12)
+    for on in (True, False, True, False):
+        install.switch(role, on)
+        for _ in range(30):
+            pair.step(random_batch(pair, generator), result)
+        assert result.first is None, (on, result.first)
+    assert (state.replays, sum(state.fallbacks.values())) == (60, 60)
+
+
+@pytest.mark.parametrize(
+    ("role", "draft_tokens"), [("verify", 4), ("draft-decode", 4), ("draft-decode", 6)]
+)
+def test_a_replay_is_checked_before_the_next(role, draft_tokens, state):
     """SGLang's fill runs ahead of the graph, the comparison before the next one, on one stream."""
-    from sglang_nsa_plugin.state import VERIFY_STATE
-
-    pair = pair_for_installed("flashmla_kv", role="verify", check_every=1)
-    checks = VERIFY_STATE.checks
+    pair = pair_for_installed("flashmla_kv", role=role, draft_tokens=draft_tokens, check_every=1)
+    state = pair.fills().role.state
+    checks = state.checks
     generator = torch.Generator().manual_seed(11)
     for _ in range(200):
         pair.replay(random_batch(pair, generator))
     torch.cuda.synchronize()
-    assert not pair.fills().shadowed.check.failed(), VERIFY_STATE.first_mismatch
-    assert VERIFY_STATE.checks - checks == 199
+    assert not pair.fills().shadowed.check.failed(), state.first_mismatch
+    assert state.checks - checks == 199
     pair.replay(1)
     pair.metadata(1).cache_seqlens_int32.fill_(-1)  # behind the graph, as a wrong fill would leave it
     pair.replay(1)
@@ -78,12 +104,13 @@ def test_verify_is_checked_before_the_next_replay(state):
     assert pair.fills().shadowed.check.failed()
 
 
+@pytest.mark.parametrize("role", ["verify", "draft-decode"])
 @pytest.mark.parametrize(("decode_impl", "most"), [("flashmla_sparse", 2), ("flashmla_kv", 5)])
-def test_nodes_of_verify(decode_impl, most):
+def test_nodes_of_a_plan_before_the_last(decode_impl, most, role):
     """As draft-extend's, without the event."""
     from sglang_nsa_plugin.cli.bench.timing import graph_nodes
 
-    pair = pair_for_installed(decode_impl, role="verify")
+    pair = pair_for_installed(decode_impl, role=role)
     batch = pair.ours.capture_batch(8)
     nodes = graph_nodes(lambda: pair.ours.backend.init_forward_metadata_in_graph(batch))
     assert sum(nodes.values()) <= most, nodes

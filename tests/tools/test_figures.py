@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from integration.figures import build, gain, gpu_checks, one_fill, results_page, servers
+from integration.figures.committed import load
 from integration.serving import compare
 from integration.serving.server import Answer
 
@@ -157,6 +158,7 @@ def gained(load="16", **changes):
         "step_on_over_off": ratio(0.9, 0.88, 0.92), "step_off_over_off": ratio(1.001, 0.99, 1.01),
         "tokens_on_over_off": ratio(1.1, 1.05, 1.15),
         "resolved": True, "verdict": "with the plugin a step is 10.0% faster (8.0% to 12.0%)",
+        "step_is": "median", "bound": None,
     }  # fmt: skip
     return cell | changes
 
@@ -166,71 +168,154 @@ NOISY = gained(
     "64", resolved=False, verdict="not resolved: off ÷ off is 1.021, more than 2% from 1. Something else"
 )
 NOT_MEASURED = {
-    "load": "256", "resolved": False, "verdict": "not resolved: the server takes 48: lower --requests"
+    "load": "256", "resolved": False, "verdict": "not resolved: the server takes 48: lower --requests",
+    "bound": None,
 }  # fmt: skip
 
 
-def regime(*cells, **more):
-    of = {"date": "2026-11-28T06:00:00+00:00", "commit": "0123456789", "gpus": ["NVIDIA H200, 580.1"]}
-    return {"of": of, "settings": {"rounds": 7, "output_len": 96}, "cells": list(cells), **more}
+OF = {"date": "2026-11-28T06:00:00+00:00", "commit": "0123456789", "gpus": ["NVIDIA H200, 580.1"]}
 
 
-def gain_shown(**parts) -> str:
-    named = {name.replace("_", "-"): part for name, part in parts.items()}
-    return "\n\n".join(gain.section([{"parts": named}])).replace("\n", " ")
+def regime(name, *cells, roles=("draft-extend",), beside=None, **more):
+    """The parts of a result file that these cells are."""
+    rest = {
+        "of": OF,
+        "settings": {"rounds": 7, "output_len": 96},
+        "roles": list(roles),
+        "check": 0,
+        "variables": {},
+        "sglang": "0.5.17",
+        **more,
+    }
+    return {
+        f"{name}.{number}.{roles}.{beside}.{more}": {
+            "regime": name,
+            "beside": beside,
+            "cell": cell,
+            **rest,
+        }
+        for number, cell in enumerate(cells)
+    }
+
+
+def gain_shown(parts) -> str:
+    return "\n\n".join(gain.section([{"parts": parts}])).replace("\n", " ")
 
 
 def test_each_cell_of_a_regime_is_a_row():
     cells = (gained(), EQUAL, NOISY, NOT_MEASURED)
-    blocks = gain.section([{"parts": {"61-layers-1m-fp8": regime(*cells)}}])
+    blocks = gain.section([{"parts": regime("61-layers-1m-fp8", *cells)}])
     ratios = "10.00 ms | 0.900 (0.880 to 0.920) | 1.001 (0.990 to 1.010) | 1.100 (1.050 to 1.150)"
     name = "61 layers, context 1 M, FP8"
     assert blocks[2].splitlines()[2:] == [
-        f"| {name} | 16 | {ratios} | 10.0% faster (8.0% to 12.0%) |",
         f"| {name} | 1 | {ratios} | no difference beyond noise |",
+        f"| {name} | 16 | {ratios} | 10.0% faster (8.0% to 12.0%) |",
         f"| {name} | 64 | {ratios} | not resolved: off ÷ off is 1.021, more than 2% from 1 |",
         f"| {name} | 256 | - | - | - | - | not resolved: the server takes 48 |",
     ]
 
 
-def test_a_server_that_counts_no_tokens_has_no_rate():
-    text = "".join(
-        gain.section([{"parts": {"2-layers-160k-bf16": regime(gained(tokens_on_over_off=None))}}])
+def test_many_differences_are_a_range():
+    some = [gained(str(n), step_on_over_off=ratio(0.7 + n / 100, 0.7, 0.8)) for n in range(1, 5)]
+    assert "; a difference in 4: a step takes 0.710 to 0.740 of SGLang's." in gain_shown(
+        regime("61-layers-1m-bf16", *some)
     )
+
+
+def test_a_server_that_counts_no_tokens_has_no_rate():
+    text = gain_shown(regime("2-layers-160k-bf16", gained(tokens_on_over_off=None)))
     assert "1.001 (0.990 to 1.010) | - | 10.0% faster" in text
 
 
 def test_the_words_say_no_more_than_the_verdicts():
-    text = gain_shown(**{
-        "2_layers_160k_bf16": regime(EQUAL, EQUAL, NOISY),
-        "61_layers_160k_bf16": regime(EQUAL, note="another GPU was busy"),
-        "61_layers_1m_bf16": regime(gained(), NOT_MEASURED),
-    })  # fmt: skip
+    text = gain_shown(
+        regime("2-layers-160k-bf16", EQUAL, EQUAL, NOISY)
+        | regime("61-layers-160k-bf16", EQUAL, note="another GPU was busy")
+        | regime("61-layers-1m-bf16", gained(), NOT_MEASURED)
+    )
     assert (
-        "NVIDIA H200, driver 580.1. Where the host bounds the step (2 layers): no difference beyond "
-        "noise in 2 of 3 cells, 1 not resolved. Where the GPU bounds it (61 thin layers of dummy "
-        "weights): no difference beyond noise in 1 of 3 cells, 1 not resolved; a difference in 1: "
-        "61 layers, context 1 M, bfloat16, 16 at once, 10.0% faster (8.0% to 12.0%)."
+        "NVIDIA H200, driver 580.1, draft-extend filled. Where the host bounds the step (2 layers): no "
+        "difference beyond noise in 2 of 3 cells, 1 not resolved. Where the GPU bounds it (61 thin "
+        "layers of dummy weights): no difference beyond noise in 1 of 3 cells, 1 not resolved; a "
+        "difference in 1: 61 layers, context 1 M, bfloat16, 16 at once, 10.0% faster (8.0% to 12.0%)."
     ) in text
     assert (
-        "- 61 layers, context 160 k, bfloat16: commit 0123456, 2026-11-28, 7 rounds, 96 new tokens. "
-        "Another GPU was busy. - 61"
+        "- 2 layers, context 160 k, bfloat16, 1, 1, 64 at once: commit 0123456, 2026-11-28, median "
+        "steps, 7 rounds, 96 new tokens. - 61 layers, context 160 k, bfloat16, 1 at once: commit "
+        "0123456, 2026-11-28, median steps, 7 rounds, 96 new tokens. Another GPU was busy. - 61"
     ) in text
 
 
 def test_a_slower_step_is_a_difference():
     slower = gained(verdict="with the plugin a step is 3.0% slower (2.0% to 4.0%)")
-    assert "a difference in 1: 2 layers, context 160 k, bfloat16, 16 at once, 3.0% slower" in gain_shown(
-        **{"2_layers_160k_bf16": regime(slower)}
+    text = gain_shown(regime("2-layers-160k-bf16", slower))
+    assert "a difference in 1: 2 layers, context 160 k, bfloat16, 16 at once, 3.0% slower" in text
+
+
+def test_cells_of_the_whole_step_stand_apart_with_their_bounds():
+    """Those of draft-extend alone have none; a cell that is not resolved meets none."""
+    whole = ("verify", "draft-extend", "draft-decode")
+    bounds = [
+        {"at_most": 0.76, "met": True},
+        {"at_most": 1.0, "met": False},
+        {"at_most": 1.0, "met": None},
+    ]
+    beside = (gained(bound=bounds[1]), NOISY | {"bound": bounds[2]}, gained("256"))
+    parts = {
+        **regime("61-layers-1m-bf16", *beside, roles=whole, beside="context"),
+        **regime("2-layers-160k-bf16", gained(bound=bounds[0]), roles=whole),
+        **regime("2-layers-160k-bf16", EQUAL),
+    }
+    blocks = gain.section([{"parts": parts}])
+    assert "draft-extend filled. Where" in blocks[1]
+    assert len(blocks[2].splitlines()) == 3
+    assert "at most" not in blocks[2]
+    assert "the whole step (draft-decode, draft-extend, verify) filled." in blocks[4].replace("\n", " ")
+    rows = blocks[5].splitlines()
+    assert rows[0].endswith("| verdict | step, on ÷ off, at most |")
+    assert [row.rsplit("| ", 1)[1] for row in rows[2:]] == [
+        *("0.76: met |", "1.00: not met |", "1.00: not resolved |", "- |")
+    ]
+    assert "bfloat16, beside a process that holds a context | 64 |" in rows[4]
+
+
+def test_the_cost_of_shadow_checks_is_the_difference_to_cells_without():
+    slower = gained(step_on_over_off=ratio(0.95, 0.9, 1.0))
+    parts = {
+        **regime("2-layers-160k-bf16", slower, gained("1"), NOISY, check=1),
+        **regime("2-layers-160k-bf16", gained(), NOISY),
+    }
+    blocks = gain.section([{"parts": parts}])
+    assert "draft-extend filled, every fill shadow-checked. Where" in blocks[4].replace("\n", " ")
+    assert blocks[-1].replace("\n", " ") == (
+        "So the checks cost 0.50 ms of a step of 10.00 ms (2 layers, context 160 k, bfloat16, 16 at "
+        "once)."
     )
 
 
+def test_another_release_and_another_baseline_are_named():
+    glue = {"SGLANG_ENABLE_METADATA_GLUE_GRAPH": "1"}
+    text = gain_shown(
+        regime("2-layers-160k-bf16", EQUAL, sglang="0.5.23")
+        | regime("2-layers-160k-bf16", EQUAL, sglang="0.5.23", variables=glue)
+    )
+    assert text.count("no difference beyond noise in 1 of 1 cells") == 2
+    assert "580.1, SGLang 0.5.23, draft-extend filled. Where" in text
+    assert "SGLang 0.5.23, SGLANG_ENABLE_METADATA_GLUE_GRAPH=1, draft-extend filled. Where" in text
+
+
 def test_the_first_minute_is_shown_beside_the_regimes():
-    waits = {"pauses": 1_200, "longest_ms": [900.4, 80.0, 60.0, 5.0], "median_ms": 6.5, "over_100_ms": 1}
-    of = regime()["of"]
-    text = gain_shown(**{"first_minute": {"of": of, "off": waits, "on": waits | {"over_100_ms": 0}}})
-    assert "| SGLang's own fill | 900, 80, 60 | 6.50 | 1 of 1,200 |" in text
-    assert "| with the plugin | 900, 80, 60 | 6.50 | 0 of 1,200 |" in text
+    waits = {"pauses": 1_200, "longest_ms": [900.4, 80.0, 60.0, 5.0], "median_ms": 6.5}
+    off, on = ({**waits, "over_100_ms": n, "at_once": 24, "seconds": 9.0 - n} for n in (1, 0))
+    roles = ["draft-extend", "verify"]
+    part = {"of": OF, "sglang": "0.5.17", "roles": roles, "off": off, "on": on}
+    text = gain_shown({"first-minute.draft-extend+verify": part})
+    assert "up to 24 at once" in text
+    assert (
+        "draft-extend, verify filled (NVIDIA H200, driver 580.1, SGLang 0.5.17, commit 0123456" in text
+    )
+    assert "| SGLang's own fill | 900, 80, 60 | 6.50 | 1 of 1,200 | 8.0 |" in text
+    assert "| with the plugin | 900, 80, 60 | 6.50 | 0 of 1,200 | 9.0 |" in text
 
 
 def test_every_gpu_that_was_measured_is_shown(monkeypatch, tmp_path):
@@ -238,7 +323,9 @@ def test_every_gpu_that_was_measured_is_shown(monkeypatch, tmp_path):
         (tmp_path / f"gain-{gpu}-0.5.17.json").write_text("{}")
     (tmp_path / "gain-h200-0.5.12.json").write_text("{}")
     monkeypatch.setattr(results_page, "RESULTS", tmp_path)
-    assert results_page._gain_files() == ["gain-h100-80gb-hbm3-0.5.17.json", "gain-h200-0.5.17.json"]
+    assert results_page._gain_files() == [
+        *("gain-h100-80gb-hbm3-0.5.17.json", "gain-h200-0.5.17.json", "gain-h200-0.5.12.json")
+    ]
     assert gain.section([]) == []
 
 
@@ -257,3 +344,17 @@ def test_the_switch_is_shown_with_what_every_rank_found():
     assert "1,448 switches in 204 requests: the 2 ranks ran 2,000 and 2,001 replays" in text
     assert "in which 3 values differed" in text
     assert servers.switched({}) == []
+
+
+def test_the_steps_behind_no_ops_are_those_of_the_result_file():
+    """The table of docs/kernel.md, which is written by hand."""
+    rows = load("programmatic-noop-8-h200.json")["rows"]
+    page = (ROOT / "docs" / "kernel.md").read_text()
+    assert {row["beside"] for row in rows} == {None, "context"}
+    for row in rows:
+        where = "beside a process that holds a context" if row["beside"] else "alone"
+        many = "1 request" if row["requests"] == 1 else f"{row['requests']} requests"
+        names = ("off again", "no-op", "8 no-ops", "forked graph")
+        ratios = (f"{row[name]['ratio']['median']:.4f}" for name in names)
+        cells = (f"{where}, {many}", f"{row['off']['step_us'] / 1000:.2f}", *ratios)
+        assert f"| {' | '.join(cells)} |" in page

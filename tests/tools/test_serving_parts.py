@@ -26,11 +26,12 @@ from integration.serving import (
     ab_stats,
     checkpoint,
     compare,
+    gain_cells,
     metrics_page,
     serve_test,
     test_corruption,
     test_dropped,
-    test_gain,
+    test_first_minute,
     test_load,
 )
 from integration.serving.ab_servers import SHARED_GPU_ARGS, serve_args, stop_all
@@ -604,6 +605,89 @@ def test_a_process_that_comes_and_goes_is_no_growth(moment, greatest):
     assert test_load.growth(samples, "plugin", statistics.median_low) == 0
 
 
+def gain_parts(tmp_path: Path) -> dict:
+    (path,) = (tmp_path / "results").glob("gain-*.json")
+    return json.loads(path.read_text())["parts"]
+
+
+def test_each_cell_of_the_gain_is_kept_under_its_roles(tmp_path):
+    """One server for the cells of a regime; a bound is reported, and not met is no failure."""
+    roles = "draft-extend,draft-decode,verify"
+    run = slices(tmp_path, "gain", "--", "-k", "61-layers-160k-bf16 and alone and not 256 and not 64",
+                 f"--roles={roles}")  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3_000:]
+    assert run.stdout.count("ready after") == 1
+    parts = gain_parts(tmp_path)
+    suffix = "draft-decode+draft-extend+verify"
+    assert list(parts) == [f"61-layers-160k-bf16.{requests}.{suffix}" for requests in (1, 4, 16)]
+    for part in parts.values():
+        assert part["of"]["commit"] == "none"
+        assert part["roles"] == roles.split(",")
+        assert part["cell"]["step_is"] == "median"
+        assert part["cell"]["bound"]["at_most"] == 1.0
+    (tmp_path / "other").mkdir()
+    run = slices(tmp_path / "other", "gain", "--", "-k", "2-layers-160k-bf16-1-alone", "--check=1")
+    assert run.returncode == 0, run.stdout[-3_000:]
+    (part,) = gain_parts(tmp_path / "other").items()
+    assert part[0] == "2-layers-160k-bf16.1.draft-extend.check-1"
+    assert (part[1]["check"], part[1]["cell"]["bound"]) == (1, None)
+
+
+def cell_of(layers=61, context="1m", requests=64, **more):
+    return gain_cells.Cell(gain_cells.Regime(layers, context, (requests,), **more), requests)
+
+
+def found(median, low=0.99, high=1.01, resolved=True):
+    control = {"median": 1.0, "low": low, "high": high}
+    return {"resolved": resolved, "step_on_over_off": {"median": median}, "step_off_over_off": control}
+
+
+@pytest.mark.parametrize(
+    ("cell", "measured", "bound"),
+    [
+        (cell_of(2, "160k", 1), found(0.76), {"at_most": 0.76, "with_noise": 0.76, "met": True}),
+        (cell_of(2, "160k", 64), found(0.77), {"at_most": 0.76, "with_noise": 0.76, "met": False}),
+        (cell_of(), found(0.86), {"at_most": 0.85, "with_noise": 0.85, "met": False}),
+        (cell_of(), found(0.8, resolved=False), {"at_most": 0.85, "met": None}),
+        (cell_of(requests=16), found(1.02, 0.98), {"at_most": 1.0, "with_noise": 1.02, "met": True}),
+        (cell_of(requests=16), found(1.02), {"at_most": 1.0, "with_noise": 1.01, "met": False}),
+        (cell_of(context="160k"), found(1.2), None),
+        (cell_of(2, is_fp8=True), found(1.2), None),
+        (cell_of(2, "160k", 256), found(1.2), None),
+    ],
+)
+def test_a_bound_of_the_whole_step(cell, measured, bound):
+    assert cell.bound(gain_cells.WHOLE_STEP, measured) == bound
+    assert cell.bound(["draft-extend"], measured) is None
+
+
+def test_cells_have_names_of_their_own():
+    cells = [cell for regime in gain_cells.REGIMES for cell in regime.cells]
+    for names in ([cell.name for cell in cells], [cell.part(["verify"]) for cell in cells]):
+        assert len(set(names)) == len(cells)
+
+
+def test_the_first_minute_is_read_while_others_join(tmp_path):
+    run = slices(tmp_path, "first-minute", TRITON_CACHE_DIR=str(tmp_path / "none"))
+    assert run.returncode == 0, run.stdout[-3_000:]
+    (part,) = gain_parts(tmp_path).items()
+    assert part[0] == "first-minute.draft-extend"
+    for arm in ("on", "off"):
+        assert part[1][arm]["pauses"] == 24 * 40 - 1
+        assert part[1][arm]["at_once"] == 24
+
+
+def test_only_metadata_kernels_are_left_out_of_the_cache(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    for name in ("a/_fused_dsa_decode_metadata_kernel.json", "b/other.json"):
+        (home / name).parent.mkdir(parents=True)
+        (home / name).touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(home))
+    copy = test_first_minute.cache_without_metadata_kernels(tmp_path / "copy")
+    assert [path.name for path in copy.iterdir()] == ["b"]
+    assert len(list(home.iterdir())) == 2
+
+
 def test_sglangs_own_parser_takes_the_flags_of_every_setup():
     from sglang.srt.server_args import ServerArgs
 
@@ -612,7 +696,7 @@ def test_sglangs_own_parser_takes_the_flags_of_every_setup():
     setups = [
         setup
         for path in SERVING.glob("test_*.py")
-        if path.name != "test_gain.py"  # its servers come one by one: REGIMES
+        if path.name not in ("test_gain.py", "test_first_minute.py")  # their servers come one by one
         for setup in importlib.import_module(f"integration.serving.{path.stem}").SETUPS
     ]
     assert len({setup.name for setup in setups}) == len(setups) > 10
@@ -624,9 +708,11 @@ def test_sglangs_own_parser_takes_the_flags_of_every_setup():
         if "--mem-fraction-static" in setup.flags:
             own = setup.flags[setup.flags.index("--mem-fraction-static") + 1]
             assert parsed.mem_fraction_static == float(own), "the setup's own flag wins"
-    for regime in test_gain.REGIMES:
+    for regime in gain_cells.REGIMES:
         parsed = parser.parse_args(["--model-path", "none", *regime.args])
-        assert parsed.max_running_requests == test_gain.REQUESTS[-1]
+        assert parsed.max_running_requests == max(regime.requests) == regime.requests[-1]
+        tokens = int(regime.options[-1]) + 512
+        assert regime.requests[-1] * tokens < parsed.max_total_tokens
 
 
 # A scheduler's metrics, and what SGLang's HTTP process makes of those in the folder.

@@ -1,9 +1,11 @@
 """An SGLang plugin that can launch empty kernels with programmatic launch before each graph replay.
 
 In a scheduler process it wraps ``torch.cuda.CUDAGraph.replay``. While ``$NOOP_PROBE_DIR/ask`` says
-``{"id": N, "before": NAME}``, each replay is preceded by what :func:`preludes` has under that name. A
-new request is answered in ``$NOOP_PROBE_DIR/done`` with the times between replays of the graph that was
-replayed most often since the request before, which are the times of speculative steps.
+``{"id": N, "before": NAME, "coarse_fence": BOOL}``, each replay is preceded by what :func:`preludes` has
+under that name. With the coarse fence SGLang's scheduler waits for the whole forward before it writes
+what the forward may read, whatever event was published: SGLang has a variable for that, which it asks in
+every step. A new request is answered in ``$NOOP_PROBE_DIR/done`` with the times between replays of the
+graph that was replayed most often since the request before, which are the times of speculative steps.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 Call = Callable[[], object]
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
+COARSE_FENCE = "SGLANG_FORCE_COARSE_WAR_BARRIER"
 POLL_S = 0.005
 
 before = "nothing"
@@ -83,20 +86,27 @@ def empty_kernel() -> Call:
 
 def follow(folder: Path) -> None:
     """Takes requests until the process ends."""
-    global before
     answered = None
     while True:
-        path = folder / "ask"
-        asked = json.loads(path.read_text()) if path.is_file() else None
-        if asked is not None and asked["id"] != answered:
-            before = asked["before"]
-            times = max(replays.values(), key=len, default=[])
-            gaps = [(after - before) / 1000 for before, after in itertools.pairwise(times)]
-            graphs = sorted((len(each) for each in replays.values()), reverse=True)
-            replays.clear()
-            answered = asked["id"]
-            answer(folder, {"id": answered, "gaps_us": gaps, "graphs": graphs})
+        answered = take(folder, answered)
         time.sleep(POLL_S)
+
+
+def take(folder: Path, answered: int | None) -> int | None:
+    """Does what is asked and answers, if it has not been answered; the id of the last answer."""
+    global before
+    path = folder / "ask"
+    asked = json.loads(path.read_text()) if path.is_file() else None
+    if asked is None or asked["id"] == answered:
+        return answered
+    before = asked["before"]
+    os.environ[COARSE_FENCE] = str(int(asked["coarse_fence"]))
+    times = max(replays.values(), key=len, default=[])
+    gaps = [(after - before) / 1000 for before, after in itertools.pairwise(times)]
+    graphs = sorted((len(each) for each in replays.values()), reverse=True)
+    replays.clear()
+    answer(folder, {"id": asked["id"], "gaps_us": gaps, "graphs": graphs})
+    return int(asked["id"])
 
 
 def answer(folder: Path, found: dict[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 Own requests: one batch of prompts goes out as one streamed call of ``/generate``. Its prompts are random
 tokens, new each time, so that no prefix cache holds them. Only the time counts in which all requests
-decode: from the last request's first token to the first request's last one, so no prefill is in it. In
-that window, for each request, the time from its first to its last event is divided by the steps between
-them. SGLang reports the steps of a whole request (``spec_verify_ct``). If it sent an event after each of
-them, the events of the window are counted, else its tokens × (steps ÷ tokens) of the whole request.
+decode: from the last request's first token to the first request's last one, so no prefill is in it.
+SGLang reports the steps of a whole request (``spec_verify_ct``). Where it sent an event after each of
+them, the time between two events of a request is that of a step, and the median of all of them is a
+figure that a few long steps do not move. The mean counts every step: the time from a request's first to
+its last event of the window, over the steps between them; where events are fewer than steps, these are
+its tokens × (steps ÷ tokens) of the whole request. Tokens a second are those of the whole window.
 
 Other people's load: all draft-extend steps that the plugin counts, over the time between two looks at
 ``/server_info``. Prefills and pauses are in that time, so keep the load steady.
@@ -18,8 +20,10 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
 from time import perf_counter, sleep
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang_nsa_plugin.cli.ab.server import Record, Server, ServerError
 
@@ -42,14 +46,32 @@ class Measured:
     """What was measured while the switch stood still.
 
     Attributes:
-        step_ms: time of one speculative step.
+        step_ms: time of one speculative step, the mean.
         tokens_per_s: tokens a second of all requests together; None where nobody counts them.
         tokens_per_step: tokens that a step gives a request; None under the load of others.
+        median_step_ms: the median step; None where no request's events were its steps.
     """
 
     step_ms: float
     tokens_per_s: float | None
     tokens_per_step: float | None
+    median_step_ms: float | None = None
+
+
+class Window(NamedTuple):
+    """What one request did while all of them decoded: from its first to its last event of that time.
+
+    Attributes:
+        seconds: between those two events.
+        tokens: that came after the first.
+        steps: that they took.
+        step_s: the time of each step; empty where an event is not always one step.
+    """
+
+    seconds: float
+    tokens: int
+    steps: float
+    step_s: list[float]
 
 
 @dataclass
@@ -127,12 +149,12 @@ class OtherLoad:
 
 
 def all_steps(record: Record) -> int:
-    """The draft-extend steps of a rank, whoever filled them."""
+    """The steps of a rank, or of one of its roles, whoever filled them."""
     return filled_by_plugin(record) + sum(map(int, record["fallbacks"].values()))
 
 
 def filled_by_plugin(record: Record) -> int:
-    """The draft-extend steps of a rank that the plugin filled."""
+    """The steps of a rank, or of one of its roles, that the plugin filled."""
     return int(record["replays"]) + int(record["launches"])
 
 
@@ -155,18 +177,20 @@ def measured(answers: list[Answer]) -> Measured:
     """Step time and tokens while all these requests decode."""
     begin = max(answer.times[0] for answer in answers)
     end = min(answer.times[-1] for answer in answers)
-    seconds = steps = rate = 0.0
-    for answer in answers:
-        one_seconds, one_tokens, one_steps = _inside(answer, begin, end)
-        seconds += one_seconds
-        steps += one_steps
-        rate += one_tokens / one_seconds
+    windows = [_inside(answer, begin, end) for answer in answers]
+    mean_s = sum(each.seconds for each in windows) / sum(each.steps for each in windows)
+    each_s = [step for window in windows for step in window.step_s]
     tokens = sum(answer.tokens[-1] - answer.tokens[0] for answer in answers)
-    return Measured(1e3 * seconds / steps, rate, tokens / sum(map(_steps, answers)))
+    return Measured(
+        step_ms=1e3 * mean_s,
+        tokens_per_s=sum(each.tokens / each.seconds for each in windows),
+        tokens_per_step=tokens / sum(map(_steps, answers)),
+        median_step_ms=1e3 * median(each_s) if each_s else None,
+    )
 
 
-def _inside(answer: Answer, begin: float, end: float) -> tuple[float, int, float]:
-    """Seconds, tokens and steps between a request's first and last event of the window."""
+def _inside(answer: Answer, begin: float, end: float) -> Window:
+    """What this request did between these times."""
     inside = [i for i, at in enumerate(answer.times) if begin <= at <= end]
     of_request, all_tokens = _steps(answer), answer.tokens[-1] - answer.tokens[0]
     first, last = (inside[0], inside[-1]) if inside else (0, 0)
@@ -179,7 +203,8 @@ def _inside(answer: Answer, begin: float, end: float) -> tuple[float, int, float
             f"the requests decode together for fewer than {FEWEST_STEPS} steps: raise --output-len, or "
             "lower --requests to what the server runs at once"
         )
-    return seconds, tokens, steps
+    times = answer.times[first : last + 1] if is_event_a_step else []
+    return Window(seconds, tokens, steps, [after - before for before, after in pairwise(times)])
 
 
 def _steps(answer: Answer) -> int:

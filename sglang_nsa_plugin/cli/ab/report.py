@@ -14,7 +14,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
     """Facts of the server, medians and ratios of each cell, verdicts."""
     console.print(
         f"SGLang {result['sglang']} at {result['url']}, plugin {result['plugin']}, adapter "
-        f"{result['adapter']}, implementation {result['implementation']}, {result['ranks']} rank(s)\n"
+        f"{result['adapter']}, implementation {result['implementation']}, {result['ranks']} rank(s), "
+        f"roles {', '.join(result['roles'])}\n"
         "medians, with the plugin on / off"
     )
     table = Table(box=None, padding=(0, 2, 0, 0))

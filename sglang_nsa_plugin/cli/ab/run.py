@@ -176,22 +176,45 @@ class Switched:
         before = self.server.records()
         measured = measure()
         ranks = list(zip(before, self.server.records(), strict=True))
-        fills = [filled_by_plugin(after) - filled_by_plugin(begin) for begin, after in ranks]
-        steps = [all_steps(after) - all_steps(begin) for begin, after in ranks]
-        _raise_if_other(arm, *max(zip(fills, steps, strict=True)))
+        steps = max(_since(all_steps, begin, after) for begin, after in ranks)
+        for role in filled_roles(before):
+            of_role = [(of_roles(begin)[role], of_roles(after)[role]) for begin, after in ranks]
+            fills = max(_since(filled_by_plugin, begin, after) for begin, after in of_role)
+            _raise_if_other(arm, role, fills, steps)
         return measured
 
 
-def _raise_if_other(arm: str, fills: int, steps: int) -> None:
+def of_roles(record: Record) -> dict[str, Record]:
+    """A rank's record by role; that of a plugin from before there were several is draft-extend's."""
+    roles: dict[str, Record] = record.get("roles") or {"draft-extend": record}
+    return roles
+
+
+def filled_roles(ranks: list[Record]) -> list[str]:
+    """The roles that the plugin fills on every rank."""
+    of_ranks = [of_roles(record) for record in ranks]
+    return [
+        role
+        for role in of_ranks[0]
+        if all(role in roles and roles[role].get("in_place", True) for roles in of_ranks)
+    ]
+
+
+def _since(count: Callable[[Record], int], begin: Record, after: Record) -> int:
+    return count(after) - count(begin)
+
+
+def _raise_if_other(arm: str, role: str, fills: int, steps: int) -> None:
     """The busiest rank's fills by the plugin, of all its steps, must be those of this arm."""
     if arm == ON and fills < MOSTLY * steps:
         raise NotResolvedError(
-            f"the plugin filled {fills} of {steps} steps while it was on: /server_info counts why, "
-            "under fallbacks"
+            f"the plugin filled {role} in {fills} of {steps} steps while it was on: /server_info counts "
+            "why, under fallbacks"
         )
     if arm != ON and fills > 0:
         raise NotResolvedError(
-            f"the plugin filled {fills} of {steps} steps while it was off: does somebody else switch it?"
+            f"the plugin filled {role} in {fills} of {steps} steps while it was off: does somebody else "
+            "switch it?"
         )
 
 
@@ -204,5 +227,6 @@ def _described(server: Server, info: dict[str, Any]) -> dict[str, Any]:
         "plugin": first["version"],
         "adapter": first["adapter"],
         "implementation": first["backend"],
+        "roles": filled_roles(records),
         "ranks": len(records),
     }

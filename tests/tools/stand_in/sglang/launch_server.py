@@ -12,13 +12,13 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
 READ = ("dsa_seqlens_expanded", "dsa_cache_seqlens_int32", "real_page_table")
 STAND_IN = "page_table_1=-1"  # which SGLang's older top-k reads
-ROLES = os.environ.get("SGLANG_NSA_METADATA_ROLES", "draft-extend").split(",")
 VOCAB = 4_000
 STEP_S = 0.002
 PATCHED = "another plugin (first) patched sglang.srt.managers.scheduler.Scheduler.__init__ before"
@@ -48,6 +48,9 @@ class State:
     aborted: ClassVar[set[str]] = set()
     replays = 0
     sampled = 0
+    switched_on = True
+    switched_off = 0  # steps that SGLang filled meanwhile
+    roles = (os.environ.get("SGLANG_NSA_METADATA_ROLES") or "draft-extend").split(",")
 
 
 def wrong_now() -> set[str]:
@@ -98,7 +101,7 @@ def answer(prompt: list[int], parameters: dict, rid: str) -> dict:
     with State.lock:
         shared = max((common(prompt, other) for other in State.cached), default=0)
         State.cached.append(prompt)
-        State.replays += sum(steps)
+        count_steps(sum(steps))
     meta = {
         "finish_reason": finish,
         "cached_tokens": shared // 64 * 64,
@@ -106,6 +109,28 @@ def answer(prompt: list[int], parameters: dict, rid: str) -> dict:
         "spec_accept_histogram": steps,
     }
     return {"output_ids": made, "meta_info": meta}
+
+
+def count_steps(steps: int) -> None:
+    """By whoever fills them."""
+    if State.switched_on:
+        State.replays += steps
+    else:
+        State.switched_off += steps
+
+
+def events(prompts: list[list[int]], limit: int) -> Iterator[dict]:
+    """A batch of requests, 4 tokens a step: an event of each after the prefill and after every step."""
+    rids = [f"{id(prompts)}-{number}" for number in range(len(prompts))]
+    for made in range(1, limit + 4, 4):
+        is_done = made >= limit
+        meta = {"finish_reason": {"type": "length"} if is_done else None, "completion_tokens": made}
+        for rid in rids:
+            yield {"meta_info": {"id": rid, **meta, "spec_verify_ct": made // 4}}
+        if is_done:
+            return
+        time.sleep(STEP_S)
+        count_steps(1)
 
 
 def common(left: list[int], right: list[int]) -> int:
@@ -121,11 +146,11 @@ def why_not() -> str | None:
 
 def record(pid: int) -> dict:
     first = role_record("draft-extend")
-    roles = {role: first if role == "draft-extend" else role_record(role) for role in ROLES}
+    roles = {role: first if role == "draft-extend" else role_record(role) for role in State.roles}
     return {
         "version": "0",
         **first,
-        "in_place": {role: why_not() is None for role in ROLES},
+        "in_place": {role: why_not() is None for role in State.roles},
         "roles": roles,
         "pid": pid,
     }
@@ -135,6 +160,7 @@ def role_record(role: str) -> dict:
     why_idle = why_not()
     checks = State.replays if os.environ.get("SGLANG_NSA_METADATA_CHECK") == "1" else 0
     is_wrong = State.wrong_role in (None, role)
+    off = {"switched off in service": State.switched_off} if State.switched_off else {}
     return {
         "adapter": None if why_idle else "in-graph",
         "backend": None if why_idle else "cuda",
@@ -146,7 +172,9 @@ def role_record(role: str) -> dict:
         "checks": checks,
         "values_checked": 1000 * checks,
         "mismatches": int(State.fault == "mismatch" and is_wrong),
-        "fallbacks": {"planted": 1} if State.fault == "fallback" and is_wrong else {},
+        "fallbacks": {"planted": 1} if State.fault == "fallback" and is_wrong else off,
+        "switched_on": State.switched_on,
+        "in_place": why_idle is None,
     }
 
 
@@ -171,13 +199,32 @@ def probe() -> None:
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         states = [{"nsa_metadata": record(os.getpid())} if State.has_plugin else {}]
-        self.reply({"internal_states": states * State.schedulers})
+        info = {"version": "0", "speculative_algorithm": "EAGLE"}
+        self.reply({**info, "internal_states": states * State.schedulers})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
         getattr(self, self.path.strip("/").replace("/", "_"))(body)
 
+    def set_internal_state(self, body: dict) -> None:
+        State.switched_on = bool(body["server_args"]["nsa_metadata"])
+        self.reply([True])
+
+    def stream(self, body: dict) -> None:
+        many = isinstance(body["input_ids"][0], list)
+        prompts = body["input_ids"] if many else [body["input_ids"]]
+        self.send_response(200)
+        self.end_headers()
+        try:
+            for event in events(prompts, body["sampling_params"]["max_new_tokens"]):
+                self.wfile.write(b"data: %b\n\n" % json.dumps(event).encode())
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the client has left
+
     def generate(self, body: dict) -> None:
+        if body.get("stream"):
+            self.stream(body)
+            return
         many = isinstance(body["input_ids"][0], list)
         asked = body["input_ids"] if many else [body["input_ids"]]
         parameters = body["sampling_params"] if many else [body["sampling_params"]]

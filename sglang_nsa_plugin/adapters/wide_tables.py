@@ -1,0 +1,77 @@
+"""The token-wide page tables, which graphs of a speculative step do without where nothing reads them.
+
+SGLang leaves ``page_table_1`` out of decode graphs whose top-k reads the paged table, but never with
+speculation. Draft-extend, draft-decode and verify run the same attention and read it no more than
+those do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from sglang_nsa_plugin.adapters.adapter import Takeover
+from sglang_nsa_plugin.log import logger_of
+from sglang_nsa_plugin.state import VERSION
+
+logger = logger_of(__name__)
+
+INT32_BYTES = 4
+
+
+@contextlib.contextmanager
+def decided_without_speculation(backends: Iterable[Any]) -> Iterator[None]:
+    """While these backends allocate, SGLang asks its own conditions for a wide table, but for this one.
+
+    The other conditions, such as the choice of the top-k kernel, stay SGLang's.
+    """
+    draft_tokens = [(backend, backend.speculative_num_draft_tokens) for backend in backends]
+    for backend, _ in draft_tokens:
+        backend.speculative_num_draft_tokens = None
+    try:
+        yield
+    finally:
+        for backend, tokens in draft_tokens:
+            backend.speculative_num_draft_tokens = tokens
+
+
+def is_dropped(backend: Any) -> bool:
+    """Whether SGLang left the wide table of this backend's graphs out."""
+    return getattr(backend, "decode_cuda_graph_metadata", {}).get("page_table", 0) is None
+
+
+def bytes_of(backend: Any, rows: int) -> int:
+    """The size of a wide table with so many rows: ``rows * req_to_token.shape[1]`` int32 numbers."""
+    return rows * int(backend.req_to_token.shape[1]) * INT32_BYTES
+
+
+def report_savings(scheduler: Any, takeovers: Iterable[Takeover]) -> None:
+    """Logs what the filled roles save of the GPU's memory, and how it would become KV cache."""
+    filled = [each for each in takeovers if each.outcome.state.in_place]
+    saved = sum(each.outcome.state.bytes_saved for each in filled)
+    if not saved:
+        return
+    owners = [owner for each in filled for owner in each.backends]
+    pools = {id(pool): pool for pool in (_target_pool(scheduler), *map(_pool, owners))}
+    per_token = sum(pool.get_kv_size_bytes() / pool.size for pool in pools.values())
+    _, of_gpu = torch.cuda.mem_get_info()
+    logger.info(
+        "sglang-nsa-plugin %s: the graphs do without %d MB of page tables that nothing reads: %d tokens "
+        "of KV cache, if you raise --mem-fraction-static by %.3f",
+        VERSION,
+        saved // 1_000_000,
+        saved // per_token,
+        saved / of_gpu,
+    )
+
+
+def _target_pool(scheduler: Any) -> Any:
+    return scheduler.tp_worker.model_runner.token_to_kv_pool
+
+
+def _pool(owner: Any) -> Any:
+    backend = owner.attn_backends[0] if hasattr(owner, "attn_backends") else owner
+    return backend.token_to_kv_pool
