@@ -153,6 +153,7 @@ def record(pid: int) -> dict:
         **first,
         "in_place": {role: why_not() is None for role in State.roles},
         "roles": roles,
+        "tree_mask": "short while the plugin fills verify",
         "pid": pid,
     }
 
@@ -188,7 +189,7 @@ def probe() -> None:
             of_runner = {"capture_bs": [1, 2], "replays": State.replays, "fill_us": {}}
             of_runner["replays_by_batch_size"] = {"1": State.replays}
             figures = {"pid": pid, "role": "scheduler", **of_runner, "plugin_record": record(pid)}
-            figures["stand_ins"] = [] if READS_WIDE else sorted(ROLES)
+            figures["stand_ins"] = [] if READS_WIDE else sorted(State.roles)
             figures["roles"] = {"verify": of_runner, "draft-decode": of_runner}
             temporary = folder / f"{pid}.tmp"
             temporary.write_text(json.dumps(figures))
