@@ -71,8 +71,8 @@ def test_the_readme_claims_the_gain_that_was_measured() -> None:
     difference, and what the others gain."""
     lines = [re.search(rf"^- {bound}-bound .*", text_of("README.md"), re.M) for bound in ("CPU", "GPU")]
     files = sorted(ROOT.glob("integration/results/gain-*-0.5.17.json"))
-    runs = [gain.cells(json.loads(path.read_text())["parts"], DEFAULT_ROLES) for path in files]
-    alone = [part for parts in runs for part in parts if part["beside"] is None]
+    runs = [gain.claimed(json.loads(path.read_text())["parts"], DEFAULT_ROLES) for path in files]
+    alone = [part for parts in runs for part in parts]
     for line, parts in zip(lines, gain.by_bound(alone), strict=True):
         resolved = [part["cell"] for part in parts if part["cell"]["resolved"]]
         gains = [1 - cell["step_on_over_off"]["median"] for cell in resolved if gain.differs(cell)]

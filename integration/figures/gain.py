@@ -9,12 +9,16 @@ from typing import Any, NamedTuple
 
 from integration.figures.committed import SHOWN_RELEASE, gpu_name, paragraph, table
 from integration.serving.gain_cells import WHOLE_STEP
+from sglang_nsa_plugin.options import DEFAULT as AUTO
+from sglang_nsa_plugin.options import KEEP
 
 Part = dict[str, Any]  # of a result file: one cell, and what it is of
 Cell = dict[str, Any]
 HOST_BOUND = "2"  # layers
 KINDS = {"bf16": "bfloat16", "fp8": "FP8"}
 CONTEXTS = {"160k": "160 k", "1m": "1 M"}
+# Of a server that leaves wide tables out SGLang's own fill does so, too, and is quicker than it was.
+WIDE = {AUTO: "off without their wide page tables", KEEP: "off as SGLang is"}
 FEW = 3  # differences that are listed
 NO_DIFFERENCE = "no difference beyond noise"
 FIRST_MINUTE = "first-minute."
@@ -58,12 +62,14 @@ class Choice(NamedTuple):
     """What cells have in common that may stand in one table."""
 
     roles: tuple[str, ...]
-    check: int
-    variables: tuple[tuple[str, str], ...]
+    wide_tables: str = AUTO
+    check: int = 0
+    variables: tuple[tuple[str, str], ...] = ()
 
 
 def _choice(part: Part) -> Choice:
-    return Choice(tuple(sorted(part["roles"])), part["check"], tuple(part["variables"].items()))
+    variables = tuple(part["variables"].items())
+    return Choice(tuple(sorted(part["roles"])), part["wide_tables"], part["check"], variables)
 
 
 def _what(part: Part) -> str:
@@ -74,26 +80,21 @@ def _what(part: Part) -> str:
     check = part["check"]
     how_many = "every fill" if check == 1 else f"one fill in {check}"
     checked = [f"{how_many} shadow-checked"] if check else []
-    return ", ".join([*gpus, *release, *variables, f"{_filled(part['roles'])} filled", *checked])
+    wide = [WIDE[part["wide_tables"]]]
+    return ", ".join([*gpus, *release, *variables, f"{_filled(part['roles'])} filled", *wide, *checked])
 
 
-def cells(
-    parts: dict[str, Any],
-    roles: Iterable[str],
-    check: int = 0,
-    variables: tuple[tuple[str, str], ...] = (),
-) -> list[Part]:
-    """The cells of servers in which the plugin filled exactly these roles, by server and requests.
+def cells(parts: dict[str, Any], choice: Choice) -> list[Part]:
+    """The cells of servers of which exactly this is true, by server and requests."""
+    found = [part for part in parts.values() if "cell" in part and _choice(part) == choice]
+    return sorted(found, key=_place)
 
-    Args:
-        parts: of a result file.
-        roles: that were filled.
-        check: fills from one shadow check to the next; 0 for none.
-        variables: of SGLang, that the servers had.
-    """
-    asked = Choice(tuple(sorted(roles)), check, variables)
-    found = [part for part in parts.values() if "cell" in part]
-    return sorted((part for part in found if _choice(part) == asked), key=_place)
+
+def claimed(parts: dict[str, Any], roles: Iterable[str]) -> list[Part]:
+    """The cells alone on the GPU with these roles: against SGLang as it is, if there are such cells."""
+    alone = {name: part for name, part in parts.items() if not part.get("beside")}
+    kept, auto = (cells(alone, Choice(tuple(sorted(roles)), wide)) for wide in (KEEP, AUTO))
+    return kept or auto
 
 
 def _place(part: Part) -> tuple[Any, ...]:
@@ -106,14 +107,14 @@ def _on_one_gpu(parts: dict[str, Any]) -> Iterator[str]:
     """The cells of each choice of roles, the smallest one first; then the first minutes."""
     choices = {_choice(part) for part in parts.values() if "cell" in part}
     for choice in sorted(choices, key=lambda each: (len(each.roles), each)):
-        found = cells(parts, *choice)
+        found = cells(parts, choice)
         yield paragraph(f"{_what(found[0])}. {' '.join(in_words(found))}")
         has_bounds = any(part["cell"]["bound"] for part in found)
         columns = (*COLUMNS, BOUND) if has_bounds else COLUMNS
         yield table(columns, [_row(part)[: len(columns)] for part in found])
         yield "\n".join(_origins(found))
         if choice.check:
-            yield from _costs_of_checks(found, cells(parts, choice.roles))
+            yield from _costs_of_checks(found, cells(parts, choice._replace(check=0)))
     for name, part in parts.items():
         if name.startswith(FIRST_MINUTE):
             yield from _first_minute(part)

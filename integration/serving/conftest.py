@@ -21,7 +21,7 @@ import pytest
 from integration import result_files
 from integration.serving import checkpoint
 from integration.serving.ab_servers import AbServers, Fleet, Setup
-from sglang_nsa_plugin.options import ROLES_VARIABLE
+from sglang_nsa_plugin.options import KEEP, ROLES_VARIABLE, WIDE_CHOICES
 
 COMMAND = "make serve-test"
 PRINTED = 600  # characters of each part
@@ -42,6 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get(ROLES_VARIABLE) or None,
         help="roles that the servers of the slices gain and first-minute fill, with commas between "
         f"them; default: ${ROLES_VARIABLE}, else what the plugin fills by default",
+    )
+    parser.addoption(
+        "--wide-tables",
+        choices=WIDE_CHOICES,
+        default=KEEP,
+        help="of the servers of slice gain: switched off, only one that keeps them is SGLang as it is",
     )
     parser.addoption(
         "--check", type=int, default=0, help="the servers of slice gain shadow-check every Nth fill"
@@ -120,6 +126,12 @@ def roles(request: pytest.FixtureRequest) -> str | None:
 def check(request: pytest.FixtureRequest) -> int:
     """Fills from one shadow check to the next; 0 for none."""
     return int(request.config.getoption("--check"))
+
+
+@pytest.fixture(scope="session")
+def wide_tables(request: pytest.FixtureRequest) -> str:
+    """One of WIDE_CHOICES."""
+    return str(request.config.getoption("--wide-tables"))
 
 
 @pytest.fixture(scope="session")

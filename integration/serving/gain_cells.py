@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_nsa_plugin.state import ROLES
+
 MILLION = 1 << 20
 CONTEXTS = {"160k": 163_840, "1m": MILLION}
-WHOLE_STEP = {"draft-extend", "draft-decode", "verify"}
+WHOLE_STEP = set(ROLES)
 SMALL = (1, 4, 16)
 CONTEXT = "context"  # a process that holds one on the same GPU
 # A step with all roles filled, on ÷ off, at most.
@@ -89,11 +91,10 @@ class Cell:
         """As ``pytest -k`` takes it."""
         return f"{self.regime.name}-{self.requests}-{'beside' if self.beside else 'alone'}"
 
-    def part(self, roles: Iterable[str], check: int = 0) -> str:
-        """Its name in the result file, where cells of other roles and checks have other names."""
+    def part(self, roles: Iterable[str], suffixes: Iterable[str] = ()) -> str:
+        """Its name in the result file, where cells of other roles have other names."""
         names = [self.regime.name, str(self.requests), "+".join(sorted(roles))]
-        names += [f"beside-a-{self.beside}"] if self.beside else []
-        return ".".join([*names, *([f"check-{check}"] if check else [])])
+        return ".".join([*names, *([f"beside-a-{self.beside}"] if self.beside else []), *suffixes])
 
     @property
     def goal(self) -> float | None:

@@ -10,7 +10,8 @@ draft-extend alone and of the whole step stand side by side. Bounds are reported
 ``--check 1`` every fill is shadow-checked, in cells of their own: off ÷ off has no check, so that what
 on ÷ off is more there than without is what the checks cost. With SGLANG_ENABLE_METADATA_GLUE_GRAPH=1
 cells are kept apart, too.
-``gain_cells.py`` has the cells.
+The servers keep SGLang's token-wide page tables: without them SGLang's own fill, which is what off
+measures, is quicker than in a server without the plugin. ``gain_cells.py`` has the cells.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from integration import result_files
 from integration.serving.ab_servers import NO_PROBE, PLUGIN_ENV, START_LIMIT_S, Environment
 from integration.serving.gain_cells import REGIMES, Cell, Regime
 from integration.serving.server import Server
-from sglang_nsa_plugin.options import CHECK_VARIABLE, ROLES_VARIABLE
+from sglang_nsa_plugin.options import CHECK_VARIABLE, KEEP, ROLES_VARIABLE, WIDE_VARIABLE
 
 COMMAND = "make serve-test PART=gain"
 RESOLVED, NOT_RESOLVED = 0, 1  # exit codes of ab: some cells are, or none
@@ -48,19 +49,21 @@ def keep(part: str, figures: dict[str, Any]) -> None:
     result_files.merge(file, COMMAND, {part: figures}, alone=True)
 
 
-def environment(roles: str | None, check: int = 0) -> Environment:
-    """Of a server that fills these roles, None for the plugin's choice, and checks every Nth fill."""
-    return {
-        **PLUGIN_ENV,
-        **NO_PROBE,
-        ROLES_VARIABLE: roles,
-        CHECK_VARIABLE: str(check) if check else None,
-    }
+def environment(roles: str | None) -> Environment:
+    """Of a server that fills these roles; None leaves the choice to the plugin."""
+    return {**PLUGIN_ENV, **NO_PROBE, ROLES_VARIABLE: roles}
+
+
+@pytest.fixture(scope="module")
+def variables(roles: str | None, check: int, wide_tables: str) -> Environment:
+    """Of every server of this run."""
+    checked = {CHECK_VARIABLE: str(check) if check else None}
+    return {**environment(roles), **checked, WIDE_VARIABLE: wide_tables}
 
 
 @pytest.fixture(scope="module")
 def server(
-    request: pytest.FixtureRequest, gpus: int, model: Path, folder: Path, roles: str | None, check: int
+    request: pytest.FixtureRequest, gpus: int, model: Path, folder: Path, variables: Environment
 ) -> Iterator[Server]:
     """One server of a regime, with nothing else on the GPU, for all cells of it that are asked for."""
     regime: Regime = request.param
@@ -68,7 +71,7 @@ def server(
         pytest.skip("needs an NVIDIA GPU, nvidia-smi lists none")
     args = ["--model-path", str(model), *regime.args]
     log_path = folder / f"{regime.name}-{regime.requests[-1]}.log"
-    with Server(args, environment(roles, check), log_path=log_path, name=regime.name) as running:
+    with Server(args, variables, log_path=log_path, name=regime.name) as running:
         running.wait_ready(START_LIMIT_S)
         print(f"\n{regime.name}: ready after {running.ready_after_s:.0f} s", flush=True)
         yield running
@@ -83,25 +86,28 @@ CELLS = [cell for regime in REGIMES for cell in regime.cells]
     indirect=["server"],
     scope="module",
 )
-def test_gain(server: Server, cell: Cell, folder: Path, roles: str | None, check: int) -> None:
+def test_gain(
+    server: Server, cell: Cell, folder: Path, roles: str | None, check: int, wide_tables: str
+) -> None:
     """Every cell has its control beside it; a cell whose control is off says that it is not resolved."""
     begin = time.monotonic()
     with beside(cell.beside):
         found = compare(server, cell, folder / f"{cell.name}.json")
     (measured,) = found["cells"]
     measured.pop("every_round", None)  # the medians and ranges are kept
-    measured["bound"] = None if check else cell.bound(found["roles"], measured)
+    is_bounded = wide_tables == KEEP and not check
+    measured["bound"] = cell.bound(found["roles"], measured) if is_bounded else None
     figures = {
         "regime": cell.regime.name,
         "roles": found["roles"],
         "check": check,
+        "wide_tables": wide_tables,
         "variables": {GLUE: os.environ[GLUE]} if os.environ.get(GLUE) else {},
         "beside": cell.beside,
         **{name: found[name] for name in KEPT},
         "cell": measured,
     }
-    glue = ".glue-graph" if figures["variables"] else ""
-    keep(cell.part(found["roles"], check) + glue, figures)
+    keep(cell.part(found["roles"], suffixes(figures)), figures)
     said = {True: "met", False: "not met", None: "not resolved"}
     bound = measured["bound"]
     against = f"; at most {bound['at_most']:.2f}: {said[bound['met']]}" if bound else ""
@@ -109,6 +115,13 @@ def test_gain(server: Server, cell: Cell, folder: Path, roles: str | None, check
     assert measured["load"] == str(cell.requests)
     assert measured["verdict"]
     assert roles is None or set(found["roles"]) == set(roles.split(",")), found["roles"]
+
+
+def suffixes(figures: dict[str, Any]) -> list[str]:
+    """What else tells a cell from others of the same requests and roles."""
+    wide = ["wide-tables-kept"] if figures["wide_tables"] == KEEP else []
+    checked = [f"check-{figures['check']}"] if figures["check"] else []
+    return [*wide, *checked, *(["glue-graph"] if figures["variables"] else [])]
 
 
 def beside(what: str | None) -> contextlib.AbstractContextManager[None]:

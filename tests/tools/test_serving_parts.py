@@ -620,17 +620,22 @@ def test_each_cell_of_the_gain_is_kept_under_its_roles(tmp_path):
     assert run.stdout.count("ready after") == 1
     parts = gain_parts(tmp_path)
     suffix = "draft-decode+draft-extend+verify"
-    assert list(parts) == [f"61-layers-160k-bf16.{requests}.{suffix}" for requests in (1, 4, 16)]
+    assert list(parts) == [
+        f"61-layers-160k-bf16.{requests}.{suffix}.wide-tables-kept" for requests in (1, 4, 16)
+    ]
     for part in parts.values():
         assert part["of"]["commit"] == "none"
         assert part["roles"] == roles.split(",")
         assert part["cell"]["step_is"] == "median"
         assert part["cell"]["bound"]["at_most"] == 1.0
     (tmp_path / "other").mkdir()
-    run = slices(tmp_path / "other", "gain", "--", "-k", "2-layers-160k-bf16-1-alone", "--check=1")
+    run = slices(
+        tmp_path / "other", "gain", "--", "-k", "2-layers-160k-bf16-1-alone", "--check=1",
+        "--wide-tables=auto", f"--roles={roles}",
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3_000:]
     (part,) = gain_parts(tmp_path / "other").items()
-    assert part[0] == "2-layers-160k-bf16.1.draft-extend.check-1"
+    assert part[0] == f"2-layers-160k-bf16.1.{suffix}.check-1"
     assert (part[1]["check"], part[1]["cell"]["bound"]) == (1, None)
 
 
