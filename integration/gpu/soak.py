@@ -73,7 +73,7 @@ def soak(number: int, replays: int, role: str, seed: int) -> dict[str, Any]:
     from sglang_nsa_plugin.state import record
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    settings = SETTINGS[number % len(SETTINGS)]
+    settings = settings_of(role, number)
     draft_tokens = int(str(settings["draft_tokens"]))
     pair = GraphPair(device, BATCH_SIZES, role=role, check_every=1, pool_size=POOL, **settings)
     on_device = torch.Generator(device).manual_seed(seed)
@@ -106,6 +106,16 @@ def soak(number: int, replays: int, role: str, seed: int) -> dict[str, Any]:
         "values_compared": report[Field.VALUES],
         "record": found,
     }
+
+
+def settings_of(role: str, number: int) -> dict[str, Any]:
+    """Those of one process. With 2 draft tokens there is one draft step, and no draft-decode: 5 then,
+    with which SGLang leaves schedules as they were captured.
+    """
+    settings: dict[str, Any] = dict(SETTINGS[number % len(SETTINGS)])
+    if role == "draft-decode" and settings["draft_tokens"] == 2:
+        settings["draft_tokens"] = 5
+    return settings
 
 
 if __name__ == "__main__":

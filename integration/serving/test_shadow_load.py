@@ -26,7 +26,7 @@ from integration.serving.test_shadow_serving import CHECKED, check_every_replay,
 COMMAND = "make serve-test PART=shadow-load"
 ARM = {"checked": {**CHECKED, **NO_PROBE}}
 SETUPS = (
-    Setup("checked2", MANY, ARM, draft_tokens=2),
+    Setup("checked3", MANY, ARM, draft_tokens=3),
     Setup("checked4", MANY, ARM),
     Setup("checked6", MANY, ARM, draft_tokens=6),
     Setup("checked4-fp8", (*MANY, *FP8), ARM, "flashmla_kv"),

@@ -362,6 +362,7 @@ def test_a_table_that_was_left_out_gets_a_stand_in_of_minus_one(corrupting):
     metadata = pair.metadata(2)
     object.__setattr__(metadata, "page_table_1", None)
     nsa_probe.give_stand_in(pair.fills(), metadata, "page_table_1")
+    assert "draft-extend" in nsa_probe.STAND_INS
     assert metadata.page_table_1.shape == (2 * 4, pair.inputs.req_to_token.shape[1])
     assert (metadata.page_table_1 == -1).all()
 
@@ -532,7 +533,7 @@ def test_the_shadow_checked_load_adds_up_its_servers(tmp_path, fault, mismatches
     parts = json.loads(path.read_text())["parts"]
     assert failures(run.stdout) == failed, run.stdout[-3_000:]
     assert run.returncode == bool(failed)
-    assert list(parts["servers"]) == ["checked2", "checked4", "checked6", "checked4-fp8"]
+    assert list(parts["servers"]) == ["checked3", "checked4", "checked6", "checked4-fp8"]
     replays = [server["record"]["replays"] for server in parts["servers"].values()]
     assert parts["total"]["checks"] == sum(replays)
     assert parts["total"]["mismatches"] == mismatches

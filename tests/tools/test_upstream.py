@@ -131,3 +131,29 @@ def test_sglangs_own_fallback_writes_them_all(stale, capsys):
 def test_for_few_requests_the_plan_is_not_looked_at(stale, with_fused_copy):
     (first, *_) = steps_of(stale, 5, requests=30)
     assert (first["schedule"], first["top-k plan"]) == ("WRONG", "not looked at")
+
+
+def test_the_dsa_backend_does_not_say_which_tree_mask_it_wants(monkeypatch):
+    from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
+
+    unread = script("unread_tree_mask")
+    assert not unread.says_which_mask()
+    monkeypatch.setattr(DeepseekSparseAttnBackend, "verify_mask", property(lambda _: None))
+    assert unread.says_which_mask()
+
+
+def test_the_tree_is_asked_for_as_sglang_does(monkeypatch):
+    """The mask's size; the kernel behind it needs a GPU."""
+    from sglang.srt.speculative import eagle_utils
+
+    unread = script("unread_tree_mask")
+    asked = []
+    for kernel in (
+        "sgl_build_tree_kernel_efficient",
+        "build_tree_kernel_efficient_func",
+    ):  # since 0.5.23
+        monkeypatch.setattr(eagle_utils, kernel, lambda *args: asked.append(args), raising=False)
+    masks = {mode: unread.tree(mode, 3, 4, 1_000, "cpu")[0] for mode in ("FULL_MASK", "QLEN_ONLY")}
+    assert masks["FULL_MASK"].numel() == 3 * 1_000 * 4 + 3 * 4 * 4
+    assert masks["QLEN_ONLY"].numel() == 3 * 4 * 4
+    assert len(asked) == 2

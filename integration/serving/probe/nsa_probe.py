@@ -176,12 +176,16 @@ def parsed(name: str) -> tuple[str, str, bool]:
     return role or DRAFT_EXTEND, field.removesuffix("=-1"), field.endswith("=-1")
 
 
+STAND_INS: set[str] = set()  # roles whose metadata was given a table
+
+
 def give_stand_in(fill: Any, metadata: Any, field: str) -> None:
     """Gives the metadata a table of -1 where that one was left out; as wide as SGLang makes it."""
     if getattr(metadata, field) is None:
         rows, width = metadata.dsa_cache_seqlens_int32.shape[0], fill.backend.req_to_token.shape[1]
         table = fill.enabled.new_full((rows, width), -1)
         object.__setattr__(metadata, field, table)
+        STAND_INS.add(fill.role.name)
 
 
 def _spoil(metadata: Any, field: str, on: Any, is_stand_in: bool) -> None:
@@ -348,6 +352,7 @@ class Watch:
             "fill_us": summary(self.fill_ns),
             "before_replay_us": summary(self.before_replay_ns),
             "roles": {role: watch.figures() for role, watch in RoleWatch.all.items()},
+            "stand_ins": sorted(STAND_INS),
             "plugin_record": _plugin_record(),
         }
 

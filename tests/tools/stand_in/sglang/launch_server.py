@@ -19,6 +19,7 @@ from typing import ClassVar
 
 READ = ("dsa_seqlens_expanded", "dsa_cache_seqlens_int32", "real_page_table")
 STAND_IN = "page_table_1=-1"  # which SGLang's older top-k reads
+READS_WIDE = os.environ.get("SGLANG_OPT_USE_TOPK_V2") == "0"
 VOCAB = 4_000
 STEP_S = 0.002
 PATCHED = "another plugin (first) patched sglang.srt.managers.scheduler.Scheduler.__init__ before"
@@ -57,7 +58,7 @@ def wrong_now() -> set[str]:
     """The roles with a wrong tensor that something reads, by the file of the corruption."""
     path = Path(State.folder or "/nonexistent") / "corrupt"
     asked = path.read_text().split(",") if path.is_file() else []
-    read = {*READ, STAND_IN} if os.environ.get("SGLANG_OPT_USE_TOPK_V2") == "0" else READ
+    read = {*READ, STAND_IN} if READS_WIDE else READ
     names = [name.rpartition(":") for name in asked]
     return {role or "draft-extend" for role, _, field in names if field in read}
 
@@ -152,6 +153,7 @@ def record(pid: int) -> dict:
         **first,
         "in_place": {role: why_not() is None for role in State.roles},
         "roles": roles,
+        "tree_mask": "short while the plugin fills verify",
         "pid": pid,
     }
 
@@ -187,6 +189,7 @@ def probe() -> None:
             of_runner = {"capture_bs": [1, 2], "replays": State.replays, "fill_us": {}}
             of_runner["replays_by_batch_size"] = {"1": State.replays}
             figures = {"pid": pid, "role": "scheduler", **of_runner, "plugin_record": record(pid)}
+            figures["stand_ins"] = [] if READS_WIDE else sorted(State.roles)
             figures["roles"] = {"verify": of_runner, "draft-decode": of_runner}
             temporary = folder / f"{pid}.tmp"
             temporary.write_text(json.dumps(figures))
