@@ -21,7 +21,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test test-tools lint test-release test-releases gpu-test serve-test bench wheel wheel-x86_64 wheel-aarch64 release clean
+.PHONY: help demo test test-tools lint test-release test-releases gpu-test serve-test bench wheel wheel-x86_64 wheel-aarch64 test-aarch64 release clean
 
 help:
 	@echo "make demo        fill SGLang's own draft-extend backend and compare every value (no GPU needed)"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench       times of one fill, SGLang's own and the plugin's, compared with the committed run"
 	@echo "make wheel       the wheel and the source distribution, into dist/"
 	@echo "make wheel-aarch64                 the wheel for Grace, cross-compiled for glibc 2.31; wheel-x86_64: the other"
+	@echo "make test-aarch64                  the value tests with the aarch64 wheel, under emulation"
 	@echo "make release     lint, tests, both wheels and the source distribution, checked: docs/releasing.md"
 
 demo: $(READY)
@@ -98,6 +99,10 @@ wheel-x86_64:
 
 wheel-aarch64:
 	$(RELEASE_WHEEL) aarch64
+
+test-aarch64:
+	python3 -m venv $(VENV)
+	PATH="$(abspath $(VENV))/bin:$$PATH" python -m integration.wheels.emulated
 
 # The new wheel is installed into an environment that finds torch and SGLang in the one of the tests.
 release: lint test test-tools
