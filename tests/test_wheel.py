@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from sglang_nsa_plugin.kernels import gpu_code
+
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "sglang_nsa_plugin"
 NOT_SOURCE = (
@@ -127,8 +129,14 @@ def test_files_of_the_wheel(wheel: Path, source: Path) -> None:
     assert members(wheel) == modules | {LIBRARY} | {f"{info}/{name}" for name in described}
 
 
+def targets(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return gpu_code.targets(archive.read(LIBRARY))
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, which compiles the CUDA kernel")
 def test_the_library_has_code_for_the_gpus_that_the_readme_names(wheel: Path) -> None:
+    assert targets(wheel) == ["sm_90", "sm_100", "sm_103", "sm_120", "compute_90"]
     with zipfile.ZipFile(wheel) as archive:
         library = archive.read(LIBRARY)
     # ptxas leaves its options in each piece of machine code
@@ -273,7 +281,7 @@ def test_the_command_without_source_and_compiler(venv: Path, tmp_path: Path) -> 
     assert run(command, "--version", cwd=tmp_path, PATH=str(venv / "bin")).strip() == version()
 
 
-def test_verify_without_source_and_compiler(venv: Path, tmp_path: Path) -> None:
+def test_verify_without_source_and_compiler(venv: Path, wheel: Path, tmp_path: Path) -> None:
     """It fills with what the wheel brings, and says that SGLang is not there."""
     command = (venv / "bin/sglang-nsa-plugin", "verify", "--json")
     result = json.loads(run(*command, cwd=tmp_path, code=1, PATH=str(venv / "bin")))
@@ -281,6 +289,7 @@ def test_verify_without_source_and_compiler(venv: Path, tmp_path: Path) -> None:
     assert result["discovery"]["plugins"] == ["nsa"]
     assert result["implementations"]["cpu"]["reason"] is None
     assert result["implementations"]["cpu"]["us"] > 0
+    assert result["gpu_code"] == targets(wheel)
     assert result["verdict"].startswith(
         f"Not active: {venv / 'bin/python'} finds no SGLang: pip install sglang=="
     )

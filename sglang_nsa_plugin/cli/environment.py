@@ -53,6 +53,7 @@ def machine() -> dict[str, Any]:
         "plugin": version("sglang-nsa-plugin"),
         "package": str(PACKAGE),
         "library": str(library.LIBRARY),
+        "gpu_code": gpu_code_of(library.LIBRARY),
         "python": platform.python_version(),
         "executable": sys.executable,
         "torch": torch.__version__,
@@ -64,6 +65,19 @@ def machine() -> dict[str, Any]:
         "no_gpu_remedy": remedy,
         "tvm_ffi": distribution("apache-tvm-ffi"),
     }
+
+
+def gpu_code_of(library: Path) -> list[str] | None:
+    """What the compiled library was compiled for, as in ``["sm_90", "compute_90"]``; compute_90 is PTX.
+
+    None where it cannot be read: the fills say why.
+    """
+    from sglang_nsa_plugin.kernels import gpu_code
+
+    try:
+        return gpu_code.targets(library.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def distribution(name: str) -> str | None:

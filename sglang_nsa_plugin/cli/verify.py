@@ -139,6 +139,7 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("Python", f"{result['python']}, {result['executable']}"),
         ("torch", f"{result['torch']}, {_or_none('CUDA', result['cuda'])}"),
         ("GPU", _gpu(result)),
+        ("compiled for", _compiled_for(result["gpu_code"])),
         ("TVM FFI", result["tvm_ffi"] or "not installed"),
         ("SGLang", _release(result["sglang"])),
         ("plugin loaded", _loads(result["discovery"])),
@@ -166,6 +167,15 @@ def _gpu(result: dict[str, Any]) -> str:
     named = f"{result['gpu']}, {driver}" if result["gpu"] else "none"
     why = result["no_gpu"] or result["driver_problem"]
     return f"{named}: {why}" if why else named
+
+
+def _compiled_for(targets: list[str] | None) -> str:
+    if targets is None:
+        return "unknown: the library cannot be read"
+    if not targets:
+        return "the CPU alone"
+    ptx = [f"PTX for {target}" for target in targets if target.startswith("compute_")]
+    return ", ".join([target for target in targets if target.startswith("sm_")] + ptx)
 
 
 def _release(sglang: dict[str, Any]) -> str:
