@@ -46,8 +46,8 @@ CHECK_HELP = (
 )
 ROLES_HELP = (
     f"The plans of a speculative step to fill, with commas between them: {', '.join(ROLES)} "
-    "(sglang-nsa-plugin). verify is new: it has not run on a GPU yet, and wrong verify metadata would "
-    f"give wrong tokens. Environment: {ROLES_VARIABLE}. Default: {','.join(DEFAULT_ROLES)}."
+    "(sglang-nsa-plugin). draft-decode and verify are new, and wrong verify metadata would give wrong "
+    f"tokens. Environment: {ROLES_VARIABLE}. Default: {','.join(DEFAULT_ROLES)}."
 )
 WIDE_HELP = (
     "The token-wide page tables of the filled roles (sglang-nsa-plugin): auto leaves them out where "

@@ -204,7 +204,7 @@ def names_handed_over(tree: ast.Module) -> list[ast.expr]:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     read = [call.args[0] for call in calls if ast.unparse(call.func) == "_from_environment"]
     carried = [word.value for call in calls for word in call.keywords if word.arg == "variable"]
-    assert len(read) == len(carried) == 3
+    assert len(read) == len(carried) == 4
     return read + carried
 
 

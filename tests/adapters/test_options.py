@@ -6,7 +6,7 @@ import pytest
 from isolated import run
 from test_plugin import LOAD, last_line
 
-from sglang_nsa_plugin.options import CHECK_VARIABLE, ROLES_VARIABLE, VARIABLE
+from sglang_nsa_plugin.options import CHECK_VARIABLE, ROLES_VARIABLE, VARIABLE, WIDE_VARIABLE
 
 # As SGLang's launcher reads its command line, but for the model, which ServerArgs would look at.
 FROM_YAML = (
@@ -28,6 +28,7 @@ except TypeError:  # of releases whose merger takes names
 argv = merger.merge_config_with_args(["--config", sys.argv[1], *sys.argv[2:]])
 args = ServerArgs.from_cli_args(parser.parse_args(argv))
 print(options.backend_of(args), options.check_of(args), ",".join(options.roles_of(args)))
+print(options.wide_tables_of(args), file=sys.stderr)
 """
 )
 
@@ -72,6 +73,20 @@ def test_the_roles_variable(value, tmp_path):
     assert last_line(done) == f"auto 0 {expected}"
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "variable", "expected"),
+    [
+        ("", (), "", "auto"),
+        ("", (), "keep", "keep"),
+        ("nsa-metadata-wide-tables: keep", (), "", "keep"),
+        ("nsa-metadata-wide-tables: keep", ("--nsa-metadata-wide-tables", "auto"), "keep", "auto"),
+    ],
+)
+def test_the_wide_tables(text, arguments, variable, expected, tmp_path):
+    done = from_yaml(tmp_path, text, *arguments, **{WIDE_VARIABLE: variable})
+    assert done.stderr.splitlines()[-1] == expected
+
+
 def test_off_in_yaml_wins_over_the_variables(tmp_path):
     text = "nsa-metadata-backend: off\nnsa-metadata-check: off"
     done = from_yaml(tmp_path, text, **{VARIABLE: "torch", CHECK_VARIABLE: "7"})
@@ -98,6 +113,7 @@ def test_off_in_yaml_wins_over_the_variables(tmp_path):
             "must be of draft-extend, draft-decode, verify, got Verify, draft",
         ),
         ("nsa-metadata-roles:", "must be of draft-extend, draft-decode, verify, got None"),
+        ("nsa-metadata-wide-tables: no", "must be one of auto, keep, got 'false'"),
     ],
 )
 def test_another_value_in_yaml_ends_with_the_choices(text, said, tmp_path):
@@ -130,6 +146,7 @@ thread.join()
     [
         (VARIABLE, "CUDA", "must be one of auto, cuda, triton, torch, off, got 'CUDA'"),
         (CHECK_VARIABLE, "often", "must be a whole number, 0 or more, got 'often'"),
+        (WIDE_VARIABLE, "drop", "must be one of auto, keep, got 'drop'"),
         (ROLES_VARIABLE, "all", "must be of draft-extend, draft-decode, verify, got all"),
     ],
 )
