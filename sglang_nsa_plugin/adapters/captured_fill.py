@@ -125,7 +125,10 @@ class BackendFills:
         self.fast_path: dict[int, Hit] = {}
         self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
         self.is_enabled = True
-        self._copies_seen = False  # whether the runner was seen to copy a batch's inputs
+        self._is_copied: bool | None = (
+            None  # whether the runner copies a batch's inputs, once it is known
+        )
+        self._bytes_saved = 0
         self.shadowed = ShadowedReplays(backend, check_every, outcome) if check_every else None
 
     def forget(self) -> None:
@@ -134,6 +137,11 @@ class BackendFills:
         self.fast_path.clear()
         if self.shadowed is not None:
             self.shadowed.forget()
+
+    def count_saved(self, page_table_bytes: int) -> None:
+        """What the graphs of this backend do without since SGLang allocated for them, for the last time."""
+        self.role.state.bytes_saved += page_table_bytes - self._bytes_saved
+        self._bytes_saved = page_table_bytes
 
     def drop_last_check(self) -> None:
         """SGLang captures again: what the last replay filled is written over before it is compared."""
@@ -174,22 +182,23 @@ class BackendFills:
     def _serves(self, captured: GraphFill, inputs: Tensors) -> bool:
         """Whether the captured tensors hold these inputs.
 
-        Copies are compared until a batch of another runner's tensors was seen to be copied: once for a
-        backend, and the host waits for it.
+        Whether a runner copies them is found out with its first batch of other tensors. The host waits
+        for the device that once.
         """
         if captured.reads(inputs):
             return True
         if self.role.inputs is not Inputs.COPIED or inputs[2] is not captured.args.req_to_token:
             return False
-        self._copies_seen = self._copies_seen or captured.holds(*inputs[:2])
-        return self._copies_seen
+        if self._is_copied is None:
+            self._is_copied = captured.holds(*inputs[:2])
+        return self._is_copied
 
     def _skips_validation(self) -> bool:
         """Whether a replay like the last one needs nothing but its metadata."""
         if self.shadowed is not None:
             return False
         if self.role.inputs is Inputs.COPIED:
-            return self._copies_seen
+            return bool(self._is_copied)
         return not self.backend.enable_auto_select_prefill_impl
 
     def _hit(self, inputs: Tensors, metadata: Any) -> Hit:

@@ -97,7 +97,7 @@ def test_a_known_batch_size_costs_one_function(pair, known, monkeypatch):
     assert DRAFT_DECODE_STATE.replays == 1 + known
 
 
-def test_inputs_that_the_runner_did_not_copy_go_to_sglang(pair, caplog):
+def test_inputs_that_the_runner_did_not_copy_go_to_sglang(pair, caplog, monkeypatch):
     """The graph reads the runner's buffers, so they must hold what the batch has."""
     bs = random_batch(pair, torch.Generator().manual_seed(4), raw_bs=2)
     view = pair.ours.replay_view(bs)
@@ -108,8 +108,10 @@ def test_inputs_that_the_runner_did_not_copy_go_to_sglang(pair, caplog):
     assert DRAFT_DECODE_STATE.fallbacks == {FallbackReason.INPUTS_REPLACED.value: 1}
     assert "SGLang filled this draft-decode step" in caplog.text
     assert pair.metadata(bs).cache_seqlens_int32.tolist() == view.seq_lens.tolist()
-    step_and_expect_equal(pair, bs)
-    assert DRAFT_DECODE_STATE.replays == 1
+    monkeypatch.setattr(torch, "equal", None)  # the host waits for one comparison, and no more
+    replay_and_expect_equal(pair, bs)
+    assert DRAFT_DECODE_STATE.fallbacks == {FallbackReason.INPUTS_REPLACED.value: 2}
+    assert DRAFT_DECODE_STATE.replays == 0
 
 
 def test_slices_of_the_buffers_prove_nothing_about_copies(pair):

@@ -83,6 +83,8 @@ def test_what_is_saved_is_counted(role, state, monkeypatch) -> None:
     rows = pair.ours.max_bs * (1 if role == "draft-decode" else pair.ours.draft_tokens)
     expected = rows * pair.inputs.req_to_token.shape[1] * 4 * len(pair.ours.steps())
     assert STATES[role].bytes_saved == expected
+    pair.ours.init_state()  # SGLang allocates anew
+    assert STATES[role].bytes_saved == expected
 
 
 def test_savings_are_reported_in_memory_tokens_and_a_flag(state, monkeypatch, caplog) -> None:
