@@ -139,7 +139,7 @@ class BackendFills:
             self.shadowed.forget()
 
     def count_saved(self, page_table_bytes: int) -> None:
-        """What the graphs of this backend do without since SGLang allocated for them, for the last time."""
+        """Counts what this backend's graphs do without, each time that SGLang has allocated for them."""
         self.role.state.bytes_saved += page_table_bytes - self._bytes_saved
         self._bytes_saved = page_table_bytes
 
