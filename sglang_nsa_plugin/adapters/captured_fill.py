@@ -103,6 +103,7 @@ class BackendFills:
             validation. Empty while the fill is switched off, and where each replay has more to do.
         remainder_last: of DeepGEMM's schedule; None leaves the schedule to DeepGEMM.
         drops_wide_tables: whether graphs do without the wide page table where nothing reads it.
+        bytes_saved: of the wide page tables that the tensors of now do without.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class BackendFills:
         self.bind = choice.bind
         self.outcome = outcome
         self.drops_wide_tables = drops_wide_tables
+        self.bytes_saved = 0
         self.remainder_last = mqa_schedule.remainder_last(backend, choice.bind)
         self.captured: dict[int, GraphFill] = {}
         self.fast_path: dict[int, Hit] = {}
@@ -132,8 +134,14 @@ class BackendFills:
         """SGLang allocates new graph tensors: drops the captured fills of the old ones."""
         self.captured.clear()
         self.fast_path.clear()
+        self.count_savings(0)
         if self.shadowed is not None:
             self.shadowed.forget()
+
+    def count_savings(self, bytes_saved: int) -> None:
+        """Reports what this backend saves, in place of what it saved before SGLang allocated again."""
+        self.role.state.bytes_saved += bytes_saved - self.bytes_saved
+        self.bytes_saved = bytes_saved
 
     def drop_last_check(self) -> None:
         """SGLang captures again: what the last replay filled is written over before it is compared."""

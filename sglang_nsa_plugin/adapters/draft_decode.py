@@ -54,7 +54,7 @@ def _init_cuda_graph_state(
     with wide_tables.decided_without_speculation(steps if fills.drops_wide_tables else ()):
         result = original(multi_step, max_bs, max_num_tokens)
     of_a_step = wide_tables.bytes_of(first, max_num_tokens)
-    DRAFT_DECODE_STATE.bytes_saved += of_a_step * (len(others) + wide_tables.is_dropped(first))
+    fills.count_savings(of_a_step * (len(others) + wide_tables.is_dropped(first)))
     return result
 
 

@@ -74,7 +74,7 @@ def _init_cuda_graph_state(
     with wide_tables.decided_without_speculation([backend] if fills.drops_wide_tables else ()):
         result = original(backend, max_bs, max_num_tokens)
     if wide_tables.is_dropped(backend):
-        fills.role.state.bytes_saved += wide_tables.bytes_of(backend, max_num_tokens)
+        fills.count_savings(wide_tables.bytes_of(backend, max_num_tokens))
     return result
 
 
