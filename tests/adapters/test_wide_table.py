@@ -7,6 +7,7 @@ adapter only lets it ask the same of a speculative step's graphs.
 from __future__ import annotations
 
 import ast
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_sglang_decides_as_if_there_were_no_speculation(role, wide_tables, state
 def test_without_the_plugin_sglang_sees_speculation(role, state) -> None:
     pair = make_pair(role=role)
     taken_over.hand_back(pair.ours.backend)
+    expected = [pair.ours.draft_tokens] * len(pair.ours.steps())
+    assert draft_tokens_as_sglang_decides(pair) == expected
+
+
+def test_draft_decode_keeps_it_where_another_plugin_replaced_the_hook(state, monkeypatch) -> None:
+    """SGLang's own fill of all draft steps raises where there is none."""
+    pair = make_pair(role="draft-decode")
+    multi_step, name = type(pair.ours.backend), "init_forward_metadata_out_graph"
+    monkeypatch.setattr(multi_step, name, inspect.unwrap(getattr(multi_step, name)))
     expected = [pair.ours.draft_tokens] * len(pair.ours.steps())
     assert draft_tokens_as_sglang_decides(pair) == expected
 
