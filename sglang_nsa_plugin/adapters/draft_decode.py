@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_nsa_plugin.adapters import wide_tables
+from sglang_nsa_plugin.adapters import hooks, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Parts
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.hooks import Call, Hook, Sets
@@ -51,7 +51,9 @@ def _init_cuda_graph_state(
     first, *others = steps = multi_step.attn_backends
     for step in others:
         setattr(step, SHARES, first)
-    with wide_tables.decided_without_speculation(steps if fills.drops_wide_tables else ()):
+    # SGLang's fill of all steps, which reads a wide table, runs where this hook is out of force.
+    drops = fills.drops_wide_tables and hooks.why_replaced(PARTS.hooks) is None
+    with wide_tables.decided_without_speculation(steps if drops else ()):
         result = original(multi_step, max_bs, max_num_tokens)
     tables = len(others) + wide_tables.is_dropped(first)
     fills.count_saved(tables * wide_tables.bytes_of(first, max_num_tokens))

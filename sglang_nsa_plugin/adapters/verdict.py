@@ -10,6 +10,9 @@ from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.log import loses
+from sglang_nsa_plugin.state import VERIFY
+
+NO_DRAFT_MODEL = "the draft model runs on the last pipeline stage, which this rank is not of"
 
 
 def conclude(scheduler: Any, server_args: Any, requests: Mapping[str, Request]) -> None:
@@ -27,12 +30,21 @@ def conclude(scheduler: Any, server_args: Any, requests: Mapping[str, Request]) 
         why_not = adapter.why_not_in_place(role)
         if why_not is None:
             takeover.outcome.report_in_place()
+        elif role != VERIFY and not _hosts_draft_model(scheduler):
+            takeover.release()
+            takeover.outcome.report_idle(NO_DRAFT_MODEL)
         else:
             takeover.release()
             asked_for = requests[role].asked_for
             takeover.outcome.step_aside(asked_for, f"{why_not} ({_configuration(server_args)})")
     savings = loses("the line on memory that is saved")
     attempt(wide_tables.report_savings, savings, scheduler, adapter.takeovers.values())
+
+
+def _hosts_draft_model(scheduler: Any) -> bool:
+    """Since 0.5.19 only the last pipeline stage does; the others have a worker without one, or none."""
+    worker = getattr(scheduler, "draft_worker", scheduler)
+    return worker is not None and getattr(worker, "_hosts_draft", True)
 
 
 def _configuration(server_args: Any) -> str:

@@ -54,6 +54,19 @@ def test_a_server_without_a_backend_to_fill(tmp_path, settings, said):
     assert said in line
 
 
+@pytest.mark.parametrize("worker", ["None", "SimpleNamespace(_hosts_draft=False)"])
+def test_a_pipeline_stage_without_the_draft_model_serves_whatever_was_asked_for(tmp_path, worker):
+    skip_unless_captured()
+    flags = ("--nsa-metadata-backend", "torch", "--nsa-metadata-roles", "draft-extend,draft-decode")
+    started = start(tmp_path, *flags, change=f"self.draft_worker = {worker}")
+    assert started.returncode == 0, started.log
+    assert started.record["in_place"] == {"draft-extend": False, "draft-decode": False}
+    lines = started.lines("not used: the draft model runs on the last pipeline stage")
+    assert [role in line for role, line in zip(("draft-extend", "draft-decode"), lines, strict=True)]
+    with_draft = f"self.draft_worker = {worker.replace('False', 'True').replace('None', 'object()')}"
+    assert start(tmp_path, *flags, change=with_draft).returncode != 0
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

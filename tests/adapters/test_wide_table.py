@@ -7,6 +7,7 @@ adapter only lets it ask the same of a speculative step's graphs.
 from __future__ import annotations
 
 import ast
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,15 @@ def test_without_the_plugin_sglang_sees_speculation(role, state) -> None:
     assert draft_tokens_as_sglang_decides(pair) == expected
 
 
+def test_draft_decode_keeps_it_where_another_plugin_replaced_the_hook(state, monkeypatch) -> None:
+    """SGLang's own fill of all draft steps raises where there is none."""
+    pair = make_pair(role="draft-decode")
+    multi_step, name = type(pair.ours.backend), "init_forward_metadata_out_graph"
+    monkeypatch.setattr(multi_step, name, inspect.unwrap(getattr(multi_step, name)))
+    expected = [pair.ours.draft_tokens] * len(pair.ours.steps())
+    assert draft_tokens_as_sglang_decides(pair) == expected
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_what_is_saved_is_counted(role, state, monkeypatch) -> None:
     """Here SGLang drops no table, so only draft-decode's second set is saved, which is shared."""
@@ -85,6 +95,16 @@ def test_what_is_saved_is_counted(role, state, monkeypatch) -> None:
     assert STATES[role].bytes_saved == expected
     pair.ours.init_state()  # SGLang allocates anew
     assert STATES[role].bytes_saved == expected
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_what_is_saved_is_counted_once_where_sglang_captures_again(role, state, monkeypatch) -> None:
+    """After an update of the weights, for example, a new runner allocates for the same backend."""
+    monkeypatch.setattr(wide_tables, "is_dropped", lambda backend: True)
+    pair = make_pair(role=role)
+    saved = STATES[role].bytes_saved
+    pair.ours.init_state()
+    assert STATES[role].bytes_saved == saved > 0
 
 
 def test_savings_are_reported_in_memory_tokens_and_a_flag(state, monkeypatch, caplog) -> None:
