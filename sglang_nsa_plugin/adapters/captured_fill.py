@@ -135,7 +135,6 @@ class BackendFills:
         """SGLang allocates new graph tensors: drops the captured fills of the old ones."""
         self.captured.clear()
         self.fast_path.clear()
-        self.count_savings(0)
         if self.shadowed is not None:
             self.shadowed.forget()
 

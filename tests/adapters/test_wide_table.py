@@ -97,16 +97,6 @@ def test_what_is_saved_is_counted(role, state, monkeypatch) -> None:
     assert STATES[role].bytes_saved == expected
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_what_is_saved_is_counted_once_where_sglang_captures_again(role, state, monkeypatch) -> None:
-    """After an update of the weights, for example, a new runner allocates for the same backend."""
-    monkeypatch.setattr(wide_tables, "is_dropped", lambda backend: True)
-    pair = make_pair(role=role)
-    saved = STATES[role].bytes_saved
-    pair.ours.init_state()
-    assert STATES[role].bytes_saved == saved > 0
-
-
 def test_savings_are_reported_in_memory_tokens_and_a_flag(state, monkeypatch, caplog) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 140_000_000_000))
     caplog.set_level(logging.INFO)
