@@ -10,9 +10,10 @@ from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.log import loses
-from sglang_nsa_plugin.state import VERIFY
+from sglang_nsa_plugin.state import DRAFT_DECODE, VERIFY
 
 NO_DRAFT_MODEL = "the draft model runs on the last pipeline stage, which this rank is not of"
+ONE_STEP = "with one speculative step SGLang has no draft-decode graph"
 
 
 def conclude(scheduler: Any, server_args: Any, requests: Mapping[str, Request]) -> None:
@@ -30,15 +31,25 @@ def conclude(scheduler: Any, server_args: Any, requests: Mapping[str, Request]) 
         why_not = adapter.why_not_in_place(role)
         if why_not is None:
             takeover.outcome.report_in_place()
-        elif role != VERIFY and not _hosts_draft_model(scheduler):
-            takeover.release()
-            takeover.outcome.report_idle(NO_DRAFT_MODEL)
+            continue
+        why_idle = None if takeover.backends else _why_nothing_to_fill(role, scheduler, server_args)
+        takeover.release()
+        if why_idle is not None:
+            takeover.outcome.report_idle(why_idle)
         else:
-            takeover.release()
             asked_for = requests[role].asked_for
             takeover.outcome.step_aside(asked_for, f"{why_not} ({_configuration(server_args)})")
     savings = loses("the line on memory that is saved")
     attempt(wide_tables.report_savings, savings, scheduler, adapter.takeovers.values())
+
+
+def _why_nothing_to_fill(role: str, scheduler: Any, server_args: Any) -> str | None:
+    """Why SGLang makes no metadata of this role in this process, or None where it may."""
+    if role != VERIFY and not _hosts_draft_model(scheduler):
+        return NO_DRAFT_MODEL
+    if role == DRAFT_DECODE and getattr(resolved(server_args), "speculative_num_steps", None) == 1:
+        return ONE_STEP
+    return None
 
 
 def _hosts_draft_model(scheduler: Any) -> bool:

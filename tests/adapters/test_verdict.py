@@ -67,6 +67,18 @@ def test_a_pipeline_stage_without_the_draft_model_serves_whatever_was_asked_for(
     assert start(tmp_path, *flags, change=with_draft).returncode != 0
 
 
+def test_one_speculative_step_has_no_draft_decode(tmp_path):
+    skip_unless_captured()
+    flags = ("--nsa-metadata-backend", "torch", "--nsa-metadata-roles", "draft-extend,draft-decode")
+    settings = {**DSA, "speculative_num_steps": 1}
+    started = start(tmp_path, *flags, settings=settings, change=MAKE_BACKEND)
+    assert started.returncode == 0, started.log
+    assert started.record["in_place"] == {"draft-extend": True, "draft-decode": False}
+    assert started.lines("not used: with one speculative step SGLang has no draft-decode graph")
+    settings["speculative_num_steps"] = 2
+    assert start(tmp_path, *flags, settings=settings, change=MAKE_BACKEND).returncode != 0
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
