@@ -123,16 +123,15 @@ def stub_process(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def _missing(modules: Iterable[str]) -> Iterator[None]:
     """Makes an import of these modules fail."""
-    loaded = {name: sys.modules.get(name) for name in modules}
-    sys.modules.update(dict.fromkeys(loaded))  # type: ignore[arg-type]
+    names = tuple(modules)
+    before = {name: sys.modules[name] for name in names if name in sys.modules}
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]
     try:
         yield
     finally:
-        for name, module in loaded.items():
-            if module is None:
-                sys.modules.pop(name)
-            else:
-                sys.modules[name] = module
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
 
 
 def on_cpu(launcher: Callable[..., Any]) -> Callable[..., Any]:

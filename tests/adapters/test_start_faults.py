@@ -134,7 +134,7 @@ def test_the_same_error_ends_a_start_that_asked_by_name(fail, error, state, monk
 def test_a_backend_without_memory_for_its_self_test_or_switch_stays_with_sglang(
     step, state, monkeypatch
 ):
-    def no_memory(*_):
+    def no_memory(*_, **__):
         raise OUT_OF_MEMORY
 
     monkeypatch.setattr(f"sglang_nsa_plugin.adapters.taken_over.{step}", no_memory)

@@ -728,7 +728,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from sglang_nsa_plugin import metrics, state
 rank = int(sys.argv[1])
-state.STATE = metrics.STATE = state.State(
+state.STATE.__init__(
     adapter="in-graph" if rank else None, backend="cuda" if rank else None, replays=1000 + rank,
     checks=7, mismatches=4, fallbacks=state.Counter({'a reason, "quoted"': 3, "another": 1}))
 if rank:
