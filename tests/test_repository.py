@@ -20,6 +20,7 @@ from sglang_nsa_plugin import metrics
 from sglang_nsa_plugin.adapters import releases, switch
 from sglang_nsa_plugin.cli import main
 from sglang_nsa_plugin.options import DEFAULT_ROLES
+from sglang_nsa_plugin.state import ROLES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -83,6 +84,23 @@ def test_the_readme_claims_the_gain_that_was_measured() -> None:
         if limits is not None:
             least, most, or_less = (int(each or 0) / 100 for each in limits.groups())
             assert all(0 < each <= or_less or 0 < least <= round(each, 2) <= most for each in gains)
+
+
+def test_the_readme_claims_the_gain_of_the_whole_step_that_was_measured() -> None:
+    """Alone on a GPU: the least and the most, where the host bounds the step and where the GPU does."""
+    files = sorted(ROOT.glob("integration/results/gain-*-0.5.17.json"))
+    parts = [
+        part for path in files for part in gain.claimed(json.loads(path.read_text())["parts"], ROLES)
+    ]
+    line = re.search(r"^- The whole step filled .*", text_of("README.md"), re.M)
+    assert line is not None
+    stated = [(int(low), int(high)) for low, high in re.findall(r"(\d+) to (\d+) %", line[0])]
+    measured = []
+    for of_bound in gain.by_bound(parts):
+        gains = [1 - part["cell"]["step_on_over_off"]["median"] for part in of_bound]
+        assert all(part["cell"]["resolved"] for part in of_bound)
+        measured.append((round(100 * min(gains)), round(100 * max(gains))))
+    assert stated == measured
 
 
 def test_releases_of_the_readme_are_those_that_were_tested() -> None:
