@@ -45,6 +45,7 @@ class Outcome:
         self.adapter: str | None = None
         self.backend: str | None = None
         self.is_switched_on = True
+        self.is_in_service = False  # from the end of a start-up that put the fill in place
         self.why_failed = ""
 
     @property
@@ -112,7 +113,7 @@ class Outcome:
 
     def report_in_place(self) -> None:
         """Start-up is over, and the steps of this role are filled by the plugin."""
-        self.state.in_place = True
+        self.state.in_place = self.is_in_service = True
         sizes = sorted(self.state.captures)
         where = (
             f"in {len(sizes)} CUDA graphs, batch sizes {sizes[0]} to {sizes[-1]}"
@@ -144,12 +145,14 @@ class Outcome:
         )
 
     def step_aside(self, asked_for: str, why_not: str) -> None:
-        """Becomes idle where the choice of a backend was left to the plugin.
+        """Becomes idle where the choice of a backend was left to the plugin, and in service.
+
+        SGLang may capture its graphs again in service, after an update of the weights for example.
 
         Raises:
-            BackendUnavailableError: the backend was asked for by name.
+            BackendUnavailableError: the backend was asked for by name, and the server is starting.
         """
-        if asked_for != options.DEFAULT:
+        if asked_for != options.DEFAULT and not self.is_in_service:
             raise BackendUnavailableError(
                 f"{options.FLAG} {asked_for} was asked for by name and cannot be used: {why_not}. "
                 f"Use 'auto' or 'off' to serve with SGLang's own fill"
@@ -160,10 +163,10 @@ class Outcome:
         """The same after an error while a fill was set up.
 
         Raises:
-            BackendUnavailableError: the backend was asked for by name.
+            BackendUnavailableError: the backend was asked for by name, and the server is starting.
         """
-        if isinstance(error, BackendUnavailableError):  # its message is complete
-            raise error
+        if isinstance(error, BackendUnavailableError) and not self.is_in_service:
+            raise error  # its message is complete
         what = textwrap.shorten(str(error), 300)
         self.step_aside(asked_for, f"the fill could not be set up: {type(error).__name__}: {what}")
 

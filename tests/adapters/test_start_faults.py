@@ -12,6 +12,10 @@ import pytest
 import torch
 from cpu_pair import BATCH_SIZES, make_pair, on_the_cpu, random_batch
 
+from sglang_nsa_plugin.adapters.outcome import OUTCOMES
+from sglang_nsa_plugin.dispatch import BackendUnavailableError
+from sglang_nsa_plugin.state import ROLES, STATES
+
 pytestmark = on_the_cpu
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -121,13 +125,29 @@ def serve_and_expect_sglangs_values(pair, captured, bs):
 
 @pytest.mark.parametrize(("fail", "error"), FAILING)
 def test_the_same_error_ends_a_start_that_asked_by_name(fail, error, state, monkeypatch):
-    from sglang_nsa_plugin.dispatch import BackendUnavailableError
-
     fail(monkeypatch, error)
     with pytest.raises(BackendUnavailableError) as ended:
         make_pair("torch", check_every=1)
     assert "--nsa-metadata-backend torch was asked for by name and cannot be used" in str(ended.value)
     assert f"{type(error).__name__}: {error}" in str(ended.value)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, BackendUnavailableError("torch cannot run here")])
+def test_the_same_error_in_service_leaves_the_role_to_sglang(error, role, state, monkeypatch):
+    """SGLang captures again after an update of the weights; by then no error may leave the hook."""
+    pair = make_pair("torch", role=role)
+    OUTCOMES[role].report_in_place()
+    fail_in_first_run(monkeypatch, error)
+    pair.ours.init_state()
+    for bs in BATCH_SIZES:
+        pair.ours.capture_setup(bs)
+        pair.ours.backend.init_forward_metadata_in_graph(pair.ours.capture_batch(bs))
+    assert not STATES[role].in_place
+    assert type(error).__name__ in STATES[role].reason
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        serve_and_expect_sglangs_values(pair, {}, random_batch(pair, generator))
 
 
 @pytest.mark.parametrize("step", ["dispatch.choose", "BackendFills"])
