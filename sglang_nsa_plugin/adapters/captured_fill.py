@@ -125,9 +125,8 @@ class BackendFills:
         self.fast_path: dict[int, Hit] = {}
         self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
         self.is_enabled = True
-        self._is_copied: bool | None = (
-            None  # whether the runner copies a batch's inputs, once it is known
-        )
+        # Whether the runner copies a batch's inputs; None until a batch has shown it.
+        self._is_copied: bool | None = None
         self._bytes_saved = 0
         self.shadowed = ShadowedReplays(backend, check_every, outcome) if check_every else None
 

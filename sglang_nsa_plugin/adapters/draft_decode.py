@@ -82,7 +82,7 @@ def _out_graph(
     if hit is not None and not in_capture:
         backend, req_to_token, metadata = hit
         if backend.req_to_token is req_to_token:
-            for step in multi_step.attn_backends:
+            for step in multi_step.attn_backends:  # inline, as in in_graph.py
                 step.forward_metadata = metadata
             DRAFT_DECODE_STATE.replays += 1
             return None
@@ -111,8 +111,7 @@ def _serve(fills: BackendFills, multi_step: Any, forward_batch: Any) -> bool:
     captured = fills.captured.get(forward_batch.batch_size)
     if captured is None or not fills.validate(captured, forward_batch):
         return False
-    for step in multi_step.attn_backends:
-        step.forward_metadata = captured.metadata
+    _point_steps_at(captured.metadata, multi_step)
     DRAFT_DECODE_STATE.replays += 1
     if shadowed is not None:
         attempt(shadowed.fill_ahead, shadowed.check.stop, forward_batch, _plan_one_step)
@@ -126,12 +125,16 @@ def _plan_by_sglang(original: Callable[..., Any], multi_step: Any, forward_batch
     if metadata is not None and metadata.page_table_1 is None:
         # SGLang's fill of all steps copies a wide table, of one step it can do without.
         _plan_one_step(first, forward_batch)
-        for step in multi_step.attn_backends:
-            step.forward_metadata = metadata
+        _point_steps_at(metadata, multi_step)
         return
     original(multi_step, forward_batch)
     if multi_step.speculative_num_steps > STEPS_REFRESHED and metadata is not None:
         _refresh_schedule(multi_step, metadata)
+
+
+def _point_steps_at(metadata: Any, multi_step: Any) -> None:
+    for step in multi_step.attn_backends:
+        step.forward_metadata = metadata
 
 
 def _refresh_schedule(multi_step: Any, metadata: Any) -> None:

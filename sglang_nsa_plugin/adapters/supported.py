@@ -24,6 +24,8 @@ BACKEND_ATTRIBUTES = (
 # free req_to_token by an event recorded before the replay: too early for a fill in the graph.
 ALGORITHMS = ("EAGLE", "EAGLE3", "NEXTN")
 
+ONE_STEP = "with one speculative step SGLang has no draft-decode graph"
+
 _DECLINED_ARGUMENTS = {
     "enable_two_batch_overlap": "two-batch overlap",
     "enable_pdmux": "PD multiplexing",
@@ -60,7 +62,7 @@ def why_verify_unsupported(backend: Any, model_runner: Any) -> str | None:
 def why_draft_decode_unsupported(multi_step: Any, model_runner: Any) -> str | None:
     """The same of draft-decode, whose backend has one of SGLang's DSA backends for each draft step."""
     if not multi_step.attn_backends:
-        return "with one speculative step SGLang has no draft-decode graph"
+        return ONE_STEP
     if multi_step.topk != 1:
         return f"draft trees (--speculative-eagle-topk {multi_step.topk}) are not supported, only chains"
     return _why_not_before_draft_extend(multi_step.attn_backends[0], model_runner, DRAFT_DECODE_ROLE)

@@ -8,12 +8,12 @@ from typing import Any
 from sglang_nsa_plugin.adapters import install, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.server_config import resolved
+from sglang_nsa_plugin.adapters.supported import ONE_STEP
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.log import loses
 from sglang_nsa_plugin.state import DRAFT_DECODE, VERIFY
 
 NO_DRAFT_MODEL = "the draft model runs on the last pipeline stage, which this rank is not of"
-ONE_STEP = "with one speculative step SGLang has no draft-decode graph"
 
 
 def conclude(scheduler: Any, server_args: Any, requests: Mapping[str, Request]) -> None:

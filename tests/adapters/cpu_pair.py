@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import pytest
 import torch
+
+from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 
 CPU = torch.device("cpu")
 BATCH_SIZES = (1, 2, 4, 8)
@@ -53,6 +56,38 @@ def expect_equal(pair, bs):
 def expect_equal_after_sglang_fill(pair, bs):
     pair.theirs.sglang_fill(bs)
     expect_equal(pair, bs)
+
+
+def replay_and_expect_equal(pair, bs):
+    """Without poison, which would be compared: the last replay's tensors stay until the next one."""
+    pair.replay(bs)
+    expect_equal_after_sglang_fill(pair, bs)
+
+
+def expect_every_replay_to_be_checked(pair, least_values):
+    """Before the next one; also without a hook of the plugin's behind a replay."""
+    outcome = OUTCOMES[pair.fills().role.name]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        replay_and_expect_equal(pair, random_batch(pair, generator))
+    assert (outcome.state.checks, outcome.state.mismatches) == (19, 0)
+    assert outcome.state.values_checked > least_values
+    assert not outcome.has_failed
+
+
+def expect_the_error_to_be_found(pair, field, caplog):
+    """The one that was planted; SGLang fills this role from then on, and no other."""
+    state = pair.fills().role.state
+    generator = torch.Generator().manual_seed(3)
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            pair.replay(random_batch(pair, generator))
+    assert state.first_mismatch.startswith(f"{field}[")
+    (line,) = [r.getMessage() for r in caplog.records if "shadow check found" in r.getMessage()]
+    assert f"serves {state.role} through SGLang's own fill" in line
+    for _ in range(4):
+        replay_and_expect_equal(pair, random_batch(pair, generator))
+    assert [role for role, outcome in OUTCOMES.items() if outcome.has_failed] == [state.role]
 
 
 def step_and_expect_equal(pair, bs):

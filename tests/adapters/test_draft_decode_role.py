@@ -6,7 +6,6 @@ draft step is compared. At each replay the runner passes the batch's own tensors
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +13,14 @@ import torch
 from cpu_pair import (
     BATCH_SIZES,
     expect_equal,
+    expect_every_replay_to_be_checked,
+    expect_the_error_to_be_found,
     make_pair,
     on_the_cpu,
+    plan_and_expect_nothing_written,
     plant_error,
     random_batch,
+    replay_and_expect_equal,
     step_and_expect_equal,
 )
 from test_switch import ask
@@ -38,12 +41,6 @@ def pair(state):
 
 def make(backend: str = "auto", **harness: object):
     return make_pair(backend, role="draft-decode", **harness)
-
-
-def replay_and_expect_equal(pair, bs):
-    pair.replay(bs)
-    pair.theirs.sglang_fill(bs)
-    expect_equal(pair, bs)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -161,11 +158,7 @@ def test_a_captured_fill_that_is_switched_off_writes_nothing(pair):
     bs = random_batch(pair, torch.Generator().manual_seed(2))
     step_and_expect_equal(pair, bs)
     ask(nsa_metadata_draft_decode=0)
-    pair.ours.replay(bs)
-    pair.theirs.sglang_fill(bs)
-    pair.inputs.seq_lens.fill_(1)
-    pair.replay_graph(bs)
-    expect_equal(pair, bs)
+    plan_and_expect_nothing_written(pair, bs)
 
 
 @pytest.mark.parametrize("steps", [3, 5])
@@ -211,13 +204,9 @@ def test_off_plans_one_step_where_the_wide_table_is_left_out(pair, monkeypatch):
 
 @pytest.mark.parametrize("draft_tokens", [4, 6])
 def test_every_replay_is_checked_before_the_next_and_equal(draft_tokens, state):
-    pair = make(check_every=1, draft_tokens=draft_tokens)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(20):
-        replay_and_expect_equal(pair, random_batch(pair, generator))
-    assert (DRAFT_DECODE_STATE.checks, DRAFT_DECODE_STATE.mismatches) == (19, 0)
-    assert DRAFT_DECODE_STATE.values_checked > 17 * 20
-    assert not OUTCOMES["draft-decode"].has_failed
+    expect_every_replay_to_be_checked(
+        make(check_every=1, draft_tokens=draft_tokens), least_values=17 * 20
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,16 +214,7 @@ def test_every_replay_is_checked_before_the_next_and_equal(draft_tokens, state):
 )
 def test_a_planted_error_is_found_and_sglang_takes_over(field, state, monkeypatch, caplog):
     plant_error(field, monkeypatch)
-    pair = make(check_every=1)
-    generator = torch.Generator().manual_seed(3)
-    with caplog.at_level(logging.ERROR):
-        for _ in range(3):
-            pair.replay(random_batch(pair, generator))
-    assert DRAFT_DECODE_STATE.first_mismatch.startswith(f"{field}[")
-    (line,) = [r.getMessage() for r in caplog.records if "shadow check found" in r.getMessage()]
-    assert "serves draft-decode through SGLang's own fill" in line
-    for _ in range(4):
-        replay_and_expect_equal(pair, random_batch(pair, generator))
+    expect_the_error_to_be_found(make(check_every=1), field, caplog)
 
 
 def test_inputs_that_stop_being_copied_are_found(state):

@@ -17,14 +17,17 @@ from cpu_pair import (
     BATCH_SIZES,
     CPU,
     expect_equal_after_sglang_fill,
+    expect_every_replay_to_be_checked,
     expect_prefills_impl_as_sglang_leaves_it,
     expect_sglang_to_take,
+    expect_the_error_to_be_found,
     functions_of_a_known_replay,
     make_pair,
     on_the_cpu,
     plan_and_expect_nothing_written,
     plant_error,
     random_batch,
+    replay_and_expect_equal,
     step_and_expect_equal,
 )
 from test_switch import ask
@@ -188,20 +191,8 @@ def test_a_key_of_another_role_is_refused_and_changes_nothing(pair, caplog):
 # --- the shadow check ---
 
 
-def replay_and_expect_equal(pair, bs):
-    """Without poison, which would be compared: the last replay's tensors stay until the next one."""
-    pair.replay(bs)
-    expect_equal_after_sglang_fill(pair, bs)
-
-
 def test_every_replay_is_checked_before_the_next_and_equal(state):
-    pair = make_verify(check_every=1)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(20):
-        replay_and_expect_equal(pair, random_batch(pair, generator))
-    assert (VERIFY_STATE.checks, VERIFY_STATE.mismatches) == (19, 0)
-    assert VERIFY_STATE.values_checked > 17 * 100
-    assert not OUTCOMES["verify"].has_failed
+    expect_every_replay_to_be_checked(make_verify(check_every=1), least_values=17 * 100)
 
 
 @pytest.mark.parametrize(
@@ -209,17 +200,7 @@ def test_every_replay_is_checked_before_the_next_and_equal(state):
 )
 def test_a_planted_error_is_found_and_sglang_takes_over(field, state, monkeypatch, caplog):
     plant_error(field, monkeypatch)
-    pair = make_verify(check_every=1)
-    generator = torch.Generator().manual_seed(3)
-    with caplog.at_level(logging.ERROR):
-        for _ in range(3):
-            pair.replay(random_batch(pair, generator))
-    assert VERIFY_STATE.first_mismatch.startswith(f"{field}[")
-    (line,) = [r.getMessage() for r in caplog.records if "shadow check found" in r.getMessage()]
-    assert "serves verify through SGLang's own fill" in line
-    for _ in range(4):
-        replay_and_expect_equal(pair, random_batch(pair, generator))
-    assert not OUTCOMES["draft-extend"].has_failed
+    expect_the_error_to_be_found(make_verify(check_every=1), field, caplog)
 
 
 def test_a_capture_in_between_leaves_out_the_comparison(state):
