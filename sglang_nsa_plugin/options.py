@@ -23,8 +23,7 @@ WIDE_FLAG = "--nsa-metadata-wide-tables"
 WIDE_VARIABLE = "SGLANG_NSA_METADATA_WIDE_TABLES"
 KEEP = "keep"
 WIDE_CHOICES = (DEFAULT, KEEP)
-# Wrong verify metadata gives wrong tokens; wrong draft-extend metadata costs accepted drafts alone.
-DEFAULT_ROLES = (DRAFT_EXTEND,)
+DEFAULT_ROLES = ROLES  # each where it fits
 # From the command line SGLang copies only its own fields. Attributes with an underscore travel to every
 # process with the ServerArgs object, and SGLang's resolution of arguments leaves them alone.
 ATTRIBUTE = "_nsa_metadata_backend"
@@ -46,8 +45,7 @@ CHECK_HELP = (
 )
 ROLES_HELP = (
     f"The plans of a speculative step to fill, with commas between them: {', '.join(ROLES)} "
-    "(sglang-nsa-plugin). draft-decode and verify are new, and wrong verify metadata would give wrong "
-    f"tokens. Environment: {ROLES_VARIABLE}. Default: {','.join(DEFAULT_ROLES)}."
+    f"(sglang-nsa-plugin). Environment: {ROLES_VARIABLE}. Default: all that fit."
 )
 WIDE_HELP = (
     "The token-wide page tables of the filled roles (sglang-nsa-plugin): auto leaves them out where "

@@ -295,7 +295,7 @@ def _decline(server_args: Any, why_not: str) -> None:
 def _is_idle(server_args: Any) -> bool:
     """Whether there is nothing to fill, which is logged."""
     from sglang_nsa_plugin.adapters import install
-    from sglang_nsa_plugin.adapters.outcome import OUTCOME, OUTCOMES
+    from sglang_nsa_plugin.adapters.outcome import OUTCOME, report_idle
 
     roles = options.roles_of(server_args)
     if DRAFT_EXTEND not in roles:
@@ -303,16 +303,16 @@ def _is_idle(server_args: Any) -> bool:
     is_off = options.backend_of(server_args) == "off"
     why_idle = "switched off" if is_off else install.why_idle(server_args)
     if why_idle is not None:
-        for role in roles:
-            OUTCOMES[role].report_idle(why_idle)
+        report_idle(roles, why_idle)
     return why_idle is not None
 
 
 def _step_aside(requests: Mapping[str, Request], why_not: str) -> None:
-    from sglang_nsa_plugin.adapters.outcome import OUTCOMES
+    from sglang_nsa_plugin.adapters.outcome import OUTCOMES, report_idle
 
     for role, request in requests.items():
-        OUTCOMES[role].step_aside(request.asked_for, why_not)
+        OUTCOMES[role].end_if_named(request.asked_for, why_not)
+    report_idle(requests, why_not)
 
 
 def _export_to_sgl_kernel() -> None:

@@ -28,7 +28,7 @@ def section(gpu: dict[str, Part], serve: dict[str, Part], loads: Sequence[Part])
         *(row for part in SOAKS for row in soaked(gpu.get(part, {}))),
         *under_load(serve.get("shadow_checked_load", {})),
         *loaded(loads),
-        *planted(serve["planted_error"]),
+        *planted(serve),
         *counted(serve.get("metrics", {})),
     ]
     return [
@@ -122,9 +122,9 @@ def under_load(part: Part) -> Iterator[Row]:
 def loaded(runs: Sequence[Part]) -> Iterator[Row]:
     if not runs:
         return
+    totals = [total for run in runs for total in by_role(run["parts"]["total"])]
     checks, values, different = (
-        sum(run["parts"]["total"][key] for run in runs)
-        for key in ("checks", "values_checked", "mismatches")
+        sum(total[key] for total in totals) for key in ("checks", "values_checked", "mismatches")
     )
     servers = [server for run in runs for server in run["parts"]["servers"].values()]
     failed = sum("error" in server for server in servers)
@@ -135,12 +135,22 @@ def loaded(runs: Sequence[Part]) -> Iterator[Row]:
     )
 
 
-def planted(part: Part) -> Iterator[Row]:
-    yield (
-        "a shadow-checked server, with wrong values planted after the fill",
-        f"{part['prompts_after']} prompts after that",
-        f"{part['record']['mismatches']} wrong values, by the first check; then SGLang's own fill and right tokens",
-    )
+def by_role(total: Part) -> list[Part]:
+    """Where every role was filled, those of each; else the total, which is draft-extend's."""
+    return list(total["roles"].values()) if "roles" in total else [total]
+
+
+def planted(serve: dict[str, Part]) -> Iterator[Row]:
+    """By role."""
+    for key, part in serve.items():
+        if key.startswith("planted_error"):
+            role = key.partition(".")[2] or "draft-extend"
+            yield (
+                f"a shadow-checked server, with wrong values planted after the fill of {role}",
+                f"{part['prompts_after']} prompts after that",
+                f"values that differ: {part['record']['mismatches']}, found by the first check; "
+                "then SGLang's own fill and right tokens",
+            )
 
 
 def counted(part: Part) -> Iterator[Row]:

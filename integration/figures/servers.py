@@ -41,8 +41,15 @@ COLUMNS = (
 
 
 def section(parts: dict[str, Any]) -> list[str]:
-    """A table of the setups that ran, the switch in service, the fault injection and the load."""
-    return [*compared(parts), *switched(parts), *corrupted(parts), *under_load(parts)]
+    """A table of the setups that ran, the switch in service, fault injection, a profile and the load."""
+    return [
+        *compared(parts),
+        *switched(parts),
+        *corrupted(parts),
+        *dropped(parts),
+        *profiled(parts),
+        *under_load(parts),
+    ]
 
 
 def compared(parts: dict[str, Any]) -> list[str]:
@@ -134,6 +141,52 @@ def corrupted(parts: dict[str, Any]) -> list[str]:
         ),
         table(("corrupted tensor", "what differed"), rows),
     ]
+
+
+def dropped(parts: dict[str, Any]) -> list[str]:
+    """What -1 in place of the page tables that graphs do without changes, by setup and table."""
+    rows = []
+    for key, part in parts.items():
+        setup, _, table_name = key.removeprefix("dropped-").partition(".")
+        if key.startswith("dropped-") and "caught_by" in part:
+            rows.append((setup, f"`{table_name}`", " and ".join(part["caught_by"]) or "nothing"))
+    if not rows:
+        return []
+    return [
+        paragraph(
+            "Graphs of filled roles do without the token-wide page tables. Here each had one all the same, full "
+            "of -1. With SGLang's older top-k, which reads it, the plugin keeps it: there -1 must be seen."
+        ),
+        table(("servers", "page table", "what differed"), rows),
+    ]
+
+
+def profiled(parts: dict[str, Any]) -> list[str]:
+    """What is launched for metadata between the graphs of a step."""
+    rows = []
+    for key in sorted((key for key in parts if key.startswith("profile.")), key=_requests):
+        if "roles" not in parts[key].get("plugin", {}):  # the start
+            continue
+        for name, arm in (("SGLang", "sglang"), ("plugin", "plugin")):
+            roles = parts[key][arm]["roles"].values()
+            steps = max(role["calls"] for role in roles)
+            launches, gpu_us = (sum(role[what] for role in roles) for what in ("launches", "gpu_us"))
+            rows.append(
+                (key.removeprefix("profile."), name, f"{launches / steps:g}", f"{gpu_us / steps:.0f} µs")
+            )
+    if not rows:
+        return []
+    return [
+        paragraph(
+            "A profile of a running server: what is launched for metadata between the graphs of a step."
+        ),
+        table(("requests", "server", "launches a step", "their GPU time a step"), rows),
+    ]
+
+
+def _requests(key: str) -> int:
+    number = key.removeprefix("profile.")
+    return int(number) if number.isdecimal() else 0
 
 
 def under_load(parts: dict[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ SLICES: dict[str, tuple[str, ...]] = {
     "dropped": ("test_dropped.py", "--servers=8"),
     "roles": ("test_roles.py", "--servers=6"),
     "profile": ("test_profile.py",),
+    "tables": ("test_tables.py",),
     "widths": ("test_widths.py", "--servers=6"),
     "eager": ("test_eager.py", "--servers=4"),
     "memory": ("test_memory.py",),

@@ -250,6 +250,12 @@ class Server:
         """Everything that the server has printed so far."""
         return self.log_path.read_text(errors="replace")
 
+    def pids(self) -> set[int]:
+        """Of all its processes."""
+        if self.process is None:
+            return set()
+        return {self.process.pid, *(process.pid for process in _descendants(self.process.pid))}
+
     def stop(self) -> None:
         """Ends the whole process group: SIGTERM, and SIGKILL after `STOP_LIMIT_S` seconds.
 

@@ -40,8 +40,13 @@ TABLE = "page_table_1=-1"
 STAND_INS = [f"{role}:{TABLE}" for role in ROLES]
 WITH_STAND_IN = {**ALL_ROLES_ENV, "NSA_PROBE_CORRUPT": ",".join(STAND_INS)}
 LEGACY = {"SGLANG_OPT_USE_TOPK_V2": "0"}
-# By decode backend, the package that it needs beside SGLang's own kernels.
-PACKAGES = {"flashmla_sparse": None, "flashmla_kv": None, "fa3": None, "tilelang": "tilelang"}
+# By decode backend, the module with its kernels, where a host may lack it.
+MODULES = {
+    "flashmla_sparse": None,
+    "flashmla_kv": None,
+    "fa3": "sgl_kernel.flash_ops",
+    "tilelang": "tilelang",
+}
 
 
 def setup(backend: str, more: Mapping[str, str | None] | None = None, name: str = "") -> Setup:
@@ -53,12 +58,15 @@ def setup(backend: str, more: Mapping[str, str | None] | None = None, name: str 
     return Setup(f"dropped-{name or backend}", flags, environments, backend)
 
 
-def is_here(package: str | None) -> bool:
-    return package is None or importlib.util.find_spec(package) is not None
+def is_here(module: str | None) -> bool:
+    try:
+        return module is None or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is its package
+        return False
 
 
 CONTROL = setup("flashmla_sparse", LEGACY, "legacy-top-k")
-SETUPS = (CONTROL, *(setup(backend) for backend, package in PACKAGES.items() if is_here(package)))
+SETUPS = (CONTROL, *(setup(backend) for backend, module in MODULES.items() if is_here(module)))
 
 
 @pytest.fixture(autouse=True, scope="module")

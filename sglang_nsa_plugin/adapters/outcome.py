@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from enum import Enum
 
 from sglang_nsa_plugin import options
@@ -131,18 +132,18 @@ class Outcome:
 
     def report_idle(self, reason: str) -> None:
         """SGLang fills the metadata itself; the same reason is logged once."""
+        if self._become_idle(reason):
+            _log_idle(reason, self.state.role)
+
+    def _become_idle(self, reason: str) -> bool:
+        """Whether that is news."""
         if self.phase is Phase.IDLE and self.reason == reason:
-            return
+            return False
         if not self.has_failed:
             self._set(Phase.IDLE, reason)
             self.state.in_place = False
             self.state.captures.clear()
-        logger.info(
-            "sglang-nsa-plugin %s: not used: %s; SGLang fills %s metadata itself",
-            VERSION,
-            reason,
-            self.state.role,
-        )
+        return True
 
     def step_aside(self, asked_for: str, why_not: str) -> None:
         """Becomes idle where the choice of a backend was left to the plugin, and in service.
@@ -152,12 +153,16 @@ class Outcome:
         Raises:
             BackendUnavailableError: the backend was asked for by name, and the server is starting.
         """
+        self.end_if_named(asked_for, why_not)
+        self.report_idle(why_not)
+
+    def end_if_named(self, asked_for: str, why_not: str) -> None:
+        """Ends a server that starts and asked for a backend by name."""
         if asked_for != options.DEFAULT and not self.is_in_service:
             raise BackendUnavailableError(
                 f"{options.FLAG} {asked_for} was asked for by name and cannot be used: {why_not}. "
                 f"Use 'auto' or 'off' to serve with SGLang's own fill"
             )
-        self.report_idle(why_not)
 
     def step_aside_after(self, asked_for: str, error: Exception) -> None:
         """The same after an error while a fill was set up.
@@ -207,3 +212,16 @@ class Outcome:
 
 OUTCOMES = {role: Outcome(state) for role, state in STATES.items()}
 OUTCOME = OUTCOMES[DRAFT_EXTEND]
+
+
+def report_idle(roles: Iterable[str], reason: str) -> None:
+    """SGLang fills the metadata of these roles for the same reason, which is logged in one line."""
+    told = [role for role in roles if OUTCOMES[role]._become_idle(reason)]
+    if told:
+        _log_idle(reason, ", ".join(told))
+
+
+def _log_idle(reason: str, roles: str) -> None:
+    logger.info(
+        "sglang-nsa-plugin %s: not used: %s; SGLang fills %s metadata itself", VERSION, reason, roles
+    )

@@ -54,24 +54,32 @@ def report_savings(scheduler: Any, takeovers: Iterable[Takeover]) -> None:
     saved = sum(each.outcome.state.bytes_saved for each in filled)
     if not saved:
         return
-    owners = [owner for each in filled for owner in each.backends]
-    pools = {id(pool): pool for pool in (_target_pool(scheduler), *map(_pool, owners))}
-    per_token = sum(pool.get_kv_size_bytes() / pool.size for pool in pools.values())
+    backends = [_first(owner) for each in filled for owner in each.backends]
+    kept = sum(_bytes_kept(backend) for backend in backends)
+    pools = [_target_pool(scheduler), *(backend.token_to_kv_pool for backend in backends)]
+    per_token = sum(pool.get_kv_size_bytes() / pool.size for pool in {id(p): p for p in pools}.values())
     _, of_gpu = torch.cuda.mem_get_info()
     logger.info(
-        "sglang-nsa-plugin %s: the graphs do without %d MB of page tables that nothing reads: %d tokens "
-        "of KV cache, if you raise --mem-fraction-static by %.3f",
+        "sglang-nsa-plugin %s: page tables of the graphs take %d MB instead of %d MB, because nothing "
+        "reads the others. That is %d tokens of KV cache, if you raise --mem-fraction-static by %.4f",
         VERSION,
-        saved // 1_000_000,
+        kept // 1_000_000,
+        (kept + saved) // 1_000_000,
         saved // per_token,
         saved / of_gpu,
     )
 
 
+def _first(owner: Any) -> Any:
+    """The backend that holds the graphs' tensors: of the first draft step, or the owner itself."""
+    return owner.attn_backends[0] if hasattr(owner, "attn_backends") else owner
+
+
+def _bytes_kept(backend: Any) -> int:
+    """The size of the paged table, from which each batch size has a slice."""
+    table = backend.decode_cuda_graph_metadata.get("real_page_table")
+    return 0 if table is None else int(table.nbytes)
+
+
 def _target_pool(scheduler: Any) -> Any:
     return scheduler.tp_worker.model_runner.token_to_kv_pool
-
-
-def _pool(owner: Any) -> Any:
-    backend = owner.attn_backends[0] if hasattr(owner, "attn_backends") else owner
-    return backend.token_to_kv_pool

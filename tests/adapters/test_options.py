@@ -56,13 +56,17 @@ def from_yaml(folder, text: str, *arguments: str, **environment: str):
         ("nsa-metadata-roles: draft-extend,verify", (), "auto 0 draft-extend,verify"),
         ("nsa-metadata-roles: [verify, draft-extend]", (), "auto 0 draft-extend,verify"),
         ("nsa-metadata-roles: verify", (), "auto 0 verify"),
-        ("nsa-metadata-roles: verify", ("--nsa-metadata-roles", "draft-extend"), "auto 0"),
+        (
+            "nsa-metadata-roles: verify",
+            ("--nsa-metadata-roles", "draft-extend"),
+            "auto 0 draft-extend",
+        ),
         ("", ("--nsa-metadata-roles", "verify,draft-extend"), "auto 0 draft-extend,verify"),
         ("", ("--nsa-metadata-roles", "draft-extend", "verify"), "auto 0 draft-extend,verify"),
     ],
 )
 def test_sglangs_yaml_file(text, arguments, expected, tmp_path):
-    roles = "" if expected.count(" ") == 2 else " draft-extend"
+    roles = "" if expected.count(" ") == 2 else " draft-extend,draft-decode,verify"
     assert last_line(from_yaml(tmp_path, text, *arguments)) == f"{expected}{roles}"
 
 

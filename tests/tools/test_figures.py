@@ -128,8 +128,15 @@ def test_what_differs_between_servers_is_counted():
         "fp8.record": {"record": record},
         "corruption.cu_seqlens_k": {"caught_by": []},
         "corruption.real_page_table": {"caught_by": ["tokens", "accepted drafts"]},
-    }
-    _, table, _, wrong = servers.section(parts)
+        "dropped-fa3.start": {},
+        "dropped-fa3.verify:page_table_1=-1": {"caught_by": []},
+        "profile.start": {},
+        "profile.16": {arm: {"roles": {"verify": {"calls": 12, "launches": 60 * at, "gpu_us": 600 * at}}}
+                       for at, arm in enumerate(("plugin", "sglang"))},
+    }  # fmt: skip
+    _, table, _, wrong, _, dropped, _, profile = servers.section(parts)
+    assert "| fa3 | `verify:page_table_1=-1` | nothing |" in dropped
+    assert profile.splitlines()[-2:] == ["| 16 | SGLang | 5 | 50 µs |", "| 16 | plugin | 0 | 0 µs |"]
     assert table.splitlines()[-1].endswith(" | 4 | 8 | 2 | 1.50 → 1.50 | 12 | 3 |")
     assert "| `real_page_table` | tokens and accepted drafts |" in wrong
     assert "| `cu_seqlens_k` | nothing: no consumer reads it |" in wrong

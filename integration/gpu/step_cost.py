@@ -1,0 +1,127 @@
+"""What the metadata of a whole speculative step costs the GPU: SGLang's plans, and ours in graphs.
+
+    python -m integration.gpu.step_cost [--requests 64] [--seconds 1.0]
+
+For each role and each configured context, one of SGLang's backends is taken over and captured, and one
+is left as it is. Values are compared first. Writes integration/results/step-cost-GPU-VERSION.json, or
+below NSA_RESULTS_DIR. Times are medians in microseconds: ours of the slope between graphs of 1 and of
+21 recordings; SGLang's plan is launched from the host, so its kernels' own times are added up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from integration import result_files
+from integration.serving.gain_cells import CONTEXTS
+
+if TYPE_CHECKING:
+    from sglang_nsa_plugin.harness.graph_pair import GraphPair
+
+ARMS = ("ours", "sglang")
+LENGTHS = (2_048, 131_072)
+DRAFT_TOKENS = 4
+PROFILED = 10  # plans of SGLang, for their kernels' times
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing, for each role and length")
+    arguments = parser.parse_args()
+    from sglang_nsa_plugin.state import ROLES
+
+    parts = {}
+    for name, context in CONTEXTS.items():
+        cells = [of_role(role, context, arguments.requests, arguments.seconds) for role in ROLES]
+        parts[name] = {"context": context, "requests": arguments.requests, "roles": cells}
+        for length in LENGTHS:
+            us = {arm: sum(cell["us"][str(length)][arm] for cell in cells) for arm in ARMS}
+            print(f"{name}, lengths of {length:,}, in µs: {us}")
+        print(f"{name}, in bytes: { {arm: sum(cell['bytes'][arm] for cell in cells) for arm in ARMS} }")
+    file = f"step-cost-{result_files.gpu_name()}-{version('sglang')}.json"
+    result_files.merge(file, "python -m integration.gpu.step_cost", parts)
+    return 0
+
+
+def of_role(role: str, context: int, requests: int, seconds: float) -> dict[str, Any]:
+    """The times and bytes of one role's metadata, for one batch size."""
+    import torch
+
+    from sglang_nsa_plugin.cli.bench import timing
+    from sglang_nsa_plugin.harness.diff import Diff
+    from sglang_nsa_plugin.harness.graph_pair import GraphPair
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    pair = GraphPair(
+        device,
+        [requests],
+        role=role,
+        context_len=context,
+        pool_size=requests + 1,
+        draft_tokens=DRAFT_TOKENS,
+    )
+    us, diff = {}, Diff()
+    for length in LENGTHS:
+        write_batch(pair, requests, length)
+        pair.step(requests, diff)
+        ours = timing.gpu_times({"ours": pair.recording(requests)}, seconds)["ours"]
+        theirs = kernels_us(lambda: pair.theirs.sglang_fill(requests))
+        us[str(length)] = {"ours": timing.spread(ours)["median"], "sglang": theirs}
+    if diff.first is not None:
+        raise RuntimeError(f"{role}: SGLang's values and ours differ: {diff.first}")
+    held = {arm: bytes_of(one.steps()) for arm, one in (("ours", pair.ours), ("sglang", pair.theirs))}
+    compared = sum(diff.compared.values())
+    return {"role": role, "us": us, "bytes": held, "values_compared": compared}
+
+
+def write_batch(pair: GraphPair, requests: int, length: int) -> None:
+    """Requests of this length, on pages of their own."""
+    import torch
+
+    inputs = pair.inputs
+    slots = torch.arange(inputs.req_to_token.shape[1], dtype=torch.int32, device=inputs.seq_lens.device)
+    inputs.req_to_token[1:].copy_(slots)
+    inputs.seq_lens.fill_(length)
+    inputs.req_pool_indices.copy_(torch.arange(1, requests + 1))
+
+
+def kernels_us(call: Callable[[], object]) -> float:
+    """The time of everything that one call puts on the GPU, without the gaps between."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(PROFILED):
+            call()
+        torch.cuda.synchronize()
+    total = sum(event.self_device_time_total for event in profiled.key_averages())
+    return round(total / PROFILED, 2)
+
+
+def bytes_of(steps: Iterable[Any]) -> int:
+    """Of the tensors that these backends' graphs read, each storage once."""
+    storages: dict[int, int] = {}
+    for step in steps:
+        for held in step.decode_cuda_graph_metadata.values():
+            tensors = vars(held).values() if dataclasses.is_dataclass(held) else [held]
+            for tensor in filter(is_tensor, tensors):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def is_tensor(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
