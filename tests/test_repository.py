@@ -72,8 +72,8 @@ def test_the_readme_claims_the_gain_that_was_measured() -> None:
     files = sorted(ROOT.glob("integration/results/gain-*-0.5.17.json"))
     runs = [gain.claimed(json.loads(path.read_text())["parts"], DEFAULT_ROLES) for path in files]
     measured = []
-    for parts in gain.by_bound([part for parts in runs for part in parts]):
-        cells = [part["cell"] for part in parts if part["cell"]["resolved"]]
+    for of_bound in gain.by_bound([part for parts in runs for part in parts]):
+        cells = [part["cell"] for part in of_bound if part["cell"]["resolved"]]
         gains = [1 - cell["step_on_over_off"]["median"] for cell in cells if gain.differs(cell)]
         least, most = round(100 * min(gains)), round(100 * max(gains))
         measured.append((least, most, len(gains), len(cells)))
