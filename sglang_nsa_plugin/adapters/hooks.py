@@ -88,9 +88,8 @@ def _why_unfit(row: Requirement) -> str | None:
     if not inspect.isroutine(target):
         return f"{row.target} is not a function"
     parameters = inspect.signature(target).parameters
-    accepted, and_more = (row.parameters,), False
-    if isinstance(row, Hook):
-        accepted, and_more = (row.parameters, *row.also), row.and_more
+    also, and_more = (row.also, row.and_more) if isinstance(row, Hook) else ((), False)
+    accepted = (row.parameters, *also)
     if not any(_accepts(parameters.values(), names, and_more) for names in accepted):
         expected = " or ".join(f"({', '.join(names)})" for names in accepted)
         return f"{row.target} takes ({', '.join(parameters)}), expected {expected}"
