@@ -83,16 +83,17 @@ def _report_skipped(why_not: str | None) -> None:
         )
 
 
-def _add_cli_args(original: Callable[..., Any], parser: Any) -> Any:
+def _add_cli_args(original: Callable[..., Any], parser: Any, *more: Any, **named: Any) -> Any:
     _report_hooks()
-    return options.add_flags(original, parser)
+    return options.add_flags(lambda given: original(given, *more, **named), parser)
 
 
-def _from_cli_args(original: Callable[..., Any], cls: type, args: Any) -> Any:
+def _from_cli_args(original: Callable[..., Any], cls: type, args: Any, *more: Any, **named: Any) -> Any:
     from sglang_nsa_plugin.kernels import cuda
 
     _report_hooks()
-    server_args = options.keep_flags(original, cls, args)
+    sglangs = lambda cls, args: original(cls, args, *more, **named)  # noqa: E731
+    server_args = options.keep_flags(sglangs, cls, args)
     backend = options.backend_of(server_args)
     if backend == "cuda":
         _end_if(f"{options.FLAG} cuda", cuda.why_unavailable())

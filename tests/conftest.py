@@ -131,6 +131,7 @@ OF_GRAPHS = (
     "test_shadow_check.py",
     "test_start_faults.py",
     "test_tree_mask.py",
+    "test_upstream_changes.py",
     "test_verify_role.py",
     "test_wide_table.py",
 )

@@ -12,10 +12,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
-from integration.releases.install_sglang import release_key
+from integration.releases import differences
 from integration.serving.server import POLL_S, Server, ServerError
 
 PROBE = Path(__file__).parent / "probe"
@@ -26,13 +25,13 @@ ROLES = tuple((TEST_ROLES or "draft-extend,draft-decode,verify").split(","))
 # Until all of a setup are ready: on a host that never served it, SGLang compiles for up to five minutes.
 START_LIMIT_S = 420.0
 CORRUPT_LIMIT_S = 10.0
+LARGEST_GRAPH = 16
 
 # Servers share one GPU, each with a KV cache of fixed size. One that starts counts what others take
 # between its two looks at the free memory as its own: the limit of that is far up.
 SHARED_GPU_ARGS = (
     *("--mem-fraction-static", "0.8"),
     *("--max-total-tokens", "200000"),
-    *("--cuda-graph-max-bs", "16"),
     "--skip-server-warmup",
 )
 # Idle servers leave the cores to those that start.
@@ -62,20 +61,15 @@ def serve_args(decode_backend: str = "flashmla_sparse", draft_tokens: int = 4) -
     The last verified token is one of the draft tokens, so there is a step less than there are of them.
     The graphs of prefill take minutes to capture and have nothing to do with draft-extend.
     """
-    installed = release_key(version("sglang"))
-    sparse = "nsa" if installed < (0, 5, 13) else "dsa"
-    no_prefill_graph = (
-        "--disable-piecewise-cuda-graph" if installed < (0, 5, 14) else "--disable-prefill-cuda-graph"
-    )
     return [
         *("--speculative-algorithm", "EAGLE"),
         *("--speculative-num-steps", str(draft_tokens - 1)),
         *("--speculative-eagle-topk", "1"),
         *("--speculative-num-draft-tokens", str(draft_tokens)),
-        *(f"--{sparse}-prefill-backend", decode_backend),
-        *(f"--{sparse}-decode-backend", decode_backend),
+        *differences.sparse_backend(decode_backend),
         *SHARED_GPU_ARGS,
-        no_prefill_graph,
+        *differences.decode_graphs(LARGEST_GRAPH),
+        differences.of(differences.NO_PREFILL_GRAPH),
     ]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from integration.releases.differences import decode_graphs
 from sglang_nsa_plugin.state import ROLES
 
 MILLION = 1 << 20
@@ -127,9 +128,8 @@ class Cell:
 def captured(sizes: tuple[int, ...]) -> list[str]:
     """Options that capture graphs for these numbers of requests alone: the server starts sooner."""
     most = sizes[-1]
-    graphs = ["--cuda-graph-max-bs", str(most), "--cuda-graph-bs", *map(str, sizes)]
     tokens = ["--max-total-tokens", "400000"] if most > 64 else []
-    return [*graphs, "--max-running-requests", str(most), *tokens]
+    return [*decode_graphs(most, sizes), "--max-running-requests", str(most), *tokens]
 
 
 REGIMES = (

@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Any
 
+from integration.releases.differences import decode_graphs
 from integration.serving.ab_servers import MANY, AbServers, Setup
 from integration.serving.ab_stats import Row, accepted_drafts, mean_tokens
 from integration.serving.compare import (
@@ -38,7 +39,7 @@ SETUPS = (
             *MANY,
             *("--context-length", str(CONTEXT)),
             *("--chunked-prefill-size", str(CHUNK)),
-            *("--cuda-graph-bs", "1", "2", "4", "8", "16"),
+            *decode_graphs(16, (1, 2, 4, 8, 16)),
         ),
     ),
 )

@@ -19,17 +19,18 @@ from dataclasses import dataclass, field
 import psutil
 import pytest
 
+from integration.releases.differences import decode_graphs
 from integration.serving.ab_servers import NO_PROBE, PLUGIN_ENV, SGLANG_ENV, AbServer, AbServers, Setup
 from integration.serving.ab_stats import GPU_GROWTH_MIB, added, mean_tokens
 from integration.serving.compare import Report, gpu_memory_mib, prompts, read_record, relative
 from integration.serving.server import Server, ServerError
 
 # Few sizes: most batches are padded, and the server starts sooner.
-GRAPHS = ("--cuda-graph-bs", "1", "2", "4", "8", "16", "32", "48")
+GRAPHS = decode_graphs(48, (1, 2, 4, 8, 16, 32, 48))
 SETUPS = (
     Setup(
         "load",
-        ("--cuda-graph-max-bs", "48", *GRAPHS),
+        tuple(GRAPHS),
         environments={"plugin": {**PLUGIN_ENV, **NO_PROBE}, "sglang": {**SGLANG_ENV, **NO_PROBE}},
     ),
 )

@@ -130,7 +130,10 @@ def test_record_counts_every_step(servers: AbServers, report: Report) -> None:
 
 
 def test_published_fence_is_the_one_in_the_graph(servers: AbServers, report: Report) -> None:
-    """One event for each captured batch size that was replayed; SGLang makes one for each replay."""
+    """One event for each captured batch size that was replayed.
+
+    SGLang makes one for each replay; since 0.5.22 none, and the scheduler waits for the whole forward.
+    """
     figures = {name: scheduler_figures(server) for name, server in servers.items()}
     if not in_graph(figures["plugin"]):
         pytest.skip("this SGLang runs draft-extend without a graph, and so without such an event")
@@ -138,7 +141,8 @@ def test_published_fence_is_the_one_in_the_graph(servers: AbServers, report: Rep
     report("fence_events", fences)
     plugin, sglang = figures["plugin"], figures["sglang"]
     assert plugin["distinct_fences"] == len(plugin["replays_by_batch_size"])
-    assert sglang["distinct_fences"] > len(sglang["replays_by_batch_size"])
+    expected = sglang["distinct_fences"]
+    assert expected == 0 or expected > len(sglang["replays_by_batch_size"])
 
 
 def test_host_time_of_the_fill(servers: AbServers, report: Report) -> None:

@@ -74,6 +74,15 @@ def _validate_ctx_lens(ctx_lens: torch.Tensor | None, rows: int) -> None:
         )
 
 
+def _validate_fields(metadata: Any) -> None:
+    unknown = fields.unknown_on_device(metadata)
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)}: {type(metadata).__name__} has tensors here that the plugin does not "
+            "know, and would leave as they were captured"
+        )
+
+
 def _addresses(tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for tensor in tensors)
 
@@ -157,6 +166,13 @@ class BackendFills:
         if is_capturing():
             self.role.state.captures.add(batch.batch_size)
 
+    def leave_to_sglang(self, reason: FallbackReason) -> bool:
+        """SGLang fills the replay that comes now. Returns False, for "not filled"."""
+        if self.is_enabled:
+            self._switch(on=False)
+        count_fallback(reason, self.role.state)
+        return False
+
     def _run(self, captured: GraphFill) -> None:
         captured.run()
         if captured.read_done is not None:
@@ -166,12 +182,12 @@ class BackendFills:
     def validate(self, captured: GraphFill, batch: Any) -> bool:
         """Whether the captured fill serves this batch; switches the fill on or off to match."""
         if not self.outcome.is_switched_on:
-            return self._leave_to_sglang(FallbackReason.SWITCHED_OFF)
+            return self.leave_to_sglang(FallbackReason.SWITCHED_OFF)
         if self.shadowed is not None and self.shadowed.check.failed():
-            return self._leave_to_sglang(FallbackReason.DIFFERENCE_FOUND)
+            return self.leave_to_sglang(FallbackReason.DIFFERENCE_FOUND)
         inputs = (batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token)
         if not self._serves(captured, inputs):
-            return self._leave_to_sglang(FallbackReason.INPUTS_REPLACED)
+            return self.leave_to_sglang(FallbackReason.INPUTS_REPLACED)
         if not self.is_enabled:
             self._switch(on=True)
         if self._skips_validation():
@@ -221,14 +237,19 @@ class BackendFills:
         sglang_read_done = None if shadowed is None else attempt(shadowed.run, shadowed.check.stop)
         return sglang_read_done or captured.read_done
 
-    def _leave_to_sglang(self, reason: FallbackReason) -> bool:
-        if self.is_enabled:
-            self._switch(on=False)
-        count_fallback(reason, self.role.state)
-        return False
+    def metadata_of(self, batch: Any) -> Any:
+        """SGLang's metadata object of this batch size."""
+        table = self.backend.decode_cuda_graph_metadata
+        key = fields.graph_key(table, batch.batch_size, self.mode)
+        if key not in table:
+            raise ValueError(
+                f"decode_cuda_graph_metadata: must have the batch size {batch.batch_size} or it and "
+                f"{self.mode.name} among its keys, got {', '.join(map(str, table))}"
+            )
+        return table[key]
 
     def _captured(self, batch: Any) -> GraphFill:
-        metadata = self.backend.decode_cuda_graph_metadata[batch.batch_size]
+        metadata = self.metadata_of(batch)
         captured = self.captured.get(batch.batch_size)
         if captured is None or captured.metadata is not metadata:
             args = self._args(batch, metadata)
@@ -254,6 +275,7 @@ class BackendFills:
     def _args(self, batch: Any, metadata: Any) -> FillArgs:
         backend, draft_tokens = self.backend, self.backend.speculative_num_draft_tokens
         rows = self.role.rows_per_request(draft_tokens)
+        _validate_fields(metadata)
         outputs = fields.read(metadata, fields.DSA, fields.DSA)
         # SGLang builds the context lengths as a view of the expanded lengths: one write serves both.
         ctx_lens = outputs["ctx_lens"]

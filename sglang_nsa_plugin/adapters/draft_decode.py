@@ -16,7 +16,14 @@ from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.hooks import Call, Hook, Sets
 from sglang_nsa_plugin.adapters.roles import DRAFT_DECODE_ROLE
 from sglang_nsa_plugin.adapters.supported import why_draft_decode_unsupported
-from sglang_nsa_plugin.adapters.taken_over import ATTRIBUTE, FAST_PATH, TAKEOVERS, consider, record
+from sglang_nsa_plugin.adapters.taken_over import (
+    ATTRIBUTE,
+    FAST_PATH,
+    TAKEOVERS,
+    consider,
+    leave_unknown_call,
+    record,
+)
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_DECODE_STATE
 
@@ -40,13 +47,18 @@ def _init(
 
 
 def _init_cuda_graph_state(
-    original: Callable[..., Any], multi_step: Any, max_bs: int, max_num_tokens: int
+    original: Callable[..., Any],
+    multi_step: Any,
+    max_bs: int,
+    max_num_tokens: int,
+    *more: Any,
+    **named: Any,
 ) -> Any:
     fills = getattr(multi_step, ATTRIBUTE, None)
     for step in multi_step.attn_backends:
         vars(step).pop(SHARES, None)
     if fills is None:
-        return original(multi_step, max_bs, max_num_tokens)
+        return original(multi_step, max_bs, max_num_tokens, *more, **named)
     fills.forget()
     first, *others = steps = multi_step.attn_backends
     for step in others:
@@ -54,7 +66,7 @@ def _init_cuda_graph_state(
     # SGLang's fill of all steps, which reads a wide table, runs where this hook is out of force.
     drops = fills.drops_wide_tables and hooks.why_replaced(PARTS.hooks) is None
     with wide_tables.decided_without_speculation(steps if drops else ()):
-        result = original(multi_step, max_bs, max_num_tokens)
+        result = original(multi_step, max_bs, max_num_tokens, *more, **named)
     tables = len(others) + wide_tables.is_dropped(first)
     fills.count_saved(tables * wide_tables.bytes_of(first, max_num_tokens))
     return result
@@ -71,12 +83,19 @@ def share_metadata(backend: Any) -> None:
 
 
 def _out_graph(
-    original: Callable[..., Any], multi_step: Any, forward_batch: Any, in_capture: bool = False
+    original: Callable[..., Any],
+    multi_step: Any,
+    forward_batch: Any,
+    in_capture: bool = False,
+    *more: Any,
+    **named: Any,
 ) -> Any:
     """Before a replay: points every draft step at the captured tensors, or lets SGLang fill.
 
     SGLang chooses between its attention kernels for prefill here, too; draft steps run none of them.
     """
+    if more or named:
+        return _unknown_call(original, multi_step, forward_batch, in_capture, *more, **named)
     fast_path = getattr(multi_step, FAST_PATH, None)
     hit = None if fast_path is None else fast_path.get(forward_batch.batch_size)
     if hit is not None and not in_capture:
@@ -87,6 +106,23 @@ def _out_graph(
             DRAFT_DECODE_STATE.replays += 1
             return None
     return _slow_path(original, multi_step, forward_batch, in_capture)
+
+
+def _unknown_call(
+    original: Callable[..., Any],
+    multi_step: Any,
+    forward_batch: Any,
+    in_capture: bool,
+    *more: Any,
+    **named: Any,
+) -> Any:
+    def sglangs(multi_step: Any, forward_batch: Any) -> Any:
+        return original(multi_step, forward_batch, in_capture, *more, **named)
+
+    leave_unknown_call(multi_step, in_capture)
+    if in_capture:
+        return sglangs(multi_step, forward_batch)
+    return _plan_by_sglang(sglangs, multi_step, forward_batch)
 
 
 def _slow_path(
@@ -121,7 +157,7 @@ def _serve(fills: BackendFills, multi_step: Any, forward_batch: Any) -> bool:
 def _plan_by_sglang(original: Callable[..., Any], multi_step: Any, forward_batch: Any) -> None:
     """SGLang's own fill, into the metadata that the draft steps share if a fill was set up."""
     first = next(iter(multi_step.attn_backends), None)
-    metadata = first and first.decode_cuda_graph_metadata.get(forward_batch.batch_size)
+    metadata = first and _metadata_of(first, forward_batch)
     if metadata is not None and metadata.page_table_1 is None:
         # SGLang's fill of all steps copies a wide table, of one step it can do without.
         _plan_one_step(first, forward_batch)
@@ -130,6 +166,12 @@ def _plan_by_sglang(original: Callable[..., Any], multi_step: Any, forward_batch
     original(multi_step, forward_batch)
     if multi_step.speculative_num_steps > STEPS_REFRESHED and metadata is not None:
         _refresh_schedule(multi_step, metadata)
+
+
+def _metadata_of(backend: Any, forward_batch: Any) -> Any | None:
+    """By ``fields.graph_key``, without a call that could fail; None where none is captured."""
+    table, bs = backend.decode_cuda_graph_metadata, forward_batch.batch_size
+    return table.get((bs, forward_batch.forward_mode), table.get(bs))
 
 
 def _point_steps_at(metadata: Any, multi_step: Any) -> None:

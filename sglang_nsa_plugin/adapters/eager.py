@@ -158,11 +158,13 @@ def _backend_attributes(names: SglangNames) -> tuple[str, ...]:
     )
 
 
-def _init_forward_metadata(original: Callable[..., Any], backend: Any, forward_batch: Any) -> Any:
+def _init_forward_metadata(
+    original: Callable[..., Any], backend: Any, forward_batch: Any, *more: Any, **named: Any
+) -> Any:
     fill = getattr(backend, ATTRIBUTE, None)  # first: all other backends' steps come here, too
+    sglang_plan = functools.partial(original, backend, forward_batch, *more, **named)
     if fill is None or not forward_batch.forward_mode.is_draft_extend_v2():
-        return original(backend, forward_batch)
-    sglang_plan = functools.partial(original, backend, forward_batch)
+        return sglang_plan()
     filled = attempt(fill.step, _takeover.abandon, forward_batch, sglang_plan)
     return None if filled else sglang_plan()
 

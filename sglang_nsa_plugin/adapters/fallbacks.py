@@ -20,6 +20,7 @@ class FallbackReason(Enum):
     NO_HOST_LENGTHS = "the batch has no sequence lengths on the host"
     OTHER_SIZES = "the batch's tensors have other sizes than its number of requests"
     OTHER_ROWS_PER_REQUEST = "requests do not extend by the number of draft tokens each"
+    UNKNOWN_ARGUMENTS = "SGLang passed arguments that the plugin does not know"
     OTHER_TABLE_ROWS = "the captured page table and lengths have different numbers of rows"
 
 

@@ -6,6 +6,8 @@ SGLang renamed NSA to DSA in 0.5.13. A release may lack a field (``paged_mqa_ctx
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,6 +34,48 @@ def _fields(prefix: str) -> dict[str, str]:
 
 NSA = _fields("nsa")  # 0.5.11 and 0.5.12
 DSA = _fields("dsa")  # 0.5.13 and later
+# What a replay of a speculative step leaves as it was captured, and what only other batches have.
+LEFT_AS_CAPTURED = (
+    "page_size",
+    "max_seq_len_q",
+    "max_seq_len_k",
+    "cu_seqlens_q",
+    "dsa_cu_seqlens_q",
+    "dsa_extend_seq_lens_list",
+    "dsa_max_seqlen_q",
+    "seq_lens_sum",
+    "page_table_1_flattened",
+    "topk_indices_offset",
+    "indexer_k_start_end",
+    "indexer_logical_page_table",
+    "indexer_seq_lens_cpu",
+    "indexer_seq_lens",
+    "token_to_batch_idx",
+    "pooled_index_kpool",
+    "pooled_cache_seqlens_int32",
+    "pooled_real_page_table",
+    "pooled_paged_mqa_schedule_metadata",
+    "pooled_topk_v2_plan",
+    "kpool_extend_plan",
+    "kpool_write_plan",
+)
+_PLAIN = (type(None), bool, int, float, str, enum.Enum)
+_KNOWN = frozenset((*DSA.values(), TOPK_PLAN, FLASHMLA, *LEFT_AS_CAPTURED))
+
+
+def unknown_on_device(metadata: Any) -> list[str]:
+    """SGLang's fields that the plugin does not know and that hold more than a number or a name.
+
+    A graph may read them, and SGLang may write them before each replay.
+    """
+    unknown = [each.name for each in dataclasses.fields(metadata) if each.name not in _KNOWN]
+    return [name for name in unknown if not isinstance(getattr(metadata, name), _PLAIN)]
+
+
+def graph_key(table: Mapping[Any, Any], batch_size: int, mode: Any) -> Any:
+    """SGLang's key for the metadata of a batch size: the size, or the size and the ForwardMode."""
+    with_mode = (batch_size, mode)
+    return with_mode if with_mode in table else batch_size
 
 
 def read(metadata: Any, fields: Mapping[str, str], names: Iterable[str]) -> dict[str, Any]:

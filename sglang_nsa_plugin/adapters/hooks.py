@@ -1,8 +1,8 @@
 """A table row for each place of SGLang that the plugin hooks or calls, and how it is looked up.
 
 A table fits a release when every row does: the target exists and has the parameters, fields or
-attributes that the plugin uses. Versions are never compared. Hooks go through SGLang's HookRegistry and
-nothing else.
+attributes that the plugin uses. What a release has besides does not matter, as long as it may be left
+out. Versions are never compared. Hooks go through SGLang's HookRegistry and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import dis
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 DISTRIBUTION = "sglang-nsa-plugin"
@@ -23,10 +23,10 @@ class Hook:
 
     Attributes:
         target: the dotted path of a function or method.
-        parameters: those of the target. It must have no others, since SGLang may hand over any of them.
-        replacement: what is called instead.
+        parameters: those of the target, in its order. It may have others that can be left out.
+        replacement: what is called instead. It takes whatever else SGLang passes, and hands it through.
         also: the parameters that the target has in other releases, where the replacement serves those.
-        and_more: whether the target may have further parameters, which the replacement hands through.
+        and_more: whether the target may have further parameters that must be passed.
     """
 
     target: str
@@ -38,7 +38,7 @@ class Hook:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A function or method of SGLang that an adapter calls with these parameters."""
+    """A function or method of SGLang that an adapter calls with these parameters and no others."""
 
     target: str
     parameters: tuple[str, ...]
@@ -54,7 +54,10 @@ class Fields:
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-    """Attributes that a method of SGLang sets on its object, and an adapter reads there."""
+    """Attributes that a method of SGLang sets on its object, and an adapter reads there.
+
+    Of a class: that any of the methods sets that it does not inherit.
+    """
 
     target: str
     names: tuple[str, ...]
@@ -79,23 +82,40 @@ def _why_unfit(row: Requirement) -> str | None:
         present = {field.name for field in dataclasses.fields(target)}
         missing = [name for name in row.names if name not in present]
         return f"{row.target} has no field {', '.join(missing)}" if missing else None
-    if not inspect.isroutine(target):
-        return f"{row.target} is not a function"
     if isinstance(row, Sets):
         missing = [name for name in row.names if name not in _attributes_set(target)]
         return f"{row.target} sets no attribute {', '.join(missing)}" if missing else None
-    names = tuple(inspect.signature(target).parameters)
-    accepted = (row.parameters, *row.also) if isinstance(row, Hook) else (row.parameters,)
-    takes_more = isinstance(row, Call) or row.and_more
-    compared = names[: len(row.parameters)] if takes_more else names
-    if compared not in accepted:
-        expected = " or ".join(f"({', '.join(parameters)})" for parameters in accepted)
-        return f"{row.target} takes ({', '.join(names)}), expected {expected}"
+    if not inspect.isroutine(target):
+        return f"{row.target} is not a function"
+    parameters = inspect.signature(target).parameters
+    also, and_more = (row.also, row.and_more) if isinstance(row, Hook) else ((), False)
+    accepted = (row.parameters, *also)
+    if not any(_accepts(parameters.values(), names, and_more) for names in accepted):
+        expected = " or ".join(f"({', '.join(names)})" for names in accepted)
+        return f"{row.target} takes ({', '.join(parameters)}), expected {expected}"
     return None
 
 
-def _attributes_set(method: Callable[..., Any]) -> set[str]:
-    code = getattr(inspect.unwrap(method), "__code__", None)
+def _accepts(parameters: Collection[inspect.Parameter], names: tuple[str, ...], and_more: bool) -> bool:
+    """Whether a target takes these parameters in this order; with ``and_more``, not these alone."""
+    by_name = {each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    in_order = [each.name for each in parameters if each.name not in by_name]
+    expected = [name for name in names if name not in by_name]
+    is_enough = not any(_is_required(each) for each in parameters if each.name not in names)
+    return in_order[: len(expected)] == expected and (is_enough or and_more)
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    takes_any = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return parameter.default is inspect.Parameter.empty and not takes_any
+
+
+def _attributes_set(target: Any) -> set[str]:
+    """What a method sets, or any method that a class itself has."""
+    if inspect.isclass(target):
+        methods = filter(inspect.isfunction, vars(target).values())
+        return {name for method in methods for name in _attributes_set(method)}
+    code = getattr(inspect.unwrap(target), "__code__", None)
     instructions = dis.get_instructions(code) if code is not None else ()
     return {each.argval for each in instructions if each.opname == "STORE_ATTR"}
 

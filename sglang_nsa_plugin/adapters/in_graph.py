@@ -31,6 +31,7 @@ from sglang_nsa_plugin.adapters.taken_over import (
     NAME,
     TAKEOVERS,
     consider,
+    leave_unknown_call,
     record,
     why_unfilled,
 )
@@ -44,9 +45,9 @@ _FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info"
 _RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraftExtendCudaGraphRunner"
 
 
-def _create_backend(original: Callable[..., Any], factory: Any) -> Any:
+def _create_backend(original: Callable[..., Any], factory: Any, *more: Any, **named: Any) -> Any:
     """The factory's product is the one backend that draft-extend graphs are captured with."""
-    product = original(factory)
+    product = original(factory, *more, **named)
     backend = product[1] if isinstance(product, tuple) else product
     runner = factory.draft_model_runner
     consider(backend, backend, runner, DRAFT_EXTEND_ROLE, why_draft_extend_unsupported)
@@ -63,23 +64,33 @@ def _init_backend(
 
 
 def _init_cuda_graph_state(
-    original: Callable[..., Any], backend: Any, max_bs: int, max_num_tokens: int
+    original: Callable[..., Any],
+    backend: Any,
+    max_bs: int,
+    max_num_tokens: int,
+    *more: Any,
+    **named: Any,
 ) -> Any:
     fills = getattr(backend, ATTRIBUTE, None)
     if fills is None:
-        result = original(backend, max_bs, max_num_tokens)
+        result = original(backend, max_bs, max_num_tokens, *more, **named)
         draft_decode.share_metadata(backend)
         return result
     fills.forget()
     with wide_tables.decided_without_speculation([backend] if fills.drops_wide_tables else ()):
-        result = original(backend, max_bs, max_num_tokens)
+        result = original(backend, max_bs, max_num_tokens, *more, **named)
     dropped = wide_tables.is_dropped(backend)
     fills.count_saved(wide_tables.bytes_of(backend, max_num_tokens) if dropped else 0)
     return result
 
 
 def _out_graph(
-    original: Callable[..., Any], backend: Any, forward_batch: Any, in_capture: bool = False
+    original: Callable[..., Any],
+    backend: Any,
+    forward_batch: Any,
+    in_capture: bool = False,
+    *more: Any,
+    **named: Any,
 ) -> Any:
     """Before a replay: points the backend at the captured tensors, or lets SGLang fill.
 
@@ -89,6 +100,9 @@ def _out_graph(
     Memory that moved under the same tensor object is not looked for: comparing three addresses would
     cost 2 µs, no release of SGLang moves memory, and the shadow check validates every replay.
     """
+    if more or named:
+        leave_unknown_call(backend, in_capture)
+        return original(backend, forward_batch, in_capture, *more, **named)
     fast_path = getattr(backend, FAST_PATH, None)
     if fast_path is None:  # first: all other backends' steps come here, too
         return original(backend, forward_batch, in_capture=in_capture)
@@ -203,12 +217,7 @@ _HOOKS = (
         _out_graph,
     ),
     Hook(f"{_BACKEND}.init_forward_metadata_in_graph", ("self", "forward_batch"), record),
-    Hook(
-        f"{_RUNNER}.execute",
-        ("self", "forward_batch", "select_index"),
-        _execute,
-        also=(("self", "forward_batch"),),  # up to 0.5.19
-    ),
+    Hook(f"{_RUNNER}.execute", ("self", "forward_batch"), _execute, and_more=True),
 )
 _NEEDS = (
     Call(f"{_BACKEND}.set_dsa_prefill_impl", ("self", "forward_batch")),
@@ -226,9 +235,8 @@ _NEEDS = (
         ("forward_mode", "batch_size", "seq_lens", "req_pool_indices"),
     ),
     Sets(f"{_FACTORY}.__init__", ("draft_model_runner",)),
-    Sets(f"{_BACKEND}.init_cuda_graph_state", ("decode_cuda_graph_metadata",)),
-    Sets(f"{_RUNNER}.__init__", ("draft_extend_attn_backend", "model_runner")),
-    Sets(f"{_RUNNER}.execute", ("bs",)),
+    Sets(_BACKEND, ("decode_cuda_graph_metadata",)),
+    Sets(_RUNNER, ("draft_extend_attn_backend", "model_runner", "bs")),
 )
 
 ADAPTER = Adapter(

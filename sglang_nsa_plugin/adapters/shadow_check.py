@@ -124,6 +124,7 @@ class ShadowedReplays:
         self.check = ShadowCheck(every, backend.req_to_token.device, outcome)
         self._scratch = Scratch()
         self._copies: dict[int, tuple[Any, Comparison]] = {}
+        self._keys: dict[int, Any] = {}  # of SGLang's table, by batch size
         self._planned: tuple[Any, Callable[[Any, Any], object]] | None = None
         self._ahead: Comparison | None = None
 
@@ -139,6 +140,8 @@ class ShadowedReplays:
 
     def prepare(self, bs: int, metadata: Any) -> None:
         """Allocates the scratch tensors of one batch size, so that nothing is allocated in service."""
+        table = self.backend.decode_cuda_graph_metadata
+        (self._keys[bs],) = (key for key, captured in table.items() if captured is metadata)
         copy = self._scratch.like(metadata)
         self._copies[bs] = copy, compare(metadata, copy, fields.DSA, self.check)
 
@@ -173,12 +176,12 @@ class ShadowedReplays:
     def _fill_scratch(self, batch: Any, sglang_fill: Callable[[Any, Any], object]) -> Comparison:
         backend, bs = self.backend, batch.batch_size
         copy, comparison = self._copies[bs]
-        metadata = backend.decode_cuda_graph_metadata[bs]
-        backend.decode_cuda_graph_metadata[bs] = copy
+        table, key = backend.decode_cuda_graph_metadata, self._keys[bs]
+        metadata, table[key] = table[key], copy
         try:
             sglang_fill(backend, batch)
         finally:
-            backend.decode_cuda_graph_metadata[bs] = metadata
+            table[key] = metadata
             backend.forward_metadata = metadata
         return comparison
 

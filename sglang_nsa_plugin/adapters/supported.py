@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -81,8 +80,6 @@ def _why_not_before_draft_extend(backend: Any, model_runner: Any, role: Role) ->
     for argument, what in _DECLINED_ARGUMENTS.items():
         if getattr(server_args, argument, False):
             return f"{what} ({argument}) is not supported"
-    if _fills_in_graph(type(backend)):
-        return f"{type(backend).__name__} fills in the graph itself"
     return _why_role_unsupported(backend, model_runner, role)
 
 
@@ -92,14 +89,6 @@ def _is_set(variable: str) -> bool:
 
     switch = getattr(envs, variable, None)
     return switch is not None and bool(switch.get())
-
-
-def _fills_in_graph(backend_class: type) -> bool:
-    """Whether SGLang does something in the method in whose place the plugin fills."""
-    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-
-    method = backend_class.init_forward_metadata_in_graph  # type: ignore[attr-defined]
-    return inspect.unwrap(method) is not inspect.unwrap(AttentionBackend.init_forward_metadata_in_graph)
 
 
 def _why_role_unsupported(backend: Any, model_runner: Any, role: Role) -> str | None:

@@ -6,14 +6,20 @@ backend of draft-decode, which holds several.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin.adapters import fields
 from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Request, Takeover
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills, CaptureError, is_capturing
+from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.adapters.roles import DRAFT_DECODE_ROLE, DRAFT_EXTEND_ROLE, VERIFY_ROLE, Role
+from sglang_nsa_plugin.containment import attempt
 
 NAME = "in-graph"
 ATTRIBUTE = "_nsa_fills"  # on an owner: its BackendFills
@@ -88,17 +94,55 @@ def why_unfilled(owner: Any) -> str | None:
     return f"SGLang captured no CUDA graph of {fills.role.name}, and this adapter fills nothing else"
 
 
-def record(original: Callable[..., Any], owner: Any, forward_batch: Any) -> Any:
-    """Around ``init_forward_metadata_in_graph``, which a runner calls at capture: records the fill."""
+def leave_unknown_call(owner: Any, in_capture: bool) -> None:
+    """Before a call whose arguments the plugin does not know: a newer SGLang may mean another plan."""
     fills = getattr(owner, ATTRIBUTE, None)
+    if fills is None:
+        return
+    fills.drop_last_check()
+    if not in_capture:
+        abandon = TAKEOVERS[fills.role.name].abandon
+        attempt(fills.leave_to_sglang, abandon, FallbackReason.UNKNOWN_ARGUMENTS)
+
+
+def record(
+    original: Callable[..., Any], owner: Any, forward_batch: Any, *more: Any, **named: Any
+) -> Any:
+    """Around ``init_forward_metadata_in_graph``, which a runner calls at capture: records the fill.
+
+    What SGLang itself records there is recorded, too, unless it is a fill.
+    """
+    fills = getattr(owner, ATTRIBUTE, None)
+    sglangs = functools.partial(original, owner, forward_batch, *more, **named)
     if fills is None or forward_batch.forward_mode is not fills.mode:
-        return original(owner, forward_batch)
+        return sglangs()
     capturing = is_capturing()
     try:
+        if not capturing:
+            _validate_sglangs(sglangs, fills, forward_batch)
         fills.record(forward_batch)
     except SET_UP_ERRORS as error:
         if capturing:
             raise CaptureError(fills.role.name, forward_batch.batch_size, error) from error
         TAKEOVERS[fills.role.name].fail(error)
-        return original(owner, forward_batch)
-    return None
+    return sglangs()
+
+
+def _validate_sglangs(sglangs: Callable[[], Any], fills: BackendFills, batch: Any) -> None:
+    """SGLang's own part of a graph must be no fill: ours would be one too many, or the fallback none.
+
+    Asked in the first warm-up of a backend, by lengths that are longer by one token.
+    """
+    if fills.captured:
+        return
+    metadata = fills.metadata_of(batch)
+    names = ("cache_seqlens", "nsa_cache_seqlens")
+    lengths = [each for each in fields.read(metadata, fields.DSA, names).values() if each is not None]
+    before = [each.clone() for each in lengths]
+    longer = [each.add_(1).clone() for each in lengths]
+    sglangs()
+    wrote = not all(map(torch.equal, lengths, longer))
+    for each, kept in zip(lengths, before, strict=True):
+        each.copy_(kept)
+    if wrote:
+        raise ValueError(f"{type(fills.backend).__name__} fills {fills.role.name} in the graph itself")

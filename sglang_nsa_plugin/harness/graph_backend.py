@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin.adapters import draft_decode
+from sglang_nsa_plugin.adapters import draft_decode, fields
 from sglang_nsa_plugin.harness import process_stubs, sglang_kernel
 from sglang_nsa_plugin.harness.backend import HarnessBackend
 from sglang_nsa_plugin.harness.inputs import PADDED_SEQ_LEN
@@ -128,7 +128,7 @@ class GraphBackend(HarnessBackend):
 
     def sglang_fill(self, bs: int) -> None:
         """SGLang's own fill into the metadata of batch size bs, without the hooks on the class."""
-        if bs not in self.steps()[0].decode_cuda_graph_metadata:
+        if self._key(self.steps()[0], bs) not in self.steps()[0].decode_cuda_graph_metadata:
             raise ValueError(f"bs: call capture_setup({bs}) first, nothing is captured for {bs}")
         original = inspect.unwrap(type(self.backend).init_forward_metadata_out_graph)
         with self.stub_process():
@@ -138,8 +138,7 @@ class GraphBackend(HarnessBackend):
 
     def _refresh_stale(self, bs: int) -> None:
         """What SGLang leaves as it was captured in the first draft steps, where there are many."""
-        for step in self.steps():
-            metadata = step.decode_cuda_graph_metadata[bs]
+        for step, metadata in zip(self.steps(), self.metadata(bs), strict=True):
             if metadata.paged_mqa_schedule_metadata is not None:
                 step._refresh_paged_mqa_schedule_metadata(metadata, metadata.paged_mqa_ctx_lens_2d)
             if metadata.topk_v2_plan is not None:
@@ -154,7 +153,11 @@ class GraphBackend(HarnessBackend):
 
     def metadata(self, bs: int) -> list[Any]:
         """SGLang's metadata objects of batch size bs, of each of :meth:`steps`."""
-        return [step.decode_cuda_graph_metadata[bs] for step in self.steps()]
+        steps = self.steps()
+        return [step.decode_cuda_graph_metadata[self._key(step, bs)] for step in steps]
+
+    def _key(self, step: Any, bs: int) -> Any:
+        return fields.graph_key(step.decode_cuda_graph_metadata, bs, self._mode())
 
     def _mode(self) -> Any:
         from sglang.srt.model_executor.forward_batch_info import ForwardMode

@@ -48,6 +48,7 @@ GUARDS = {
     in_graph._itself,
     draft_decode._slow_path,
     draft_decode._plan_by_sglang,
+    draft_decode._metadata_of,
     plugin._report_hooks.__wrapped__,
     log.loses,
     switch.set_internal_state,

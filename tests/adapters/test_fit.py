@@ -66,13 +66,13 @@ def test_modules_that_are_loaded_stay():
         pytest.param(
             "        self.bs = bs",
             "        self.size = bs",
-            ".execute sets no attribute bs",
+            "EAGLEDraftExtendCudaGraphRunner sets no attribute bs",
             marks=of_graphs,
         ),
         pytest.param(
             "self.decode_cuda_graph_metadata: Dict =",
             "self.graph_metadata: Dict =",
-            ".init_cuda_graph_state sets no attribute decode_cuda_graph_metadata",
+            "DeepseekSparseAttnBackend sets no attribute decode_cuda_graph_metadata",
             marks=of_graphs,
         ),
     ],

@@ -22,21 +22,32 @@ class Plain:
         self.written = batch
         return extra
 
+    def optional(self, batch, extra=None, *more, flag=False, **named):
+        self.also_written = batch
+
+    def by_name(self, *, batch, device):
+        return batch, device
+
 
 def replacement(original, *args):
     return original(*args)
 
 
 METHOD = f"{__name__}.Plain.method"
+OPTIONAL = f"{__name__}.Plain.optional"
+BY_NAME = f"{__name__}.Plain.by_name"
 FITTING = {
     "a hook": Hook(METHOD, ("self", "batch", "extra"), replacement),
     "a hook that fits another release": Hook(
         METHOD, ("self",), replacement, also=(("self", "batch", "extra"),)
     ),
     "a hook that hands more through": Hook(METHOD, ("self", "batch"), replacement, and_more=True),
-    "a call, which leaves the last parameter out": Call(METHOD, ("self", "batch")),
+    "a hook of what may be passed more": Hook(OPTIONAL, ("self", "batch"), replacement),
+    "a hook of what is passed by name": Hook(BY_NAME, ("self", "device", "batch"), replacement),
+    "a call, which leaves out what it may": Call(OPTIONAL, ("self", "batch")),
     "fields": Fields(f"{__name__}.Metadata", ("table", "lengths")),
     "attributes": Sets(METHOD, ("written",)),
+    "attributes that several methods set": Sets(f"{__name__}.Plain", ("written", "also_written")),
 }
 
 
@@ -61,6 +72,7 @@ def test_what_fits(row):
             "takes (self, batch, extra), expected (self, extra)",
         ),
         (Call(METHOD, ("self", "extra")), "takes (self, batch, extra), expected (self, extra)"),
+        (Call(METHOD, ("self", "batch")), "takes (self, batch, extra), expected (self, batch)"),
         (Sets(METHOD, ("written", "read")), "sets no attribute read"),
     ],
 )
@@ -76,6 +88,15 @@ def test_what_does_not_fit_a_method(row, why):
             "Metadata has no field ragged, odd",
         ),
         (Fields(f"{__name__}.Plain", ("lengths",)), "Plain is not a dataclass"),
+        (
+            Call(f"{__name__}.Plain.optional", ("self", "extra")),
+            "Plain.optional takes (self, batch, extra, more, flag, named), expected (self, extra)",
+        ),
+        (
+            Hook(f"{__name__}.Plain.by_name", ("self", "batch"), replacement),
+            "Plain.by_name takes (self, batch, device), expected (self, batch)",
+        ),
+        (Sets(f"{__name__}.Plain", ("written", "read")), "Plain sets no attribute read"),
         (Call(f"{__name__}.FITTING", ()), "FITTING is not a function"),
     ],
 )

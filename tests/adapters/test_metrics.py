@@ -208,6 +208,7 @@ def test_the_reasons_of_fallbacks_are_the_public_values_of_a_label():
         "the batch's tensors have other sizes than its number of requests",
         "requests do not extend by the number of draft tokens each",
         "the captured page table and lengths have different numbers of rows",
+        "SGLang passed arguments that the plugin does not know",
     }
 
 

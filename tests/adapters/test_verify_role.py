@@ -339,16 +339,6 @@ def test_what_goes_past_the_hook_stays_with_sglang(pair, variable, monkeypatch):
     assert why_not.startswith(f"{variable} is not supported")
 
 
-def test_a_backend_that_fills_in_the_graph_itself_stays_with_sglang(pair):
-    class Other(type(pair.ours.backend)):
-        def init_forward_metadata_in_graph(self, forward_batch):
-            """A fill of its own."""
-
-    pair.ours.backend.__class__ = Other
-    why_not = supported.why_verify_unsupported(pair.ours.backend, runner_of())
-    assert why_not == "Other fills in the graph itself"
-
-
 def test_context_lengths_of_sm100_are_refused_by_name(pair):
     """SGLang lays them out as [requests, draft tokens] there."""
     metadata = pair.metadata(2)

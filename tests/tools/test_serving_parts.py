@@ -22,7 +22,6 @@ import requests
 import torch
 
 from integration.serving import (
-    ab_servers,
     ab_stats,
     checkpoint,
     compare,
@@ -34,7 +33,7 @@ from integration.serving import (
     test_first_minute,
     test_load,
 )
-from integration.serving.ab_servers import SHARED_GPU_ARGS, serve_args, stop_all
+from integration.serving.ab_servers import SHARED_GPU_ARGS, stop_all
 from integration.serving.server import (
     Answer,
     Server,
@@ -167,21 +166,6 @@ def test_ports_leave_room_for_the_one_that_sglang_derives():
     ports = free_ports(5)
     assert len(set(ports)) == 5
     assert all(port + 10_000 < 65_536 for port in ports)
-
-
-@pytest.mark.parametrize(
-    ("release", "expected", "absent"),
-    [
-        ("0.5.12.post1", ["--nsa-decode-backend", "--disable-piecewise-cuda-graph"], "--dsa"),
-        ("0.5.13.post1", ["--dsa-decode-backend", "--disable-piecewise-cuda-graph"], "--nsa"),
-        ("0.5.14", ["--dsa-decode-backend", "--disable-prefill-cuda-graph"], "--nsa"),
-    ],
-)
-def test_options_are_spelled_as_the_release_spells_them(monkeypatch, release, expected, absent):
-    monkeypatch.setattr(ab_servers, "version", lambda name: release)
-    options = serve_args()
-    assert set(expected) <= set(options)
-    assert not any(option.startswith(absent) for option in options)
 
 
 @pytest.fixture(scope="module")

@@ -330,7 +330,8 @@ class Watch:
 
     def _keep_fence(self, model_runner: Any) -> None:
         event = next(getattr(model_runner, name) for name in FENCE_EVENTS if hasattr(model_runner, name))
-        self.fences[id(event)] = event
+        if event is not None:  # since 0.5.22 SGLang publishes none for DSA
+            self.fences[id(event)] = event
 
     def _time_replay(self, runner: Any) -> None:
         replay = runner._replay_graph
