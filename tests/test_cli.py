@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import terminal
@@ -127,7 +131,7 @@ def output_on_terminal(arguments: str, **environment: str) -> str:
 
 WAITING = {
     "verify": ["reading versions", "filling"],
-    "demo --steps 3": ["loading SGLang", "draft-extend steps"],
+    "demo --steps 3": ["loading SGLang", "draft-extend steps", "draft-decode steps", "verify steps"],
 }
 COLUMNS = 80
 COLOUR = re.compile(r"\x1b\[[\d;]*3\d")
@@ -163,3 +167,73 @@ def test_a_pipe_gets_neither_bars_nor_colours(arguments):
     assert "\x1b" not in done.stdout + done.stderr
     for waiting in WAITING[arguments]:
         assert waiting not in done.stdout + done.stderr
+
+
+# The roles of demo
+
+WITHOUT_ROLES = """
+import dataclasses
+from sglang_nsa_plugin.adapters import in_graph
+takeovers = {"draft-extend": in_graph.ADAPTER.takeovers["draft-extend"]}
+in_graph.ADAPTER = dataclasses.replace(in_graph.ADAPTER, takeovers=takeovers)
+"""
+WRONG_IN_VERIFY = """
+from sglang_nsa_plugin.adapters.captured_fill import BackendFills
+def wrong(fills, metadata):
+    metadata.cu_seqlens_k.add_(fills.role.name == "verify")
+BackendFills.refresh_derived = wrong
+"""
+LEFT_TO_SGLANG = """
+from sglang_nsa_plugin.adapters.captured_fill import BackendFills
+from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
+def left(fills, captured, batch):
+    if fills.role.name != "draft-decode":
+        return True
+    return fills._leave_to_sglang(FallbackReason.INPUTS_REPLACED)
+BackendFills.validate = left
+"""
+
+
+def demo(text: str, folder: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """A short one after this program, and what it wrote as JSON."""
+    path = folder / "demo.json"
+    done = program(text, "demo", "--steps", "2", "--json", str(path))
+    return done, json.loads(path.read_text())
+
+
+@needs_sglang
+def test_demo_compares_every_role(tmp_path):
+    done, found = demo("", tmp_path)
+    assert done.returncode == 0
+    assert list(found["roles"]) == ["draft-extend", "draft-decode", "verify"]
+    assert all(sum(part["compared"].values()) > 1_000 for part in found["roles"].values())
+    assert {role: state["replays"] for role, state in found["state"]["roles"].items()} == dict.fromkeys(
+        found["roles"], 2
+    )
+    total = sum(sum(part["compared"].values()) for part in found["roles"].values())
+    assert f"EQUAL: all {total:,} values of 6 steps (draft-extend, draft-decode, verify)" in done.stdout
+    assert len([target for target in found["hook_targets"] if "MultiStepBackend" in target]) == 4
+
+
+@needs_sglang
+def test_demo_says_which_roles_the_release_does_not_have(tmp_path):
+    done, found = demo(WITHOUT_ROLES, tmp_path)
+    assert (done.returncode, found["verdict"]) == (0, "equal")
+    why_not = "with this SGLang release the plugin fills no verify metadata"
+    assert found["roles"]["verify"] == {"declined": why_not}
+    assert "values of 2 steps (draft-extend)" in done.stdout
+
+
+@needs_sglang
+@pytest.mark.parametrize(
+    ("planted", "said"),
+    [
+        (WRONG_IN_VERIFY, "the first: verify cu_seqlens_k[0]: SGLang 0, ours 1"),
+        (LEFT_TO_SGLANG, "draft-decode 0, fallbacks {'input tensors are not the captured ones': 2}"),
+    ],
+)
+def test_demo_finds_what_is_wrong_in_one_role(planted, said, tmp_path):
+    done, found = demo(planted, tmp_path)
+    assert (done.returncode, found["verdict"]) == (1, "different")
+    assert said in " ".join(done.stdout.split())
+    assert "draft-extend 2, fallbacks {}" in " ".join(done.stdout.split())

@@ -16,7 +16,7 @@ from integration.figures.committed import (
     table,
 )
 from integration.releases.install_sglang import release_key
-from integration.releases.matrix import GENERATIONS
+from integration.releases.matrix import GENERATIONS, ROLES, said_of
 
 COLUMNS = (
     "SGLang",
@@ -54,6 +54,15 @@ def page() -> str:
                     "figures of releases other than 0.5.17 are of an earlier version of the kernel; each result "
                     "file names its GPU and commit."
                 ),
+                "## Roles",
+                paragraph(
+                    "The values of each role that were compared without a GPU, all equal; or why the plugin leaves "
+                    "the role to SGLang in that release, in its own words."
+                ),
+                table(
+                    ("SGLang", *ROLES),
+                    [_roles(version, matrix["parts"][version]) for version in versions],
+                ),
                 "## Generations",
                 table(
                     ("generation", "first release", "how SGLang plans draft-extend"),
@@ -82,6 +91,11 @@ def _row(version: str, row: dict[str, Any]) -> tuple[str, ...]:
         f"{case['host_us']['sglang']:.0f} → {case['host_us']['ours']:.0f}" if case else "-",
         f"{case['launches']['sglang']} → {case['launches']['ours']}" if case else "-",
     )
+
+
+def _roles(version: str, row: dict[str, Any]) -> tuple[str, ...]:
+    parts_of = row.get("roles", {})
+    return (version, *(said_of(parts_of[role]) if role in parts_of else "-" for role in ROLES))
 
 
 def _gpus() -> str:

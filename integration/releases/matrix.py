@@ -4,7 +4,8 @@
 
 For each release, by default all that are listed as tested: a fresh environment below .releases/ with
 that release and its own transformers, in which SGLang's loader discovers the installed wheel, its own
-command line parses the flag, and its own backend class is filled by both and compared value by value.
+command line parses the flag, and its own backend class is filled by both and compared value by value,
+in each role; where the plugin leaves a role to SGLang, its own words say why.
 Writes integration/results/releases.json, or below NSA_RESULTS_DIR.
 """
 
@@ -41,6 +42,8 @@ GENERATIONS = {
     "F": ("0.5.22", "E without an early fence"),
 }
 TIME_LIMIT_S = 1200
+ALL_ROLES_SINCE = "D"  # a generation
+ROLES = ("draft-extend", "draft-decode", "verify")
 # Named first so that nothing later chooses them; what the tests need comes with the wheel's extra.
 FIRST = ("torch==2.13.0", "triton==3.6.0", "numpy>=2,<2.4")
 
@@ -94,7 +97,9 @@ def try_release(version: str, wheel: Path, keep: bool) -> dict[str, Any]:
     demo_passed, demo = run_demo(python, FOLDER / f"demo-{version}.json")
     tests_passed, tests = run_tests(python)
     state = demo.get("state", {})
+    roles = {role: _of_role(part) for role, part in demo.get("roles", {}).items()}
     passed = demo_passed and tests_passed and demo.get("verdict") == "equal"
+    passed = passed and not missing_roles(version, roles)
     row = {
         "generation": generation(version),
         "adapter": state.get("adapter"),
@@ -104,6 +109,7 @@ def try_release(version: str, wheel: Path, keep: bool) -> dict[str, Any]:
         "steps": demo.get("steps"),
         "values_compared": sum(demo.get("compared", {}).values()),
         "values_different": sum(demo.get("different", {}).values()),
+        "roles": roles,
         "adapter_tests": tests,
         "torch": demo.get("torch"),
         "transformers": demo.get("transformers"),
@@ -112,6 +118,19 @@ def try_release(version: str, wheel: Path, keep: bool) -> dict[str, Any]:
     }
     print(f"{version}: {row['verdict']} after {row['seconds']} s", flush=True)
     return row
+
+
+def _of_role(part: dict[str, Any]) -> dict[str, Any]:
+    if "declined" in part:
+        return part
+    compared, different = (sum(part[key].values()) for key in ("compared", "different"))
+    return {"values_compared": compared, "values_different": different}
+
+
+def missing_roles(version: str, roles: dict[str, dict[str, Any]]) -> list[str]:
+    """The roles that the plugin should fill in this release and does not."""
+    due = ROLES if generation(version) >= ALL_ROLES_SINCE else ROLES[:1]
+    return [role for role in due if not roles.get(role, {}).get("values_compared")]
 
 
 def environment(version: str, wheel: Path, keep: bool) -> str:
@@ -170,11 +189,19 @@ def run(*command: str) -> None:
 def as_text(rows: dict[str, dict[str, Any]]) -> str:
     """One line for each release."""
     lines = [
-        f"{version:14} {row['generation']} {row['adapter'] or '-':9} {len(row['hook_targets'])} hooks "
-        f"{row['values_compared']:>12,} values {row['values_different']:>4} different  {row['verdict']}"
+        f"{version:14} {row['generation']} {row['adapter'] or '-':9} {len(row['hook_targets']):2} hooks "
+        f"{row['values_compared']:>12,} values, {row['values_different']} different, {row['verdict']}: "
+        f"{', '.join(f'{role} {said_of(part)}' for role, part in row['roles'].items())}"
         for version, row in rows.items()
     ]
     return "\n".join(lines)
+
+
+def said_of(part: dict[str, Any]) -> str:
+    """How many values of a role were compared and equal, or why the plugin leaves it to SGLang."""
+    if "declined" in part:
+        return f"declined: {part['declined']}"
+    return "different" if part["values_different"] else f"{part['values_compared']:,}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ DRAFT_TOKENS = 4
 
 
 def run(steps: int, seed: int, json_path: str | None) -> int:
-    """Prints the facts, a table and the verdict; returns 0 when every value is equal."""
+    """Prints the facts, a table and the verdict; returns 0 when every value of every role is equal."""
     console = terminal.console()
     with terminal.progress(console) as progress:
         result = _load_and_compare(steps, seed, progress)
@@ -50,35 +51,77 @@ def _load_and_compare(steps: int, seed: int, progress: Progress) -> dict[str, An
     device = _device()  # before SGLang is imported, and Triton with it
     _load_plugin()
 
-    from sglang_nsa_plugin.adapters import hooks
-    from sglang_nsa_plugin.adapters.install import adapter_for_installed
-    from sglang_nsa_plugin.harness.diff import Diff
-    from sglang_nsa_plugin.harness.installed import pair_for_installed
-    from sglang_nsa_plugin.state import record
+    from sglang_nsa_plugin.state import DRAFT_EXTEND, ROLES, record
 
-    pair = pair_for_installed(device, BATCH_SIZES, draft_tokens=DRAFT_TOKENS)
-    diff = Diff()
-    progress.update(task, description="draft-extend steps")
-    for bs in progress.track(_random_batches(pair, steps, seed), total=steps, task_id=task):
-        pair.step(bs, diff)
-    state = record()
-    by_plugin = state["replays"] + state["launches"]
-    passed = diff.first is None and by_plugin == steps and not state["fallbacks"]
+    roles, states = {}, {}
+    for role in ROLES:
+        progress.reset(task, description=f"{role} steps", total=steps)
+        roles[role] = _compare(role, device, steps, seed, lambda: progress.advance(task))
+        states[role] = record()["roles"][role]  # before another one is asked for instead
+    state = {**record(), **states[DRAFT_EXTEND], "roles": states}
+    filled = {role: part for role, part in roles.items() if "declined" not in part}
+    firsts = [f"{role} {part['first_difference']}" for role, part in filled.items() if part["different"]]
+    passed = not firsts and all(_is_by_plugin(states[role], steps) for role in filled)
     return {
         "sglang": environment.sglang()["version"],
         "torch": environment.distribution("torch"),
         "transformers": environment.distribution("transformers"),
         "device": _device_name(device),
         "cuda_graphs": device.type == "cuda" and bool(state["captures"]),
-        "hook_targets": hooks.applied(adapter_for_installed().common.hooks),
+        "hook_targets": _hook_targets(filled),
         "state": state,
-        "steps": steps,
+        "steps": steps * len(filled),
         "seed": seed,
-        "compared": dict(diff.compared),
-        "different": dict(diff.different),
-        "first_difference": diff.first,
+        "roles": roles,
+        "compared": _sum(part["compared"] for part in filled.values()),
+        "different": _sum(part["different"] for part in filled.values()),
+        "first_difference": firsts[0] if firsts else None,
         "verdict": "equal" if passed else "different",
     }
+
+
+def _compare(
+    role: str, device: Any, steps: int, seed: int, advance: Callable[[], None]
+) -> dict[str, Any]:
+    """What was compared in this role; or why the plugin fills nothing of it with this SGLang."""
+    from sglang_nsa_plugin.harness.diff import Diff
+    from sglang_nsa_plugin.harness.installed import pair_for_installed, why_declined
+
+    why_not = why_declined(role)
+    if why_not is not None:
+        return {"declined": why_not}
+    pair = pair_for_installed(device, BATCH_SIZES, role=role, draft_tokens=DRAFT_TOKENS)
+    diff = Diff()
+    for bs in _random_batches(pair, steps, seed):
+        pair.step(bs, diff)
+        advance()
+    return {
+        "steps": steps,
+        "compared": dict(diff.compared),
+        "different": {name: count for name, count in diff.different.items() if count},
+        "first_difference": diff.first,
+    }
+
+
+def _is_by_plugin(state: dict[str, Any], steps: int) -> bool:
+    return state["replays"] + state["launches"] == steps and not state["fallbacks"]
+
+
+def _hook_targets(roles: Iterable[str]) -> list[str]:
+    from sglang_nsa_plugin.adapters import hooks
+    from sglang_nsa_plugin.adapters.install import adapter_for_installed
+
+    adapter = adapter_for_installed()
+    of_roles = (hook for role in roles for hook in adapter.parts_of(role).hooks)
+    return hooks.applied((*adapter.common.hooks, *of_roles))
+
+
+def _sum(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    """By tensor, over roles."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)
 
 
 def _load_plugin() -> None:
@@ -140,22 +183,34 @@ def _print(console: Console, result: dict[str, Any]) -> None:
 
 def _comparison_table(result: dict[str, Any]) -> Table:
     table = Table(title="the plugin's fill compared with SGLang's own", title_justify="left")
+    table.add_column("role")
     table.add_column("tensor")
     table.add_column("values compared", justify="right")
     table.add_column("different", justify="right")
-    for name, count in result["compared"].items():
-        table.add_row(name, f"{count:,}", f"{result['different'][name]:,}")
+    for role, part in result["roles"].items():
+        if "declined" in part:
+            table.add_row(role, f"declined: {part['declined']}", "-", "-", end_section=True)
+            continue
+        *_, last = part["compared"]
+        for name, count in part["compared"].items():
+            different = part["different"].get(name, 0)
+            table.add_row(role, name, f"{count:,}", f"{different:,}", end_section=name == last)
+            role = ""  # named in its first row
     return table
 
 
 def _verdict(result: dict[str, Any]) -> str:
     total = sum(result["compared"].values())
+    filled = [role for role, part in result["roles"].items() if "declined" not in part]
     if result["verdict"] == "equal":
-        return f"EQUAL: all {total:,} values of {result['steps']:,} steps"
-    state = result["state"]
+        return f"EQUAL: all {total:,} values of {result['steps']:,} steps ({', '.join(filled)})"
     different = sum(result["different"].values())
+    by_role = "; ".join(_filled(role, result["state"]["roles"][role]) for role in filled)
     return (
         f"DIFFERENT: {different:,} of {total:,} values, the first: {result['first_difference']}; the "
-        f"plugin filled {state['replays'] + state['launches']} of {result['steps']} steps, fallbacks: "
-        f"{state['fallbacks']}"
+        f"plugin filled of {result['steps']:,} steps: {by_role}"
     )
+
+
+def _filled(role: str, state: dict[str, Any]) -> str:
+    return f"{role} {state['replays'] + state['launches']}, fallbacks {state['fallbacks']}"

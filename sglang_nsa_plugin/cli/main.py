@@ -102,13 +102,16 @@ def _add_demo(commands: Commands) -> None:
         "demo",
         help="fill SGLang's real backend and compare every value with SGLang's own fill",
         description="Lets SGLang load the plugin, runs SGLang's real attention backend through random "
-        "draft-extend steps, and compares every tensor with SGLang's own fill. Needs no model. With a "
-        "GPU it uses CUDA graphs and the CUDA kernel, without one the CPU twin. The exit code is 0 when "
-        "all values are equal.",
+        "batches of each role (draft-extend, draft-decode, verify), and compares every tensor with "
+        "SGLang's own fill. Needs no model. With a GPU it uses CUDA graphs and the CUDA kernel, without "
+        "one the CPU twin. The exit code is 0 when all values are equal.",
         epilog="example: sglang-nsa-plugin demo --steps 500 --seed 7",
     )
     demo.add_argument(
-        "--steps", type=_positive, default=400, help="number of random batches (default: 400)"
+        "--steps",
+        type=_positive,
+        default=400,
+        help="random batches of each role (default: 400)",
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of the random batches (default: 0)")
     demo.add_argument("--json", metavar="FILE", help="also write the result to FILE as JSON")

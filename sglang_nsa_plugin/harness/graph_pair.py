@@ -21,7 +21,7 @@ from sglang_nsa_plugin.harness.graph_backend import GraphBackend
 from sglang_nsa_plugin.harness.pair import BackendPair
 from sglang_nsa_plugin.harness.sglang_kernel import sglang_fused_fill
 from sglang_nsa_plugin.self_test import POISON
-from sglang_nsa_plugin.state import STATE
+from sglang_nsa_plugin.state import STATES
 
 
 class GraphPair(BackendPair[GraphBackend]):
@@ -124,7 +124,8 @@ class GraphPair(BackendPair[GraphBackend]):
         """The plugin's fills of the backend that it took over."""
         fills: BackendFills | None = getattr(self.ours.backend, taken_over.ATTRIBUTE, None)
         if fills is None:
-            raise RuntimeError(f"the plugin did not take over SGLang's backend: {STATE.reason}")
+            reason = STATES[self.ours.role].reason
+            raise RuntimeError(f"the plugin did not take over SGLang's backend: {reason}")
         return fills
 
     def captured(self, bs: int) -> GraphFill:

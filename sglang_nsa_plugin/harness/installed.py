@@ -1,4 +1,4 @@
-"""The pair of backends that fits the installed SGLang."""
+"""The pair of backends that fits the installed SGLang, and the roles that it can have."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin.adapters import in_graph
+from sglang_nsa_plugin.adapters.install import adapter_for_installed
 from sglang_nsa_plugin.harness.eager_pair import EagerPair
 from sglang_nsa_plugin.harness.graph_pair import GraphPair
+from sglang_nsa_plugin.harness.process_stubs import activate_plugin
+from sglang_nsa_plugin.state import STATES
 
 
 def pair_for_installed(
@@ -19,3 +22,11 @@ def pair_for_installed(
     if in_graph.is_generation():
         return GraphPair(device, batch_sizes, backend, **harness)
     return EagerPair(device, batch_sizes, backend, **harness)
+
+
+def why_declined(role: str) -> str | None:
+    """Why the plugin fills nothing of this role with the installed SGLang, in its own words, or None."""
+    activate_plugin("auto", 0, role)
+    takeover = adapter_for_installed().takeovers.get(role)
+    is_armed = takeover is not None and takeover.request is not None
+    return None if is_armed else STATES[role].reason

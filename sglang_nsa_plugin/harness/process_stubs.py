@@ -30,6 +30,11 @@ COPY_KERNELS = (
     "sglang.kernels.ops.attention.fused_metadata_copy",
     "sglang.kernels.ops.attention.dsa.fused_metadata_copy",
 )
+# Who prints at each step that such a kernel is missing.
+COPIERS = (
+    "sglang.srt.layers.attention.dsa_backend",
+    "sglang.srt.layers.attention.dsa.dsa_metadata_manager",
+)
 
 
 def parameters(function: Callable[..., Any]) -> set[str]:
@@ -97,7 +102,8 @@ def stub_process(device: torch.device) -> Iterator[None]:
     Everywhere: attention TP of size 1, which is otherwise read from torch.distributed. On the CPU also:
     the compute capability 9.0, which the constructor asks for; no top-k plan, which needs a CUDA kernel;
     a launcher of the one Triton kernel that accepts CPU tensors; and not the CUDA kernel that copies
-    draft-decode's metadata, which SGLang would try to compile at each step before it copies by torch.
+    draft-decode's metadata, which SGLang would try to compile at each step before it copies by torch,
+    and would print so.
     """
     from sglang.srt.environ import envs
     from sglang.srt.layers.attention import dsa_backend
@@ -117,6 +123,8 @@ def stub_process(device: torch.device) -> Iterator[None]:
             launcher = on_cpu(dsa_backend.seqlens_expand_triton)
             stack.enter_context(mock.patch.object(dsa_backend, "seqlens_expand_triton", launcher))
             stack.enter_context(_missing(COPY_KERNELS))
+            for name in sys.modules.keys() & set(COPIERS):
+                stack.enter_context(mock.patch.object(sys.modules[name], "print"))
         yield
 
 

@@ -1,0 +1,45 @@
+"""The matrix of releases: each role is compared, or the plugin's own words say why not."""
+
+from __future__ import annotations
+
+import pytest
+
+from integration.figures import releases_page
+from integration.releases import matrix
+
+EQUAL = {"values_compared": 1_234, "values_different": 0}
+DECLINED = {"declined": "with this SGLang release the plugin fills no verify metadata"}
+
+
+@pytest.mark.parametrize(
+    ("version", "roles", "missing"),
+    [
+        ("0.5.14", {"draft-extend": EQUAL, "draft-decode": DECLINED, "verify": DECLINED}, []),
+        ("0.5.14", {"draft-extend": DECLINED}, ["draft-extend"]),
+        ("0.5.15.post1", {"draft-extend": EQUAL, "draft-decode": EQUAL, "verify": EQUAL}, []),
+        ("0.5.15.post1", {"draft-extend": EQUAL, "draft-decode": EQUAL, "verify": DECLINED}, ["verify"]),
+        ("0.5.23", {"draft-extend": EQUAL}, ["draft-decode", "verify"]),
+    ],
+)
+def test_from_0_5_15_on_no_role_may_be_missing(version, roles, missing):
+    assert matrix.missing_roles(version, roles) == missing
+
+
+def test_a_role_of_the_demo_is_summed_over_its_tensors():
+    part = {"steps": 3, "compared": {"a": 5, "b": 7}, "different": {"b": 2}, "first_difference": "b[0]"}
+    assert matrix._of_role(part) == {"values_compared": 12, "values_different": 2}
+    assert matrix._of_role(DECLINED) == DECLINED
+
+
+def test_the_page_shows_each_role():
+    different = {"values_compared": 9, "values_different": 1}
+    roles = {"draft-extend": EQUAL, "draft-decode": different, "verify": DECLINED}
+    shown = releases_page._roles("0.5.14", {"roles": roles})
+    assert shown == ("0.5.14", "1,234", "different", f"declined: {DECLINED['declined']}")
+
+
+def test_the_roles_are_the_packages():
+    """The matrix runs without the package, which may not be built."""
+    from sglang_nsa_plugin.state import ROLES
+
+    assert ROLES == matrix.ROLES
