@@ -13,12 +13,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-from integration.wheels.build import DIST, ROOT, run, which
+from integration.wheels.packages import DIST, ROOT, debian, for_aarch64, which
 
 FOLDER = ROOT / "build" / "emulated"
-PYTHON = ("python3", "libstdc++6", "libgomp1", "libgcc-s1")
-PLATFORMS = ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
-# With what they require, by name: pip would look at the requirements of the machine that it runs on.
+PYTHON = "python3,libstdc++6,libgomp1,libgcc-s1"
+# With what they require.
 PACKAGES = (
     *("torch==2.9.1", "numpy==2.3.5", "apache-tvm-ffi==0.1.5", "typing_extensions", "sympy", "mpmath"),
     *("filelock", "jinja2", "MarkupSafe", "networkx", "fsspec", "rich", "pygments", "markdown-it-py"),
@@ -35,7 +34,7 @@ def main() -> int:
     if not packages.is_dir():
         shutil.rmtree(FOLDER, ignore_errors=True)
         make_root(root)
-        install(packages)
+        for_aarch64("install", "--target", packages, *PACKAGES)
     shutil.rmtree(installed, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
@@ -54,20 +53,9 @@ def main() -> int:
 
 def make_root(root: Path) -> None:
     """An aarch64 Python and its C library, unpacked and not set up."""
-    which("debootstrap")
-    download = root.with_name("debian")
-    options = ("--arch=arm64", "--variant=minbase", f"--include={','.join(PYTHON)}")
-    run("debootstrap", "--download-only", *options, "bookworm", download)
-    for package in (download / "var/cache/apt/archives").glob("*.deb"):
-        run("dpkg-deb", "-x", package, root)
+    debian("aarch64", "bookworm", PYTHON, root)
     # The emulator looks below its root first, and pytest would find this folder empty there.
     (root / "tmp").rmdir()
-
-
-def install(packages: Path) -> None:
-    chosen = [word for name in PLATFORMS for word in ("--platform", f"{name}_aarch64")]
-    options = ("--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.11", *chosen)
-    run("python", "-m", "pip", "install", *options, "--target", packages, *PACKAGES)
 
 
 if __name__ == "__main__":
