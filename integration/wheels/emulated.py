@@ -6,11 +6,11 @@ Python 3.11 and, from the package index, torch into build/emulated: 300 MB. Take
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 from integration.wheels.packages import DIST, ROOT, debian, for_aarch64, which
@@ -29,26 +29,38 @@ TESTS = ("test_values.py", "test_fill_args.py")
 
 def main() -> int:
     emulator = which("qemu-aarch64-static")
-    (wheel,) = DIST.glob("*_aarch64.whl")
     root, packages, installed, tests = (FOLDER / n for n in ("root", "packages", "installed", "tests"))
     if not packages.is_dir():
         shutil.rmtree(FOLDER, ignore_errors=True)
         make_root(root)
         for_aarch64("install", "--target", packages, *PACKAGES)
     shutil.rmtree(installed, ignore_errors=True)
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(installed)
+    local = ("--no-index", "--find-links", DIST)
+    for_aarch64("install", *local, "--target", installed, "sglang-nsa-plugin")
     # Beside no source tree, whose Python would come first.
     shutil.rmtree(tests, ignore_errors=True)
     shutil.copytree(ROOT / "tests", tests)
     shutil.copy(ROOT / "pyproject.toml", FOLDER)
-    python = (emulator, "-L", root, root / "usr/bin/python3.11")
-    command = (*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not triton", *TESTS)
+    python = tuple(map(str, (emulator, "-L", root, root / "usr/bin/python3.11", "-m")))
     paths = os.pathsep.join(map(str, (packages, installed)))
     variables = {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(map(str, command)), cwd=tests, env={**os.environ, **variables}, check=False
-    ).returncode
+    environment = {**os.environ, **variables}
+    verify(python, environment)
+    command = (*python, "pytest", "-q", "-p", "no:cacheprovider", "-k", "not triton", *TESTS)
+    return subprocess.run(command, cwd=tests, env=environment, check=False).returncode
+
+
+def verify(python: tuple[str, ...], environment: dict[str, str]) -> None:
+    """Runs ``verify``, which fills with the wheel's library. It finds no SGLang, so its code is 1."""
+    command = (*python, "sglang_nsa_plugin", "verify", "--json")
+    done = subprocess.run(command, env=environment, cwd=FOLDER, stdout=subprocess.PIPE, check=False)
+    result = json.loads(done.stdout)
+    reason = result["implementations"]["cpu"]["reason"]
+    print(
+        f"verify on aarch64: compiled for {', '.join(result['gpu_code'])}; CPU fill:", reason or "equal"
+    )
+    if reason is not None:
+        raise SystemExit(f"the library of the aarch64 wheel does not fill: {reason}")
 
 
 def make_root(root: Path) -> None:

@@ -3,12 +3,12 @@
     python -m integration.wheels.roots [--mirror URL] [SUITE ...]
 
 Each root is the smallest that debootstrap makes. In it, pip installs the wheel and what it requires from
-a folder into an empty environment, and `sglang-nsa-plugin verify` must succeed. The root has a Python 3.11
-that was built in the first suite from Debian's sources: a release with such an old C library has none that
-SGLang supports. torch and SGLang are lent, read-only, by the Python that runs this.
+a folder into an empty environment, and `sglang-nsa-plugin verify` must succeed. Its Python 3.11 was
+built in the first suite from Debian's sources: a release with such an old C library has none that SGLang
+supports. torch and SGLang are lent, read-only, by the Python that runs this.
 
-Needs root on an x86_64 Debian or Ubuntu with debootstrap, and 1 GB below build/roots. The first run takes
-ten minutes, most of them for the Python; a later one takes four.
+Needs root on an x86_64 Debian or Ubuntu with debootstrap, and 1 GB below build/roots. The first run is
+about ten minutes longer than later ones, which keep the Python.
 """
 
 from __future__ import annotations
