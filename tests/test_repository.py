@@ -291,6 +291,69 @@ def test_a_command_that_cannot_be_run_is_found(command: str) -> None:
     assert wrong_with(command) is not None
 
 
+# Pythons, SGLang's version, the forge
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def project() -> str:
+    return text_of("pyproject.toml").partition("\n[project]\n")[2].partition("\n[")[0]
+
+
+def test_pythons_that_are_claimed_are_those_that_are_tried() -> None:
+    """3.11 by `make test`, the others by `make test-python`; tests.yml runs them all."""
+    claimed = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project())
+    (matrix,) = re.findall(
+        r'^ +version: \["3.+\]$', text_of(".github/workflows/tests.yml"), re.MULTILINE
+    )
+    assert claimed == sorted([*re.findall(r"3\.\d+", matrix), "3.11"], key=lambda v: int(v[2:]))
+    assert f'requires-python = ">={claimed[0]}"' in project()
+    (row,) = re.findall(r"^\| Python \| (.*) \|$", text_of("docs/releasing.md"), re.MULTILINE)
+    assert re.findall(r"3\.\d+", row) == claimed
+
+
+def test_sglang_has_no_bound_and_the_documents_say_why() -> None:
+    dependencies = re.findall(r"^dependencies = \[(.*)\]$", project(), re.MULTILINE)
+    assert len(dependencies) == 1
+    assert "sglang" not in dependencies[0]
+    (row,) = re.findall(r"^\| SGLang \| (.*) \|$", text_of("docs/releasing.md"), re.MULTILINE)
+    assert row.startswith(f"no bound; tested: {releases.TESTED[0]} to {releases.TESTED[-1]}")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_are_pinned_and_have_no_rights(path: Path) -> None:
+    """`make lint` runs zizmor and the schema of workflow files on them."""
+    text = path.read_text()
+    used = re.findall(r"uses: (.*)", text)
+    assert used
+    assert [
+        use for use in used if not re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use)
+    ] == []
+    assert "\npermissions: {}\n" in text
+    assert set(re.findall(r"^ +(\w+): (?:read|write)$", text, re.MULTILINE)) == {"contents"}
+    assert "contents: write" not in text
+    assert "secrets." not in text
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_run_what_the_makefile_has(path: Path) -> None:
+    text = path.read_text()
+    (targets,) = re.findall(r"target: \[(.*)\]", text) or [""]
+    runs = re.findall(r"\b(make [\w-]+)", "\n".join(re.findall(r"run: (.*)", text)))
+    runs += [f"make {target}" for target in targets.split(", ") if target]
+    assert runs
+    assert {run: wrong_with(run) for run in runs if wrong_with(run) is not None} == {}
+
+
+def test_what_a_release_needs_is_installed_by_its_workflow() -> None:
+    (listed,) = re.findall(r"^    apt-get install (.*)$", text_of("docs/releasing.md"), re.MULTILINE)
+    (installed,) = re.findall(
+        r"apt-get install --yes (.*)$", text_of(".github/workflows/wheels.yml"), re.M
+    )
+    assert listed == installed
+
+
 # Tests
 
 

@@ -380,6 +380,7 @@ def test_files_of_the_source_distribution(sdist: Path) -> None:
     built_from = {"pyproject.toml", "LICENSE", "README.md", "csrc/CMakeLists.txt", "csrc/fill_static.cu"}
     assert built_from <= files
     assert {name for name in files if name.endswith((".so", ".whl", ".pyc"))} == set()
+    assert {name for name in files if name.startswith((".ci", ".github"))} == set()
 
 
 def test_the_same_source_makes_the_same_bytes(source: Path, wheel: Path, tmp_path: Path) -> None:

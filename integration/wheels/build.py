@@ -18,9 +18,8 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-DIST = ROOT / "dist"
-DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}
+from integration.wheels.packages import DEBIAN, DIST, ROOT, debian, for_aarch64, run, which
+
 C_LIBRARY = ("libc6", "libc6-dev", "linux-libc-dev")
 TVM_FFI = "apache-tvm-ffi==0.1.5"  # as in pyproject.toml's build-system
 BUNDLED_ELSEWHERE = "libtvm_ffi.so"  # comes with apache-tvm-ffi
@@ -52,21 +51,10 @@ def main() -> None:
     run("auditwheel", "repair", "--exclude", BUNDLED_ELSEWHERE, "--wheel-dir", DIST, built)
 
 
-def run(*command: object, **variables: str) -> str:
-    done = subprocess.run(
-        list(map(str, command)),
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return done.stdout
-
-
 def write_toolchain(processor: str, folder: Path) -> Path:
     """A CMake toolchain file that compiles for a processor and for Debian 11's C library."""
     triple = f"{processor}-linux-gnu"
-    sysroot = c_library(DEBIAN[processor], folder / "sysroot")
+    sysroot = c_library(processor, folder / "sysroot")
     nvcc, tvm_ffi = toolkit() / "bin/nvcc", ""
     if processor == "aarch64":
         nvcc = cuda_for_aarch64(toolkit(), folder / "cuda")
@@ -91,22 +79,9 @@ def write_toolchain(processor: str, folder: Path) -> Path:
     return file
 
 
-def which(tool: str) -> str:
-    found = shutil.which(tool)
-    if found is None:
-        raise SystemExit(f"{tool} is missing; integration/wheels/build.py says what it needs")
-    return os.path.realpath(found)
-
-
-def c_library(architecture: str, sysroot: Path) -> Path:
+def c_library(processor: str, sysroot: Path) -> Path:
     """Headers and stubs of glibc 2.31: what is linked to it runs with every later one."""
-    which("debootstrap")
-    packages = sysroot.with_name("debian")
-    options = (f"--arch={architecture}", "--variant=minbase", "--include=libc6-dev")
-    run("debootstrap", "--download-only", *options, "bullseye", packages)
-    for name in C_LIBRARY:
-        (package,) = (packages / "var/cache/apt/archives").glob(f"{name}_*.deb")
-        run("dpkg-deb", "-x", package, sysroot)
+    debian(processor, "bullseye", "libc6-dev", sysroot, only=C_LIBRARY)
     # A link that leads out of the sysroot would lead to nothing, and the linker to a static library.
     for link in filter(Path.is_symlink, sysroot.rglob("*")):
         target = os.readlink(link)
@@ -144,7 +119,7 @@ def cuda_for_aarch64(native: Path, cross: Path) -> Path:
     runtime = from_index(f"nvidia-cuda-runtime=={said[1]}.*", cross.with_name("cuda-runtime"))
     target = cross / "targets" / "sbsa-linux"
     target.mkdir(parents=True)
-    (target / "include").symlink_to(native / "targets" / "x86_64-linux" / "include")
+    (target / "include").symlink_to(native / "include")
     (target / "lib").symlink_to(runtime / "nvidia" / f"cu{said[2]}" / "lib")
     (cross / "nvvm").symlink_to(native / "nvvm")
     (cross / "bin").mkdir()  # nvcc looks for its target beside this folder, so it is not a link
@@ -155,10 +130,7 @@ def cuda_for_aarch64(native: Path, cross: Path) -> Path:
 
 def from_index(requirement: str, folder: Path) -> Path:
     """The files of a package's wheel for aarch64."""
-    platforms = ("manylinux_2_28_aarch64", "manylinux_2_24_aarch64", "manylinux2014_aarch64")
-    chosen = [word for name in platforms for word in ("--platform", name)]
-    options = ("--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.11", *chosen)
-    run("python", "-m", "pip", "download", *options, "--dest", folder, requirement)
+    for_aarch64("download", "--dest", folder, requirement)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)

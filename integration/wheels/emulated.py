@@ -6,19 +6,18 @@ Python 3.11 and, from the package index, torch into build/emulated: 300 MB. Take
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
-from integration.wheels.build import DIST, ROOT, run, which
+from integration.wheels.packages import DIST, ROOT, debian, for_aarch64, which
 
 FOLDER = ROOT / "build" / "emulated"
-PYTHON = ("python3", "libstdc++6", "libgomp1", "libgcc-s1")
-PLATFORMS = ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
-# With what they require, by name: pip would look at the requirements of the machine that it runs on.
+PYTHON = "python3,libstdc++6,libgomp1,libgcc-s1"
+# With what they require.
 PACKAGES = (
     *("torch==2.9.1", "numpy==2.3.5", "apache-tvm-ffi==0.1.5", "typing_extensions", "sympy", "mpmath"),
     *("filelock", "jinja2", "MarkupSafe", "networkx", "fsspec", "rich", "pygments", "markdown-it-py"),
@@ -30,44 +29,45 @@ TESTS = ("test_values.py", "test_fill_args.py")
 
 def main() -> int:
     emulator = which("qemu-aarch64-static")
-    (wheel,) = DIST.glob("*_aarch64.whl")
     root, packages, installed, tests = (FOLDER / n for n in ("root", "packages", "installed", "tests"))
     if not packages.is_dir():
         shutil.rmtree(FOLDER, ignore_errors=True)
         make_root(root)
-        install(packages)
+        for_aarch64("install", "--target", packages, *PACKAGES)
     shutil.rmtree(installed, ignore_errors=True)
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(installed)
+    local = ("--no-index", "--find-links", DIST)
+    for_aarch64("install", *local, "--target", installed, "sglang-nsa-plugin")
     # Beside no source tree, whose Python would come first.
     shutil.rmtree(tests, ignore_errors=True)
     shutil.copytree(ROOT / "tests", tests)
     shutil.copy(ROOT / "pyproject.toml", FOLDER)
-    python = (emulator, "-L", root, root / "usr/bin/python3.11")
-    command = (*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not triton", *TESTS)
+    python = tuple(map(str, (emulator, "-L", root, root / "usr/bin/python3.11", "-m")))
     paths = os.pathsep.join(map(str, (packages, installed)))
     variables = {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(map(str, command)), cwd=tests, env={**os.environ, **variables}, check=False
-    ).returncode
+    environment = {**os.environ, **variables}
+    verify(python, environment)
+    command = (*python, "pytest", "-q", "-p", "no:cacheprovider", "-k", "not triton", *TESTS)
+    return subprocess.run(command, cwd=tests, env=environment, check=False).returncode
+
+
+def verify(python: tuple[str, ...], environment: dict[str, str]) -> None:
+    """Runs ``verify``, which fills with the wheel's library. It finds no SGLang, so its code is 1."""
+    command = (*python, "sglang_nsa_plugin", "verify", "--json")
+    done = subprocess.run(command, env=environment, cwd=FOLDER, stdout=subprocess.PIPE, check=False)
+    result = json.loads(done.stdout)
+    reason = result["implementations"]["cpu"]["reason"]
+    print(
+        f"verify on aarch64: compiled for {', '.join(result['gpu_code'])}; CPU fill:", reason or "equal"
+    )
+    if reason is not None:
+        raise SystemExit(f"the library of the aarch64 wheel does not fill: {reason}")
 
 
 def make_root(root: Path) -> None:
     """An aarch64 Python and its C library, unpacked and not set up."""
-    which("debootstrap")
-    download = root.with_name("debian")
-    options = ("--arch=arm64", "--variant=minbase", f"--include={','.join(PYTHON)}")
-    run("debootstrap", "--download-only", *options, "bookworm", download)
-    for package in (download / "var/cache/apt/archives").glob("*.deb"):
-        run("dpkg-deb", "-x", package, root)
+    debian("aarch64", "bookworm", PYTHON, root)
     # The emulator looks below its root first, and pytest would find this folder empty there.
     (root / "tmp").rmdir()
-
-
-def install(packages: Path) -> None:
-    chosen = [word for name in PLATFORMS for word in ("--platform", f"{name}_aarch64")]
-    options = ("--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.11", *chosen)
-    run("python", "-m", "pip", "install", *options, "--target", packages, *PACKAGES)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""What a release's wheels must be. The wheels of the tests hold a made-up library."""
+"""What a release's wheels must be, and where they are tried. The wheels here hold a made-up library."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import struct
+import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from integration.wheels import check
+from integration.wheels import check, packages, roots
 from sglang_nsa_plugin.kernels import gpu_code
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 PTX, MACHINE_CODE = 1, 2
 
 
@@ -107,3 +112,84 @@ def test_a_processor_without_a_wheel(aarch64: check.Wheel) -> None:
 def test_a_library_of_another_format(content: bytes) -> None:
     with pytest.raises(ValueError, match=r"no 64-bit little-endian ELF file|begins with 0x"):
         gpu_code.images(content)
+
+
+# Where they are tried
+
+
+@pytest.fixture
+def debootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that downloads the same package, named for the processor, into whatever folder it is given."""
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("needs dpkg-deb, which unpacks Debian's packages")
+    tree = tmp_path / "libc6"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN" / "control").write_text(
+        "Package: libc6\nVersion: 2.31\nArchitecture: arm64\nMaintainer: a <a@b>\nDescription: a\n"
+    )
+    (tree / "file").write_text("of libc6\n")
+    subprocess.run(["dpkg-deb", "--build", tree, tmp_path / "libc6_2.31_arm64.deb"], check=True)
+    script = tmp_path / "bin" / "debootstrap"
+    script.parent.mkdir()
+    script.write_text(
+        f"""#!/bin/sh
+echo "$@" > {tmp_path}/asked
+for folder; do :; done
+mkdir -p "$folder/var/cache/apt/archives"
+cp {tmp_path}/*.deb "$folder/var/cache/apt/archives"
+"""
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("debootstrap")
+@pytest.mark.parametrize("only", [("*",), ("libc6",)])
+def test_debian_packages_are_unpacked(tmp_path: Path, only: tuple[str, ...]) -> None:
+    packages.debian("aarch64", "bullseye", "libc6-dev", tmp_path / "root", only)
+    assert (tmp_path / "root" / "file").read_text() == "of libc6\n"
+    asked = (tmp_path / "asked").read_text()
+    assert "--download-only --arch=arm64 " in asked
+    assert "--include=libc6-dev bullseye " in asked
+
+
+@pytest.mark.usefixtures("debootstrap")
+def test_a_debian_package_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="Debian bullseye has no package libc6-dev for aarch64"):
+        packages.debian("aarch64", "bullseye", "", tmp_path / "root", only=("libc6-dev",))
+
+
+def test_without_the_wheel_no_root_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roots, "DIST", tmp_path)
+    with pytest.raises(SystemExit, match="dist/ must hold one x86_64 wheel, got 0: make wheel-x86_64"):
+        roots.wheel()
+
+
+def test_a_release_is_tried_before_its_checksums_are_printed() -> None:
+    """What `make release` would run; lint and tests come first."""
+    dry = subprocess.run(
+        ["make", "--dry-run", "release"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    steps = (
+        "bin/ruff check",
+        "--ignore=tests/tools",
+        " tests/tools\n",
+        "rm -rf dist",
+        "wheels.build x86_64",
+        "wheels.build aarch64",
+        "build --sdist",
+        "twine check --strict",
+        "wheels.emulated",
+        "wheels.roots",
+        "wheels.check dist",
+    )
+    places = [dry.find(step) for step in steps]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+def test_the_releases_that_were_tried_are_in_the_document() -> None:
+    """Each root of `make test-wheel-roots`, with its C library and the result."""
+    document = (ROOT / "docs" / "releasing.md").read_text()
+    tried = re.findall(r"^\| Debian \d+ \((\w+)\) \| 2\.\d+ \| x86_64 \| passed", document, re.M)
+    assert tuple(tried) == roots.SUITES
