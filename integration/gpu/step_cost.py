@@ -101,7 +101,7 @@ def kernels_us(call: Callable[[], object]) -> float:
         for _ in range(PROFILED):
             call()
         torch.cuda.synchronize()
-    total = sum(event.self_device_time_total for event in profiled.key_averages())
+    total = float(sum(event.self_device_time_total for event in profiled.key_averages()))
     return round(total / PROFILED, 2)
 
 

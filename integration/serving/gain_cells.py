@@ -51,9 +51,7 @@ class Regime:
     def options(self) -> list[str]:
         """Of ``ab``. Steps of two layers are short, and uneven from one batch to the next, so that many
         short rounds tell more; with dummy weights a step is a token."""
-        rounds, new_tokens = (40, 192) if self.layers == 2 else (9, 96)
-        if self.requests[-1] > 64:  # a round takes long
-            rounds = 7
+        rounds, new_tokens = (40, 192) if self.layers == 2 else (7, 64)
         return ["--rounds", str(rounds), "--output-len", str(new_tokens)]
 
     @property

@@ -53,5 +53,5 @@ def gpu_mib_of(pids: set[int]) -> int:
     """Memory that these processes take on the GPU, in MiB."""
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    used = dict(map(int, line.split(",")) for line in lines)
-    return sum(mib for pid, mib in used.items() if pid in pids)
+    pairs = [line.split(",") for line in lines]
+    return sum(int(mib) for pid, mib in pairs if int(pid) in pids)
