@@ -76,9 +76,13 @@ def _first(owner: Any) -> Any:
 
 
 def _bytes_kept(backend: Any) -> int:
-    """The size of the paged table, from which each batch size has a slice."""
-    table = backend.decode_cuda_graph_metadata.get("real_page_table")
-    return 0 if table is None else int(table.nbytes)
+    """The size of the page tables of this backend's graphs, of which each batch size has a slice."""
+    held = backend.decode_cuda_graph_metadata
+    tables = [held.get(name) for name in ("page_table", "real_page_table")]
+    for captured in held.values():
+        tables += [getattr(captured, name, None) for name in ("page_table_1", "real_page_table")]
+    storages = [table.untyped_storage() for table in tables if table is not None]
+    return sum({each.data_ptr(): int(each.nbytes()) for each in storages}.values())
 
 
 def _target_pool(scheduler: Any) -> Any:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from isolated import run
 
+from sglang_nsa_plugin.options import ROLES_VARIABLE
+from sglang_nsa_plugin.state import DRAFT_EXTEND
+
 # In a scheduler's constructor: the draft worker's backend, and a capture for one request.
 MAKE_BACKEND = """
 import torch
@@ -131,6 +134,9 @@ def start(
 ) -> Started:
     """Starts a server; other plugins lie in folders that are looked at first or last.
 
+    MAKE_BACKEND makes draft-extend's backend alone, so that role alone is asked for, unless a flag or
+    the environment say otherwise: an empty variable leaves the roles to the plugin.
+
     Args:
         change: a statement inside the scheduler's constructor.
         after_loading: a statement between loading plugins and making the scheduler.
@@ -145,6 +151,7 @@ def start(
         "change": change,
         "after_loading": after_loading,
     }
+    environment = {ROLES_VARIABLE: DRAFT_EXTEND, **environment}
     launcher = run(LAUNCHER, json.dumps(what), **environment)
     if launcher.returncode:
         return Started(launcher.returncode, launcher.stderr, None, False)

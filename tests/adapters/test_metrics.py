@@ -11,6 +11,7 @@ import pytest
 from isolated import run
 
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
+from sglang_nsa_plugin.state import ROLES
 
 # A scheduler whose constructor makes nothing but the collector's labels; the hooks around it are real.
 SCHEDULER = """
@@ -88,7 +89,11 @@ app = FastAPI()
 add_prometheus_middleware(app)
 print(TestClient(app).get("/metrics").text)
 """
-SPARSE = {"speculative_algorithm": "EAGLE", "attention_backend": "dsa"}
+SPARSE = {
+    "speculative_algorithm": "EAGLE",
+    "attention_backend": "dsa",
+    "SGLANG_NSA_METADATA_ROLES": "draft-extend",  # the only backend that the scheduler here makes
+}
 
 
 def labels(rank: int) -> dict[str, object]:
@@ -152,10 +157,9 @@ def test_a_server_that_the_plugin_leaves_alone_shows_that_and_no_counters(tmp_pa
     (info,) = (name for name in found if name.startswith("info "))
     assert info.startswith("info adapter=none ")
     assert found.pop(info) == 1
-    ((in_place, value),) = found.items()
-    assert in_place.startswith("in_place ")
-    assert " role=draft-extend" in in_place
-    assert value == 0
+    assert all(name.startswith("in_place ") for name in found)
+    assert [any(f" role={role}" in name for name in found) for role in ROLES] == [True] * 3
+    assert list(found.values()) == [0] * 3
 
 
 def test_nothing_exists_when_metrics_are_off(tmp_path):

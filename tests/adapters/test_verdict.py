@@ -6,6 +6,7 @@ import pytest
 from cpu_pair import skip_unless_captured
 from stand_in_server import DSA, MAKE_BACKEND, start
 
+from sglang_nsa_plugin.options import ROLES_VARIABLE
 from sglang_nsa_plugin.state import ROLES
 
 BACKEND = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend"
@@ -18,7 +19,6 @@ FORGET = """
 from sglang_nsa_plugin.adapters import taken_over
 taken_over.TAKEOVERS["draft-extend"].backends[0]._nsa_fills.forget()
 """
-DRAFT_EXTEND_ALONE = ("--nsa-metadata-roles", "draft-extend")
 NO_BACKEND = "SGLang made no NSA/DSA attention backend for draft-extend"
 
 
@@ -43,7 +43,7 @@ NO_BACKEND = "SGLang made no NSA/DSA attention backend for draft-extend"
     ],
 )
 def test_a_server_without_a_backend_to_fill(tmp_path, settings, said):
-    started = start(tmp_path, *DRAFT_EXTEND_ALONE, settings=settings)
+    started = start(tmp_path, settings=settings)
     assert started.returncode == 0, started.log
     assert started.record["in_place"] == {"draft-extend": False}
     assert said in started.record["reason"]
@@ -91,7 +91,8 @@ def test_one_speculative_step_has_no_draft_decode(tmp_path):
     ],
 )
 def test_a_server_without_anything_to_fill_serves_whatever_was_asked_for(tmp_path, settings, reason):
-    started = start(tmp_path, "--nsa-metadata-backend", "torch", settings=settings)
+    by_default = {ROLES_VARIABLE: ""}
+    started = start(tmp_path, "--nsa-metadata-backend", "torch", settings=settings, **by_default)
     assert started.returncode == 0, started.log
     assert started.record["reason"].startswith(reason)
     assert started.record["in_place"] == dict.fromkeys(ROLES, False)
@@ -101,7 +102,7 @@ def test_a_server_without_anything_to_fill_serves_whatever_was_asked_for(tmp_pat
 
 def test_by_default_each_role_has_its_own_verdict(tmp_path):
     skip_unless_captured()
-    started = start(tmp_path, settings=DSA, change=MAKE_BACKEND)
+    started = start(tmp_path, change=MAKE_BACKEND, **{ROLES_VARIABLE: ""})
     assert started.record["in_place"] == {"draft-extend": True, "draft-decode": False, "verify": False}
     lines = started.lines("not used: SGLang made no NSA/DSA attention backend for ")
     assert [role in line for role, line in zip(ROLES[1:], lines, strict=True)]
@@ -109,7 +110,7 @@ def test_by_default_each_role_has_its_own_verdict(tmp_path):
 
 def test_graphs_that_were_never_captured(tmp_path):
     skip_unless_captured()
-    flags = ("--disable-cuda-graph", *DRAFT_EXTEND_ALONE)
+    flags = ("--disable-cuda-graph",)
     started = start(tmp_path, *flags, change=MAKE_BACKEND + FORGET)
     assert started.returncode == 0, started.log
     assert started.record["adapter"] is None
@@ -135,7 +136,7 @@ def test_a_plugin_that_replaced_the_constructor_later(tmp_path):
 def test_a_plugin_that_replaced_a_hooked_method_of_the_backend_later(tmp_path):
     skip_unless_captured()
     change = MAKE_BACKEND + REPLACE_IN_GRAPH.format("lambda self, forward_batch: None")
-    started = start(tmp_path, *DRAFT_EXTEND_ALONE, change=change)
+    started = start(tmp_path, change=change)
     assert started.returncode == 0, started.log
     target = f"{BACKEND}.init_forward_metadata_in_graph"
     assert started.record["reason"].startswith(f"another plugin replaced {target} after this one")
@@ -147,7 +148,7 @@ def test_a_wrapper_around_a_hooked_method_keeps_the_fill_in_place(tmp_path):
     skip_unless_captured()
     wrapper = "__import__('functools').wraps(hooked)(lambda *a, **k: hooked(*a, **k))"
     change = MAKE_BACKEND + REPLACE_IN_GRAPH.format(wrapper)
-    started = start(tmp_path, *DRAFT_EXTEND_ALONE, change=change)
+    started = start(tmp_path, change=change)
     assert started.record["in_place"] == {"draft-extend": True}
 
 

@@ -110,8 +110,11 @@ def test_savings_are_reported_in_memory_tokens_and_a_flag(state, monkeypatch, ca
     class Owner(SimpleNamespace):
         __hash__ = object.__hash__
 
-    table = torch.zeros(1_000, 8_000, dtype=torch.int32)
-    owner = Owner(token_to_kv_pool=draft, decode_cuda_graph_metadata={"real_page_table": table})
+    table = torch.zeros(1_000, 4_000, dtype=torch.int32)
+    of_a_batch_size = torch.zeros(500, 8_000, dtype=torch.int32)
+    captured = SimpleNamespace(page_table_1=table[:7], real_page_table=of_a_batch_size)
+    held = {"page_table": table, "real_page_table": None, 7: captured}
+    owner = Owner(token_to_kv_pool=draft, decode_cuda_graph_metadata=held)
     takeover.add(owner)
     wide_tables.report_savings(scheduler, [takeover])
     assert (
