@@ -141,13 +141,18 @@ def _filled(roles: Iterable[str]) -> str:
 
 
 def in_words(found: Sequence[Part]) -> Iterator[str]:
-    """One sentence for the regimes that the host bounds, one for those that the GPU bounds."""
-    host, gpu = by_bound(found)
+    """A sentence for the regimes that the host bounds, one for those that the GPU bounds, and one for the
+    cells beside another process.
+    """
+    host, gpu = by_bound([part for part in found if not part["beside"]])
+    beside = [part for part in found if part["beside"]]
     if host:
         yield f"Where the host bounds the step (2 layers): {_found(host)}."
     if gpu:
         layers = " or ".join(dict.fromkeys(_layers(part) for part in gpu))
         yield f"Where the GPU bounds it ({layers} thin layers of dummy weights): {_found(gpu)}."
+    if beside:
+        yield f"Beside another process that holds a context on the same GPU: {_found(beside)}."
 
 
 def by_bound(found: Sequence[Part]) -> tuple[list[Part], list[Part]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from integration.figures import gain, gpu_checks, one_fill, servers
+from integration.figures import gain, gpu_checks, one_fill, servers, step_cost
 from integration.figures.committed import (
     RESULTS,
     SHOWN_CASE,
@@ -36,6 +36,7 @@ def page() -> str:
         ),
         "## In a server",
         *_in_a_server(serve),
+        *step_cost.section(RESULTS),
         "## One fill, outside a server",
         *([] if newest is None else one_fill.section(newest)),
         "## Same tokens as SGLang",

@@ -48,6 +48,7 @@ def section(parts: dict[str, Any]) -> list[str]:
         *corrupted(parts),
         *dropped(parts),
         *profiled(parts),
+        *tables(parts),
         *under_load(parts),
     ]
 
@@ -181,6 +182,22 @@ def profiled(parts: dict[str, Any]) -> list[str]:
             "A profile of a running server: what is launched for metadata between the graphs of a step."
         ),
         table(("requests", "server", "launches a step", "their GPU time a step"), rows),
+    ]
+
+
+def tables(parts: dict[str, Any]) -> list[str]:
+    """The memory of the graphs' page tables, by the server's own line, and of the servers in all."""
+    if "tables" not in parts:
+        return []
+    found = parts["tables"]
+    memory = found["gpu_mib"]
+    return [
+        paragraph(
+            f"Graphs for {found['requests']} requests of up to {found['context']:,} tokens: by the plugin's own line "
+            f"their page tables take {found['tables_mb']:,} MB instead of {found['before_mb']:,} MB; the server's "
+            f"process takes {memory['plugin']:,} MiB of the GPU, and SGLang's {memory['sglang']:,} MiB, with a KV "
+            "cache of the same size."
+        )
     ]
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from integration.figures import build, gain, gpu_checks, one_fill, results_page, servers
+from integration.figures import build, gain, gpu_checks, one_fill, results_page, servers, step_cost
 from integration.figures.committed import load
 from integration.serving import compare
 from integration.serving.server import Answer
@@ -141,6 +141,35 @@ def test_what_differs_between_servers_is_counted():
     assert "| `real_page_table` | tokens and accepted drafts |" in wrong
     assert "| `cu_seqlens_k` | nothing: no consumer reads it |" in wrong
     assert servers.section({}) == []
+
+
+def test_what_a_whole_step_takes_is_added_up_over_its_roles(tmp_path):
+    roles = [
+        {
+            "role": name,
+            "us": {"2048": {"ours": 4.25, "sglang": 100.5}},
+            "bytes": {"ours": 2_000_000, "sglang": 9e8},
+        }
+        for name in ("draft-extend", "draft-decode", "verify")
+    ]
+    run = {
+        "gpus": ["NVIDIA H200, 580.1"],
+        "versions": {"sglang": "0.5.17"},
+        "commit": "0" * 40,
+        "date": "2026-11-28",
+        "parts": {"1m": {"context": 1 << 20, "requests": 64, "roles": roles}},
+    }
+    (tmp_path / "step-cost-h200-0.5.17.json").write_text(json.dumps(run))
+    *_, table = step_cost.section(tmp_path)
+    assert table.splitlines()[-1] == "| 1 M | 2,048 | 301.5 µs | 12.8 µs | 2,700.0 MB | 6.0 MB |"
+    assert step_cost.section(tmp_path / "nothing") == []
+
+
+def test_the_memory_of_page_tables_is_the_servers_own_line():
+    found = {"requests": 64, "context": 1 << 20, "tables_mb": 37, "before_mb": 2_722,
+             "gpu_mib": {"plugin": 5_628, "sglang": 8_216}}  # fmt: skip
+    (text,) = servers.tables({"tables": found})
+    assert "take 37 MB instead of 2,722 MB" in " ".join(text.split())
 
 
 def test_gpu_memory_that_falls_a_lot_hides_the_growth():

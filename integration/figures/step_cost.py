@@ -1,0 +1,55 @@
+"""What the metadata of a whole step takes of the GPU, outside a server, for docs/results.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from integration.figures.committed import gpu_name, paragraph, table
+
+CONTEXTS = {"160k": "160 k", "1m": "1 M"}
+COLUMNS = (
+    "context",
+    "tokens in each request",
+    "GPU: SGLang",
+    "GPU: plugin",
+    "memory: SGLang",
+    "memory: plugin",
+)
+
+
+def section(folder: Path) -> list[str]:
+    """A table for each result file of ``integration.gpu.step_cost``; nothing without one."""
+    return [
+        block
+        for path in sorted(folder.glob("step-cost-*.json"))
+        for block in _of(json.loads(path.read_text()))
+    ]
+
+
+def _of(run: dict[str, Any]) -> list[str]:
+    contexts = run["parts"]
+    roles = [role["role"] for role in next(iter(contexts.values()))["roles"]]
+    requests = {context["requests"] for context in contexts.values()}
+    return [
+        "## The metadata of a whole step, outside a server",
+        paragraph(
+            f"All plans of one step together ({', '.join(roles)}), {', '.join(map(str, sorted(requests)))} requests, "
+            "4 draft tokens: what SGLang launches before its graphs, kernels alone, and what the plugin records in "
+            "them. The memory is that of the tensors which those graphs read, for one batch size. "
+            f"{', '.join(map(gpu_name, run['gpus']))}, SGLang {run['versions']['sglang']}, commit "
+            f"{run['commit'][:7]}, {run['date'][:10]}; `python -m integration.gpu.step_cost`."
+        ),
+        table(COLUMNS, [row for name, context in contexts.items() for row in _rows(name, context)]),
+    ]
+
+
+def _rows(name: str, context: dict[str, Any]) -> list[tuple[str, ...]]:
+    roles = context["roles"]
+    memory = [f"{sum(role['bytes'][arm] for role in roles) / 1e6:,.1f} MB" for arm in ("sglang", "ours")]
+    rows = []
+    for length in roles[0]["us"]:
+        us = [f"{sum(role['us'][length][arm] for role in roles):,.1f} µs" for arm in ("sglang", "ours")]
+        rows.append((CONTEXTS[name], f"{int(length):,}", *us, *memory))
+    return rows
