@@ -38,6 +38,10 @@ KERNEL_CACHES: Table[tuple[str, ...]] = (
     ("0.5.11", "0.5.17", (".triton", ".cache/tvm-ffi", ".cache/flashinfer", ".cache/deep_gemm")),
     ("0.5.18", LATER, (".cache/sglang", ".cache/tvm-ffi")),
 )
+TRITON_CACHE: Table[str] = (
+    ("0.5.11", "0.5.17", ".triton/cache"),
+    ("0.5.18", LATER, ".cache/sglang/triton"),
+)
 
 
 def of(table: Table[Spelling], release: str | None = None) -> Spelling:
