@@ -34,6 +34,7 @@ help:
 	@echo "make test        tests that need no GPU"
 	@echo "make lint        formatters, linter, types, compilers' warnings"
 	@echo "make test-release VERSION=0.5.14   against one SGLang release in an environment of its own"
+	@echo "make test-release VERSION=latest   against the newest one, with the names that changed and a verdict"
 	@echo "make test-releases                 against all tested ones; writes integration/results/"
 	@echo "make test-tools  tests of what is around the package: integration/, the pages made from results"
 	@echo "make gpu-test    tests, sanitizers and the demo on an NVIDIA GPU; writes integration/results/"
@@ -72,7 +73,7 @@ lint: $(VENV)/.lint
 
 # .releases/ keeps the environments; without KEEP=1 they are made anew.
 test-release:
-	$(if $(VERSION),,$(error VERSION: name the SGLang release, as in make test-release VERSION=0.5.14))
+	$(if $(VERSION),,$(error VERSION: name the SGLang release, as in make test-release VERSION=0.5.14, or latest))
 	python3 -m integration.releases.matrix $(if $(KEEP),--keep) $(VERSION)
 
 test-releases:

@@ -42,6 +42,7 @@ def main() -> int:
         "demo": run_demo,
         **{part: partial(run_module, "soak", "--role", role) for part, role in SOAKS.items()},
         "check_cost": lambda: run_module("check_cost"),  # with the GPU to itself
+        "sglang_kit": lambda: run_module("sglang_kit"),  # of 0.5.20 and later
     }
     parser.add_argument("--only", choices=parts, action="append")
     # tests has those of adapters, too; timing and check_cost need the GPU alone; the others take minutes
@@ -53,6 +54,7 @@ def main() -> int:
         "sanitized_vast_tests",
         *SOAKS,
         "check_cost",
+        "sglang_kit",
     )
     only = parser.parse_args().only or [name for name in parts if name not in by_name]
     outcome: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """What differs between SGLang releases for those who start servers: options, and where kernels are kept.
 
-    python3 -m integration.releases.differences caches     # of the installed release, below ~
+    python3 -m integration.releases.differences caches     # those that are there, below ~
 
 This is the one place for it. Elsewhere nothing in integration/ asks for a version, but for what
 `install_sglang` installs and the generations that `matrix` names. The probe, which runs inside a server,
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import TypeVar
 
 from integration.releases.install_sglang import LATER, release_key
@@ -37,6 +38,10 @@ NO_PREFILL_GRAPH: Table[str] = (
 KERNEL_CACHES: Table[tuple[str, ...]] = (
     ("0.5.11", "0.5.17", (".triton", ".cache/tvm-ffi", ".cache/flashinfer", ".cache/deep_gemm")),
     ("0.5.18", LATER, (".cache/sglang", ".cache/tvm-ffi")),
+)
+TRITON_CACHE: Table[str] = (
+    ("0.5.11", "0.5.17", ".triton/cache"),
+    ("0.5.18", LATER, ".cache/sglang/triton"),
 )
 
 
@@ -65,4 +70,4 @@ def sparse_backend(name: str, release: str | None = None) -> list[str]:
 if __name__ == "__main__":
     if sys.argv[1:] != ["caches"]:
         raise SystemExit("usage: python3 -m integration.releases.differences caches")
-    print(*of(KERNEL_CACHES))
+    print(*(each for each in of(KERNEL_CACHES) if (Path.home() / each).is_dir()))

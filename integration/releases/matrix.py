@@ -1,12 +1,16 @@
 """``make test-releases``: the plugin against SGLang's own code in each release, without a GPU.
 
     python -m integration.releases.matrix [VERSION ...]
+    python -m integration.releases.matrix latest
 
 For each release, by default all that are listed as tested: a fresh environment below .releases/ with
 that release and its own transformers, in which SGLang's loader discovers the installed wheel, its own
 command line parses the flag, and its own backend class is filled by both and compared value by value,
 in each role; where the plugin leaves a role to SGLang, its own words say why.
 Writes integration/results/releases.json, or below NSA_RESULTS_DIR.
+
+``latest`` asks the package index for the newest release, tries it in the same way, and prints the names
+that are others than the plugin's, and one verdict. Its row is written once it is listed as tested.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from integration.releases.install_sglang import release_key
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / ".releases"
 RESULT = "releases.json"
+LATEST = "latest"
 STEPS = 100
 AT_ONCE = 2  # releases; each takes one core, for most of its time
 # How SGLang's draft-extend code came to be what it is, and the first release of each generation.
@@ -41,7 +46,7 @@ GENERATIONS = {
     "E": ("0.5.20", "D with k-pooling and another runner"),
     "F": ("0.5.22", "E without an early fence"),
 }
-TIME_LIMIT_S = 1200
+TIME_LIMIT_S = 2400  # for the tests of one release, on cores that other work shares
 ALL_ROLES_SINCE = "D"  # a generation
 ROLES = ("draft-extend", "draft-decode", "verify")
 # Named first so that nothing later chooses them; what the tests need comes with the wheel's extra.
@@ -50,9 +55,13 @@ FIRST = ("torch==2.13.0", "triton==3.6.0", "numpy>=2,<2.4")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("version", nargs="*", help="such as 0.5.14; default: all tested releases")
+    parser.add_argument(
+        "version", nargs="*", help=f"such as 0.5.14, or {LATEST}; default: all tested releases"
+    )
     parser.add_argument("--keep", action="store_true", help="use the environments of an earlier run")
     arguments = parser.parse_args()
+    if arguments.version == [LATEST]:
+        return try_latest(arguments.keep)
     versions = arguments.version or tested_releases()
     wheel = build_wheel()
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -61,6 +70,79 @@ def main() -> int:
     result_files.merge(RESULT, "make test-releases", rows, alone=True)
     print(as_text(rows))
     return 0 if all(row["verdict"] == "equal" for row in rows.values()) else 1
+
+
+def try_latest(keep: bool) -> int:
+    """Tries the newest release; whatever goes wrong, the last line is the verdict."""
+    version = latest_release()
+    is_tested = version in tested_releases()
+    print(f"SGLang {version} is the newest release{', and listed as tested' if is_tested else ''}")
+    try:
+        row = try_release(version, build_wheel(), keep)
+        names = changed_names(str(FOLDER / version / "bin" / "python"))
+    except subprocess.SubprocessError as error:
+        print(f"verdict: SGLang {version} could not be tried: {error}")
+        return 1
+    if is_tested:
+        result_files.merge(RESULT, f"make test-release VERSION={version}", {version: row}, alone=True)
+    print("\n".join([as_text({version: row}), *names_as_text(names), verdict(version, row, names)]))
+    return 0 if row["verdict"] == "equal" else 1
+
+
+def latest_release() -> str:
+    """The newest release that the package index has for this Python, pre-releases left out."""
+    command = [
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--ignore-installed",
+        "-qq",
+        "--report",
+        "-",
+        "sglang",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *command], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return str(json.loads(done.stdout)["install"][0]["metadata"]["version"])
+
+
+def changed_names(python: str) -> list[dict[str, Any]]:
+    """What `names` finds in this environment."""
+    command = [python, "-W", "ignore", "-m", "integration.releases.names"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=clean_environment(), check=True, stdout=subprocess.PIPE, text=True
+    )
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+def names_as_text(names: list[dict[str, Any]]) -> list[str]:
+    """Three lines for each target that is another one."""
+    lines = []
+    for name in names:
+        lines += [
+            f"{name['target']}: {'does not fit' if name['misfit'] else 'fits, has more'}",
+            f"  the plugin uses  {', '.join(name['ours'])}",
+            f"  SGLang has       {', '.join(name['theirs']) or name['misfit']}",
+        ]
+    return lines
+
+
+def verdict(version: str, row: dict[str, Any], names: list[dict[str, Any]]) -> str:
+    """One line: does the plugin fill with this release, and if not, what to look at."""
+    unfit = sum(name["misfit"] is not None for name in names)
+    if unfit:
+        what = f"the plugin steps aside, {unfit} targets do not fit, see above"
+    elif row["adapter"] is None:
+        what = f"the plugin steps aside: {row['reason']}"
+    elif row["values_different"]:
+        what = f"{row['values_different']} values are different"
+    elif row["verdict"] != "equal":
+        what = "every value is equal, but tests failed, see above"
+    else:
+        listed = "" if version in tested_releases() else "; add it to TESTED in adapters/releases.py"
+        what = f"equal, the plugin fills ({row['adapter']}){listed}"
+    return f"verdict: SGLang {version}: {what}"
 
 
 def tested_releases() -> list[str]:

@@ -112,7 +112,7 @@ def ask(servers: AbServers) -> list[dict[str, Any]]:
     """All prompts, without pages that an earlier one left in the cache."""
     for server in servers.values():
         server.flush_cache()
-    return one_at_a_time(servers, ASKED, limit_s=LIMIT_S)
+    return one_at_a_time(servers, ASKED, explains=False, limit_s=LIMIT_S)
 
 
 def corrupted(servers: AbServers, role: str, field: str) -> dict[str, Any]:

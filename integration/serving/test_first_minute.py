@@ -25,6 +25,8 @@ from typing import Any
 import pytest
 import requests
 
+from integration.releases import differences
+from integration.releases.differences import TRITON_CACHE
 from integration.serving.ab_servers import START_LIMIT_S, Environment, serve_args
 from integration.serving.compare import prompts
 from integration.serving.gain_cells import captured
@@ -73,7 +75,7 @@ def test_first_minute(gpus: int, model: Path, folder: Path, roles: str | None, t
 
 def cache_without_metadata_kernels(folder: Path) -> Path:
     """This user's cache of compiled Triton kernels, as on a host where other kernels were compiled."""
-    home = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    home = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / differences.of(TRITON_CACHE)))
     shutil.copytree(home, folder, dirs_exist_ok=True) if home.is_dir() else folder.mkdir()
     for kernel in folder.glob(f"*/{KERNELS}*.json"):
         shutil.rmtree(kernel.parent, ignore_errors=True)

@@ -354,7 +354,7 @@ HookRegistry.register(target, lambda original, *a, **k: original(*a, **k), HookT
         ),
         (
             "dsa_backend.DeepseekSparseAttnBackend.init_cuda_graph_state = "
-            "lambda self, max_bs, max_num_tokens, device=None: None",
+            "lambda self, max_bs, max_num_tokens, device: None",
             "init_cuda_graph_state takes (self, max_bs, max_num_tokens, device), "
             "expected (self, max_bs, max_num_tokens)",
         ),
@@ -368,12 +368,11 @@ HookRegistry.register(target, lambda original, *a, **k: original(*a, **k), HookT
         ),
         (
             "runner.EAGLEDraftExtendCudaGraphRunner.__init__ = lambda self, eagle_worker: None",
-            "__init__ sets no attribute draft_extend_attn_backend, model_runner",
+            "EAGLEDraftExtendCudaGraphRunner sets no attribute draft_extend_attn_backend, model_runner",
         ),
         (
-            "runner.EAGLEDraftExtendCudaGraphRunner.execute = lambda self, forward_batch, rows: None",
-            "execute takes (self, forward_batch, rows), "
-            "expected (self, forward_batch, select_index) or (self, forward_batch)",
+            "runner.EAGLEDraftExtendCudaGraphRunner.execute = lambda self, batch, rows: None",
+            "execute takes (self, batch, rows), expected (self, forward_batch)",
         ),
         (
             "del draft_utils.DraftBackendFactory._create_dsa_prefill_backend",

@@ -253,14 +253,80 @@ def test_drafts_count_only_where_sglang_is_repeatable():
 
 def test_a_batch_differs_where_no_answer_is_one_of_sglangs():
     a, b, c = answer([1]), answer([2]), answer([3])
-    row = compare.repeated([[a, a, c], [a, b, c]], [[a, b, a], [a, b, b]])
-    assert (row["prompts"], row["repeatable"], row["different"]) == (3, 2, 1)
+    asked = [[7], [8], [9]]
+    row = compare.repeated([[a, a, c], [a, b, c]], [[a, b, a], [a, b, a]], asked)
+    assert (row["prompts"], row["repeatable"], row["different"]) == (3, 3, 1)
+    assert row["differences"] == [
+        {
+            "prompt": [9],
+            "verdict": "fault",
+            "plugin": [{"times": 2, "output_ids": [3]}],
+            "sglang": [{"times": 2, "output_ids": [1]}],
+        }
+    ]
     with pytest.raises(AssertionError):
         compare.assert_alike([row])
-    unrepeatable = compare.repeated([[a, a], [a, b]], [[a, a], [b, b]])
+    explained = compare.repeated([[a, a, c], [a, b, c]], [[a, b, a], [a, b, b]], asked)
+    assert (explained["repeatable"], explained["different"]) == (2, 1)
+    assert explained["differences"][0]["verdict"] == "SGLang alone differs from itself"
+    compare.assert_alike([explained])
+    unrepeatable = compare.repeated([[a, a], [a, b]], [[a, a], [b, b]], asked[:2])
     with pytest.raises(AssertionError, match="0 of 2 prompts"):
         compare.assert_alike([unrepeatable])
-    compare.assert_alike([compare.repeated([[a, b]], [[a, b]])])
+    compare.assert_alike([compare.repeated([[a, b]], [[a, b]], asked[:2])])
+
+
+@pytest.mark.parametrize(
+    ("plugin", "sglang", "verdict"),
+    [
+        ([[1, 2, 9]], [[1, 2, 3], [1, 2, 3]], ab_stats.FAULT),
+        ([[1, 2, 9]], [[1, 2, 3], [1, 2, 4]], ab_stats.ITSELF),
+        ([[1, 9, 3]], [[1, 2, 3], [1, 2, 4]], ab_stats.FAULT),  # before SGLang's own answers part
+        ([[1, 2, 4, 9]], [[1, 2, 3, 5], [1, 2, 4, 5]], ab_stats.ITSELF),  # and behind it
+        ([[1, 2, 9], [8, 2, 3]], [[1, 2, 3], [1, 2, 4]], ab_stats.FAULT),  # one answer of two
+    ],
+)
+def test_sglang_alone_explains_other_tokens_from_where_its_answers_part(plugin, sglang, verdict):
+    assert ab_stats.verdict(plugin, sglang) == verdict
+
+
+class Arm:
+    """A server that gives these answers in turn, the last one ever after."""
+
+    def __init__(self, *outputs):
+        self.outputs = list(outputs)
+        self.flushed = 0
+
+    def generate(self, prompt, new_tokens):
+        return answer(self.outputs.pop(0) if len(self.outputs) > 1 else self.outputs[0])
+
+    def flush_cache(self):
+        self.flushed += 1
+
+
+def test_other_tokens_are_kept_with_their_prompt_and_what_sglang_alone_says():
+    servers = {"plugin": Arm([1, 2, 9]), "sglang": Arm([1, 2, 3], [1, 2, 3], [1, 2, 4])}
+    (row,) = compare.one_at_a_time(servers, [[5, 6]])
+    assert row["difference"]["prompt"] == [5, 6]
+    assert row["difference"]["plugin"] == [{"times": 1, "output_ids": [1, 2, 9]}]
+    assert row["difference"]["sglang"] == [
+        {"times": 2, "output_ids": [1, 2, 3]},
+        {"times": compare.REPEATS - 1, "output_ids": [1, 2, 4]},
+    ]
+    assert row["difference"]["verdict"] == "SGLang alone differs from itself"
+    assert servers["sglang"].flushed == compare.REPEATS // 2
+    assert compare.mismatches([row]) == compare.other_answers([row]) == []
+
+    (row,) = compare.one_at_a_time({"plugin": Arm([1, 2, 9]), "sglang": Arm([1, 2, 3])}, [[5, 6]])
+    assert row["difference"]["verdict"] == "fault"
+    assert compare.mismatches([row]) == compare.other_answers([row]) == [row]
+
+
+def test_alike_answers_are_not_asked_again():
+    servers = {"plugin": Arm([1, 2, 3]), "sglang": Arm([1, 2, 3], [4])}
+    (row,) = compare.one_at_a_time(servers, [[5, 6]])
+    assert "difference" not in row
+    assert servers["sglang"].outputs == [[4]]
 
 
 def test_tokens_of_a_step_and_how_far_apart():
