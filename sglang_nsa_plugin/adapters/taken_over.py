@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin.adapters import wide_tables
 from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Request, Takeover
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills, CaptureError, is_capturing
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
@@ -50,7 +51,7 @@ def _take_over(owner: Any, backend: Any, request: Request, role: Role, takeover:
             choice,
             request.check_every,
             takeover.outcome,
-            drops_wide_tables=not request.keeps_wide_tables,
+            drops_wide_tables=wide_tables.can_be_dropped() and not request.keeps_wide_tables,
         )
     except SET_UP_ERRORS as error:
         takeover.fail(error)

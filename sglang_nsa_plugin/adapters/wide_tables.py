@@ -13,13 +13,22 @@ from typing import Any
 
 import torch
 
+from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.adapter import Takeover
+from sglang_nsa_plugin.adapters.hooks import Sets
 from sglang_nsa_plugin.log import logger_of
 from sglang_nsa_plugin.state import VERSION
 
 logger = logger_of(__name__)
 
 INT32_BYTES = 4
+
+_ALLOCATES = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend.init_cuda_graph_state"
+
+
+def can_be_dropped() -> bool:
+    """Whether this SGLang decides about wide tables, as 0.5.15 and later do. Others read them."""
+    return not hooks.misfits([Sets(_ALLOCATES, ("dsa_drop_wide_page_table",))])
 
 
 @contextlib.contextmanager
