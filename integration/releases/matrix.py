@@ -52,11 +52,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("version", nargs="*", help="such as 0.5.14; default: all tested releases")
     parser.add_argument("--keep", action="store_true", help="use the environments of an earlier run")
+    parser.add_argument(
+        "--values",
+        action="store_true",
+        help="compare values alone; the tests are those of an earlier run",
+    )
     arguments = parser.parse_args()
     versions = arguments.version or tested_releases()
     wheel = build_wheel()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = pool.map(lambda version: try_release(version, wheel, arguments.keep), versions)
+        found = pool.map(
+            lambda version: try_release(version, wheel, arguments.keep, arguments.values), versions
+        )
         rows = dict(zip(versions, found, strict=True))
     result_files.merge(RESULT, "make test-releases", rows, alone=True)
     print(as_text(rows))
@@ -90,12 +97,12 @@ def build_wheel() -> Path:
     return wheel
 
 
-def try_release(version: str, wheel: Path, keep: bool) -> dict[str, Any]:
+def try_release(version: str, wheel: Path, keep: bool, values_alone: bool) -> dict[str, Any]:
     """One row of the table: what was found, hooked and compared in this release."""
     begin = time.monotonic()
     python = environment(version, wheel, keep)
     demo_passed, demo = run_demo(python, FOLDER / f"demo-{version}.json")
-    tests_passed, tests = run_tests(python)
+    tests_passed, tests = earlier_tests(version) if values_alone else run_tests(python)
     state = demo.get("state", {})
     roles = {role: _of_role(part) for role, part in demo.get("roles", {}).items()}
     passed = demo_passed and tests_passed and demo.get("verdict") == "equal"
@@ -158,7 +165,7 @@ def run_demo(python: str, path: Path) -> tuple[bool, dict[str, Any]]:
     return done.returncode == 0, json.loads(path.read_text()) if path.is_file() else {}
 
 
-def run_tests(python: str) -> tuple[bool, dict[str, int]]:
+def run_tests(python: str) -> tuple[bool, dict[str, Any]]:
     """tests/adapters: SGLang's own parser with the flag, what is declined, values, counters."""
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/adapters"]
     done = subprocess.run(
@@ -173,6 +180,13 @@ def run_tests(python: str) -> tuple[bool, dict[str, int]]:
     print(done.stdout[-3000:] if done.returncode else done.stdout.strip().splitlines()[-1], flush=True)
     found = re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)
     return done.returncode == 0, {word: int(count) for count, word in found}
+
+
+def earlier_tests(version: str) -> tuple[bool, dict[str, Any]]:
+    """What the tests of the last run with them found, and its commit. Without one nothing has passed."""
+    row = result_files.committed(RESULT)["parts"].get(version, {})
+    tests = {"commit": row.get("of", {}).get("commit"), **row.get("adapter_tests", {})}
+    return bool(tests.get("passed")) and not tests.get("failed"), tests
 
 
 def clean_environment() -> dict[str, str]:

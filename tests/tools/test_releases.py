@@ -43,3 +43,16 @@ def test_the_roles_are_the_packages():
     from sglang_nsa_plugin.state import ROLES
 
     assert ROLES == matrix.ROLES
+
+
+@pytest.mark.parametrize(
+    ("counts", "passed"),
+    [({"passed": 112, "skipped": 14}, True), ({"passed": 111, "failed": 1}, False), ({}, False)],
+)
+def test_values_alone_keep_the_tests_of_an_earlier_run_with_its_commit(counts, passed, monkeypatch):
+    row = {"of": {"commit": "4d1558e"}, "adapter_tests": counts}
+    monkeypatch.setattr(matrix.result_files, "committed", lambda _: {"parts": {"0.5.19": row}})
+    assert matrix.earlier_tests("0.5.19") == (passed, {"commit": "4d1558e", **counts})
+    row["adapter_tests"] = {"commit": "a49e3a5", **counts}  # of a run with values alone in between
+    assert matrix.earlier_tests("0.5.19") == (passed, {"commit": "a49e3a5", **counts})
+    assert matrix.earlier_tests("0.5.20") == (False, {"commit": None})
