@@ -184,7 +184,8 @@ def run_tests(python: str) -> tuple[bool, dict[str, Any]]:
 
 def earlier_tests(version: str) -> tuple[bool, dict[str, Any]]:
     """What the tests of the last run with them found, and its commit. Without one nothing has passed."""
-    row = result_files.committed(RESULT)["parts"].get(version, {})
+    committed = result_files.committed(RESULT) or {"parts": {}}
+    row = committed["parts"].get(version, {})
     tests = {"commit": row.get("of", {}).get("commit"), **row.get("adapter_tests", {})}
     return bool(tests.get("passed")) and not tests.get("failed"), tests
 

@@ -52,6 +52,21 @@ def is_dropped(backend: Any) -> bool:
     return getattr(backend, "decode_cuda_graph_metadata", {}).get("page_table", 0) is None
 
 
+def restore(backend: Any) -> None:
+    """Makes draft-decode's wide table that was left out, for SGLang's fill of all draft steps.
+
+    That fill copies the table for the graphs, which were captured without it and do not read it.
+    """
+    if not is_dropped(backend):
+        return
+    graphs = backend.decode_cuda_graph_metadata
+    captured = {size: metadata for size, metadata in graphs.items() if isinstance(size, int)}
+    shape = max(captured, default=0), backend.req_to_token.shape[1]
+    table = torch.zeros(shape, dtype=torch.int32, device=backend.req_to_token.device)
+    for size, metadata in captured.items():
+        object.__setattr__(metadata, "page_table_1", table[:size])
+
+
 def bytes_of(backend: Any, rows: int) -> int:
     """The size of a wide table with so many rows: ``rows * req_to_token.shape[1]`` int32 numbers."""
     return rows * int(backend.req_to_token.shape[1]) * INT32_BYTES
