@@ -125,14 +125,12 @@ OF_GRAPHS = (
     "test_in_graph.py",
     "test_declined.py",
     "test_ranks.py",
-    "test_roles.py",
     "test_runner.py",
     "test_service_faults.py",
     "test_shadow_check.py",
     "test_start_faults.py",
     "test_tree_mask.py",
     "test_upstream_changes.py",
-    "test_verify_role.py",
     "test_wide_table.py",
 )
 OF_EAGER = ("test_eager.py",)

@@ -305,8 +305,8 @@ class BackendFills:
         """Runs SGLang's own functions for the tables that the fill does not write, in SGLang's order."""
         backend = self.backend
         if metadata.paged_mqa_schedule_metadata is not None and self.remainder_last is None:
-            backend._refresh_paged_mqa_schedule_metadata(metadata, metadata.paged_mqa_ctx_lens_2d)
-        if metadata.topk_v2_plan is not None:
+            mqa_schedule.refresh(backend, metadata, metadata.paged_mqa_ctx_lens_2d)
+        if getattr(metadata, fields.TOPK_PLAN, None) is not None:  # since 0.5.15
             # Not copied into the old plan: what is captured after this reads the new one.
             plan = backend._build_topk_v2_plan(metadata.dsa_seqlens_expanded)
             object.__setattr__(metadata, "topk_v2_plan", plan)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_nsa_plugin.adapters import hooks, wide_tables
+from sglang_nsa_plugin.adapters import hooks, mqa_schedule, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Parts
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.hooks import Call, Hook, Sets
@@ -184,7 +184,7 @@ def _refresh_schedule(multi_step: Any, metadata: Any) -> None:
     first, *others = multi_step.attn_backends
     is_shared = any(getattr(step, SHARES, None) is first for step in others)
     if is_shared and metadata.paged_mqa_schedule_metadata is not None:
-        first._refresh_paged_mqa_schedule_metadata(metadata, metadata.paged_mqa_ctx_lens_2d)
+        mqa_schedule.refresh(first, metadata, metadata.paged_mqa_ctx_lens_2d)
 
 
 def _plan_one_step(backend: Any, forward_batch: Any) -> None:

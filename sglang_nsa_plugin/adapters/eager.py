@@ -2,7 +2,8 @@
 
 These releases run NSA/DSA draft-extend without a CUDA graph: ``init_forward_metadata`` plans each step
 with some twenty small operations. 0.5.11 and 0.5.12 without the overlap scheduler replay a graph, after
-``init_forward_metadata_replay_cuda_graph``.
+``init_forward_metadata_replay_cuda_graph``. Draft-decode and verify of 0.5.13 and 0.5.14 run in graphs:
+they are filled there, as in later releases (:mod:`in_graph`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin import dispatch
-from sglang_nsa_plugin.adapters import hooks
+from sglang_nsa_plugin.adapters import hooks, in_graph, taken_over
 from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Adapter, Parts, Request, Takeover
 from sglang_nsa_plugin.adapters.eager_fill import EagerFill
 from sglang_nsa_plugin.adapters.eager_names import DSA, NSA, SglangNames, names_of_generation
@@ -54,7 +55,10 @@ def adapter_for_installed() -> Adapter:
     """The adapter with the tables of the installed SGLang."""
     names = names_of_generation()
     if names is DSA:
-        return Adapter(NAME, Parts(_hooks(DSA), _needs(DSA)), _takeovers, _why_unfilled)
+        common, in_graphs = Parts(_hooks(DSA), _needs(DSA)), in_graph.BEFORE_0_5_15
+        takeovers = {**_takeovers, **{role: taken_over.TAKEOVERS[role] for role in in_graphs}}
+        untried = tuple(in_graphs)  # no server on a GPU has filled them with these releases yet
+        return Adapter(NAME, common, takeovers, _why_unfilled, in_graphs, untried)
     replay = Hook(
         f"{NSA.backend}.init_forward_metadata_replay_cuda_graph",
         (*_REPLAY_PARAMETERS, "actual_forward_mode"),
@@ -76,6 +80,7 @@ def _init(
 ) -> None:
     """Every backend of the draft worker may plan draft-extend, except those of single draft steps."""
     original(backend, model_runner, *args, **kwargs)
+    in_graph.consider_target(backend, model_runner)
     request = _takeover.request
     if request is None or not model_runner.is_draft_worker or backend.speculative_num_steps:
         return
@@ -115,9 +120,9 @@ _takeover = Takeover(hand_back)
 _takeovers = {DRAFT_EXTEND: _takeover}
 
 
-def _why_unfilled(backend: Any) -> None:
-    """Each step is filled by a launch of its own, so there is nothing to wait for."""
-    return None
+def _why_unfilled(backend: Any) -> str | None:
+    """Each draft-extend step is filled by a launch of its own: there is no graph to wait for."""
+    return taken_over.why_unfilled(backend) if hasattr(backend, taken_over.ATTRIBUTE) else None
 
 
 def why_unsupported(backend: Any, model_runner: Any, names: SglangNames) -> str | None:

@@ -36,7 +36,7 @@ from sglang_nsa_plugin.adapters.taken_over import (
     why_unfilled,
 )
 from sglang_nsa_plugin.containment import attempt
-from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, STATE
+from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, STATE, VERIFY
 
 _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _BACKEND = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend"
@@ -59,6 +59,11 @@ def _init_backend(
 ) -> None:
     """The target's backend makes the metadata of verify; the draft model's have other plans."""
     original(backend, model_runner, *args, **kwargs)
+    consider_target(backend, model_runner)
+
+
+def consider_target(backend: Any, model_runner: Any) -> None:
+    """Takes the backend over that has just been made, if it is the target's."""
     if not getattr(model_runner, "is_draft_worker", True) and not backend.speculative_num_steps:
         consider(backend, backend, model_runner, VERIFY_ROLE, why_verify_unsupported)
 
@@ -203,9 +208,7 @@ def _set_fence(model_runner: Any, event: torch.cuda.Event | None) -> None:
 
 
 # Each hook goes when SGLang's DSA backend records its own fills in the graphs.
-_HOOKS = (
-    Hook(f"{_FACTORY}._create_dsa_prefill_backend", ("self",), _create_backend),
-    Hook(f"{_BACKEND}.__init__", ("self", "model_runner"), _init_backend, and_more=True),
+_STEP_HOOKS = (
     Hook(
         f"{_BACKEND}.init_cuda_graph_state",
         ("self", "max_bs", "max_num_tokens"),
@@ -217,6 +220,11 @@ _HOOKS = (
         _out_graph,
     ),
     Hook(f"{_BACKEND}.init_forward_metadata_in_graph", ("self", "forward_batch"), record),
+)
+_HOOKS = (
+    Hook(f"{_FACTORY}._create_dsa_prefill_backend", ("self",), _create_backend),
+    Hook(f"{_BACKEND}.__init__", ("self", "model_runner"), _init_backend, and_more=True),
+    *_STEP_HOOKS,
     Hook(f"{_RUNNER}.execute", ("self", "forward_batch"), _execute, and_more=True),
 )
 _NEEDS = (
@@ -238,6 +246,18 @@ _NEEDS = (
     Sets(_BACKEND, ("decode_cuda_graph_metadata",)),
     Sets(_RUNNER, ("draft_extend_attn_backend", "model_runner", "bs")),
 )
+# SGLang 0.5.13 and 0.5.14 have graphs of draft-decode and verify, and none of draft-extend, which the
+# eager adapter fills. Its hook on the backend's constructor calls `consider_target`.
+BEFORE_0_5_15 = {
+    VERIFY: Parts(
+        _STEP_HOOKS,
+        (
+            Call(f"{_FORWARD_BATCH}.ForwardMode.is_target_verify", ("self",)),
+            Sets(_BACKEND, ("decode_cuda_graph_metadata",)),
+        ),
+    ),
+    DRAFT_DECODE: Parts((*draft_decode.PARTS.hooks, *_STEP_HOOKS), draft_decode.PARTS.needs),
+}
 
 ADAPTER = Adapter(
     NAME, Parts(_HOOKS, _NEEDS), TAKEOVERS, why_unfilled, parts={DRAFT_DECODE: draft_decode.PARTS}

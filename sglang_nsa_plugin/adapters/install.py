@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases
 from sglang_nsa_plugin.adapters.adapter import Adapter, Request
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
@@ -72,7 +73,9 @@ def install(requests: Mapping[str, Request]) -> str | None:
     if misfits:
         return f"this SGLang does not fit the {adapter.name} adapter: {'; '.join(misfits)}"
     hooks.register(adapter.common.hooks)
-    why_not_role = {role: _why_role_misfits(adapter, role) for role in requests}
+    why_not_role = {
+        role: _why_role_misfits(adapter, role, request.is_named) for role, request in requests.items()
+    }
     for role, why_not in why_not_role.items():
         if why_not is None:
             hooks.register(adapter.parts_of(role).hooks)
@@ -96,10 +99,15 @@ def install(requests: Mapping[str, Request]) -> str | None:
     return None
 
 
-def _why_role_misfits(adapter: Adapter, role: str) -> str | None:
-    """Why the adapter cannot fill this role with the installed SGLang, or None."""
+def _why_role_misfits(adapter: Adapter, role: str, is_named: bool) -> str | None:
+    """Why the adapter does not fill this role with the installed SGLang, or None."""
     if role not in adapter.takeovers:
         return f"with this SGLang release the plugin fills no {role} metadata"
+    if role in adapter.untried and not is_named:
+        return (
+            f"with this SGLang release no server on a GPU has been tried with {role} filled. "
+            f"To fill it all the same, name it in {options.ROLES_FLAG}"
+        )
     misfits = hooks.misfits(adapter.parts_of(role).requirements)
     return f"this SGLang does not fit the fill of {role}: {'; '.join(misfits)}" if misfits else None
 

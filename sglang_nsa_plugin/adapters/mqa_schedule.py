@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from sglang_nsa_plugin.adapters.eager_names import DSA
 from sglang_nsa_plugin.fill_args import FillArgs
 
 PAGE_SIZE = 64
@@ -31,6 +33,19 @@ def remainder_last(backend: Any, bind: Callable[[FillArgs], Callable[[], None]])
     return None
 
 
+def refresh(backend: Any, metadata: Any, ctx_lens: torch.Tensor) -> None:
+    """SGLang's own schedule of these lengths, into the metadata. Its method came with 0.5.15."""
+    if hasattr(backend, "_refresh_paged_mqa_schedule_metadata"):
+        backend._refresh_paged_mqa_schedule_metadata(metadata, ctx_lens)
+        return
+    deep_gemm = sys.modules[DSA.module].deep_gemm
+    schedule = deep_gemm.get_paged_mqa_logits_metadata(ctx_lens, PAGE_SIZE, deep_gemm.get_num_sms())
+    if metadata.paged_mqa_schedule_metadata is None:
+        object.__setattr__(metadata, "paged_mqa_schedule_metadata", schedule)
+    else:
+        metadata.paged_mqa_schedule_metadata.copy_(schedule)
+
+
 def _batches(backend: Any) -> list[torch.Tensor]:
     """Lengths around a segment of 256 tokens, and ragged ones."""
     random = torch.Generator().manual_seed(0)
@@ -44,7 +59,7 @@ def _batches(backend: Any) -> list[torch.Tensor]:
 def _of_deep_gemm(backend: Any, lengths: torch.Tensor) -> torch.Tensor:
     """The schedule by SGLang's own call, which sets it on an object that has none."""
     metadata = SimpleNamespace(paged_mqa_schedule_metadata=None)
-    backend._refresh_paged_mqa_schedule_metadata(metadata, lengths.view(-1, 1))
+    refresh(backend, metadata, lengths.view(-1, 1))
     schedule: torch.Tensor = metadata.paged_mqa_schedule_metadata
     return schedule
 

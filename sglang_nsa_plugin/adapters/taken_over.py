@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin import dispatch
-from sglang_nsa_plugin.adapters import fields
+from sglang_nsa_plugin.adapters import fields, wide_tables
 from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Request, Takeover
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills, CaptureError, is_capturing
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
@@ -56,7 +56,7 @@ def _take_over(owner: Any, backend: Any, request: Request, role: Role, takeover:
             choice,
             request.check_every,
             takeover.outcome,
-            drops_wide_tables=not request.keeps_wide_tables,
+            drops_wide_tables=wide_tables.can_be_dropped() and not request.keeps_wide_tables,
         )
     except SET_UP_ERRORS as error:
         takeover.fail(error)

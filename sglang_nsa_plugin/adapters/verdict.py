@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang_nsa_plugin.adapters import install, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Request
+from sglang_nsa_plugin.adapters.hooks import why_replaced
 from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.adapters.supported import ONE_STEP
 from sglang_nsa_plugin.containment import attempt
@@ -32,6 +33,10 @@ def conclude(scheduler: Any, server_args: Any, requests: Mapping[str, Request]) 
         if why_not is None:
             takeover.outcome.report_in_place()
             continue
+        if role == DRAFT_DECODE and why_replaced(adapter.parts_of(role).hooks) is not None:
+            # SGLang's own fill runs from now on, and not the hook that does without the wide table.
+            for multi_step in takeover.backends:
+                wide_tables.restore(multi_step.attn_backends[0])
         why_idle = None if takeover.backends else _why_nothing_to_fill(role, scheduler, server_args)
         takeover.release()
         if why_idle is not None:

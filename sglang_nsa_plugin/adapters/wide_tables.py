@@ -13,13 +13,22 @@ from typing import Any
 
 import torch
 
+from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.adapter import Takeover
+from sglang_nsa_plugin.adapters.hooks import Sets
 from sglang_nsa_plugin.log import logger_of
 from sglang_nsa_plugin.state import VERSION
 
 logger = logger_of(__name__)
 
 INT32_BYTES = 4
+
+_ALLOCATES = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend.init_cuda_graph_state"
+
+
+def can_be_dropped() -> bool:
+    """Whether this SGLang decides about wide tables, as 0.5.15 and later do. Others read them."""
+    return not hooks.misfits([Sets(_ALLOCATES, ("dsa_drop_wide_page_table",))])
 
 
 @contextlib.contextmanager
@@ -41,6 +50,21 @@ def decided_without_speculation(backends: Iterable[Any]) -> Iterator[None]:
 def is_dropped(backend: Any) -> bool:
     """Whether SGLang left the wide table of this backend's graphs out."""
     return getattr(backend, "decode_cuda_graph_metadata", {}).get("page_table", 0) is None
+
+
+def restore(backend: Any) -> None:
+    """Makes draft-decode's wide table that was left out, for SGLang's fill of all draft steps.
+
+    That fill copies the table for the graphs, which were captured without it and do not read it.
+    """
+    if not is_dropped(backend):
+        return
+    graphs = backend.decode_cuda_graph_metadata
+    captured = {size: metadata for size, metadata in graphs.items() if isinstance(size, int)}
+    shape = max(captured, default=0), backend.req_to_token.shape[1]
+    table = torch.zeros(shape, dtype=torch.int32, device=backend.req_to_token.device)
+    for size, metadata in captured.items():
+        object.__setattr__(metadata, "page_table_1", table[:size])
 
 
 def bytes_of(backend: Any, rows: int) -> int:

@@ -148,11 +148,10 @@ def _random_batches(pair: Any, steps: int, seed: int) -> Iterator[int]:
     from sglang_nsa_plugin.harness.inputs import random_step
 
     rng = torch.Generator().manual_seed(seed)
-    longest = pair.inputs.req_to_token.shape[1]
     for _ in range(steps):
         raw_bs = int(torch.randint(1, pair.batch_sizes[-1] + 1, (), generator=rng))
         bs = pair.bucket(raw_bs)
-        random_step(pair.inputs, rng, raw_bs, bs, DRAFT_TOKENS, longest)
+        random_step(pair.inputs, rng, raw_bs, bs, DRAFT_TOKENS, pair.ours.longest)
         yield bs
 
 

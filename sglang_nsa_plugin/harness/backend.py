@@ -72,6 +72,11 @@ class HarnessBackend(ABC):
         with self.stub_process():
             self.backend = self._make_backend()
 
+    @property
+    def longest(self) -> int:
+        """How many tokens a request may have: as many as ``req_to_token`` has columns."""
+        return self.inputs.req_to_token.shape[1]
+
     @abstractmethod
     def stub_process(self) -> contextlib.AbstractContextManager[None]:
         """To be entered around calls of SGLang's code. On CUDA it changes only the topology."""

@@ -71,7 +71,7 @@ class Diff:
 
 
 def compare_captured(ours: Any, theirs: Any, diff: Diff) -> None:
-    """Compares the metadata objects of a batch size whose draft-extend is captured in graphs."""
+    """Compares the metadata objects of a batch size whose plan is captured in a graph."""
     expanded, lengths = theirs.dsa_seqlens_expanded, theirs.cache_seqlens_int32
     of_rows = lengths.repeat_interleave(expanded.shape[0] // lengths.shape[0])
     for pair in shadow_check.pairs(ours, theirs, fields.DSA):
@@ -80,7 +80,8 @@ def compare_captured(ours: Any, theirs: Any, diff: Diff) -> None:
             diff.add(name, pair.ours, pair.theirs)
         else:
             diff.add_table(name, pair.ours, pair.theirs, of_rows, pair.page_size)
-    if ours.topk_v2_plan is not None and _plan_is_written(expanded):
+    has_plan = getattr(ours, fields.TOPK_PLAN, None) is not None  # since 0.5.15
+    if has_plan and _plan_is_written(expanded):
         diff.add(fields.TOPK_PLAN, _plan(ours.topk_v2_plan), _plan(theirs.topk_v2_plan))
 
 

@@ -19,7 +19,7 @@ import torch
 
 from sglang_nsa_plugin.adapters.eager_names import SglangNames, names_of_generation
 from sglang_nsa_plugin.harness.backend import HarnessBackend
-from sglang_nsa_plugin.harness.process_stubs import on_cpu
+from sglang_nsa_plugin.harness.process_stubs import on_cpu, without_copy_kernels
 
 DP_SIZE = 2  # data-parallel ranks of a batch with global_num_tokens
 
@@ -34,7 +34,7 @@ class EagerBackend(HarnessBackend):
 
     def stub_process(self) -> contextlib.AbstractContextManager[None]:
         """To be entered around calls of SGLang's code. On CUDA it changes only the topology."""
-        return _stub_process(self.device, self.names)
+        return stub_process(self.device, self.names)
 
     def _backend_settings(self, decode_impl: str) -> dict[str, str]:
         prefix = self.names.prefix
@@ -132,12 +132,12 @@ def _ragged_mode() -> Any:
 
 
 @contextlib.contextmanager
-def _stub_process(device: torch.device, names: SglangNames) -> Iterator[None]:
+def stub_process(device: torch.device, names: SglangNames) -> Iterator[None]:
     """What a launched process or a GPU would supply to SGLang's backend.
 
     Everywhere: attention TP and CP of size 1, rank 0 of DP. On the CPU also: the compute capability
-    9.0, which the constructor asks for, and the launcher of the one Triton kernel, which asserts CUDA
-    tensors.
+    9.0, which the constructor asks for; the launcher of the one Triton kernel, which asserts CUDA
+    tensors; and no CUDA kernel that copies draft-decode's metadata.
     """
     module = importlib.import_module(names.module)
     with contextlib.ExitStack() as stack:
@@ -155,6 +155,7 @@ def _stub_process(device: torch.device, names: SglangNames) -> Iterator[None]:
             )
             launcher = on_cpu(module.seqlens_expand_triton)
             stack.enter_context(mock.patch.object(module, "seqlens_expand_triton", launcher))
+            stack.enter_context(without_copy_kernels())
         yield
 
 

@@ -1,4 +1,7 @@
-"""SGLang's own DSA backends of 0.5.15 and later, whose speculative step runs in CUDA graphs.
+"""SGLang's own DSA backends whose plans of a speculative step are for CUDA graphs.
+
+All three of 0.5.15 and later. Of 0.5.13 and 0.5.14 those of draft-decode and verify, which need the
+lengths on the host, too.
 
 On CUDA tensors everything is real. On CPU tensors SGLang takes its torch path: Triton's interpreter runs
 the one kernel that it needs, and the DeepGEMM schedule, the top-k plan and the FlashMLA metadata stay
@@ -14,8 +17,9 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin.adapters import draft_decode, fields
-from sglang_nsa_plugin.harness import process_stubs, sglang_kernel
+from sglang_nsa_plugin.adapters import draft_decode, fields, in_graph, mqa_schedule
+from sglang_nsa_plugin.adapters.eager_names import DSA
+from sglang_nsa_plugin.harness import eager_backend, process_stubs, sglang_kernel
 from sglang_nsa_plugin.harness.backend import HarnessBackend
 from sglang_nsa_plugin.harness.inputs import PADDED_SEQ_LEN
 from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, VERIFY
@@ -33,12 +37,22 @@ class GraphBackend(HarnessBackend):
         self.role = role
         super().__init__(*args, **kwargs)
 
+    @property
+    def longest(self) -> int:
+        """Up to 0.5.14 the graphs' page tables have columns for the context and the draft tokens."""
+        if in_graph.is_generation():
+            return super().longest
+        return int(self.model_runner.model_config.context_len)
+
     def stub_process(self) -> contextlib.AbstractContextManager[None]:
         """To be entered around calls of SGLang's code. On CUDA it changes only the topology."""
-        return process_stubs.stub_process(self.device)
+        if in_graph.is_generation():
+            return process_stubs.stub_process(self.device)
+        return eager_backend.stub_process(self.device, DSA)
 
     def _backend_settings(self, decode_impl: str) -> dict[str, str]:
-        sglang_kernel.fused_fill()  # raises for older releases, which have other backends
+        if self.role == DRAFT_EXTEND:
+            sglang_kernel.fused_fill()  # raises for older releases, which have other backends
         return {
             "attention_backend": "dsa",
             "dsa_prefill_backend": decode_impl,
@@ -96,8 +110,9 @@ class GraphBackend(HarnessBackend):
         )
 
     def replay_view(self, bs: int) -> SimpleNamespace:
-        """The batch that a runner hands to the backend before a replay, without host lengths.
+        """The batch that a runner hands to the backend before a replay.
 
+        It has no lengths on the host where SGLang needs none.
         Draft-extend's runner passes its whole static buffers, verify's new slices of them each time, and
         draft-decode's the batch's own tensors, which it has copied into its buffers.
         """
@@ -114,7 +129,7 @@ class GraphBackend(HarnessBackend):
             req_pool_indices=indices,
             seq_lens=seq_lens,
             seq_lens_sum=None,
-            seq_lens_cpu=None,
+            seq_lens_cpu=None if in_graph.is_generation() else seq_lens.to("cpu", copy=True),
             encoder_lens=None,
             out_cache_loc=self._tokens(bs),
             out_cache_loc_dsv4=None,
@@ -140,8 +155,8 @@ class GraphBackend(HarnessBackend):
         """What SGLang leaves as it was captured in the first draft steps, where there are many."""
         for step, metadata in zip(self.steps(), self.metadata(bs), strict=True):
             if metadata.paged_mqa_schedule_metadata is not None:
-                step._refresh_paged_mqa_schedule_metadata(metadata, metadata.paged_mqa_ctx_lens_2d)
-            if metadata.topk_v2_plan is not None:
+                mqa_schedule.refresh(step, metadata, metadata.paged_mqa_ctx_lens_2d)
+            if getattr(metadata, "topk_v2_plan", None) is not None:
                 plan = step._build_topk_v2_plan(metadata.dsa_seqlens_expanded)
                 object.__setattr__(metadata, "topk_v2_plan", plan)
 

@@ -85,9 +85,9 @@ class GraphPair(BackendPair[GraphBackend]):
         batch, metadata = self.ours.capture_batch(bs), self.metadata(bs)
 
         def record() -> None:
-            plan = metadata.topk_v2_plan
+            plan = getattr(metadata, fields.TOPK_PLAN, None)
             self.ours.backend.init_forward_metadata_in_graph(batch)
-            object.__setattr__(metadata, "topk_v2_plan", plan)
+            object.__setattr__(metadata, fields.TOPK_PLAN, plan)
 
         return record
 

@@ -12,16 +12,20 @@ from sglang_nsa_plugin.adapters.install import adapter_for_installed
 from sglang_nsa_plugin.harness.eager_pair import EagerPair
 from sglang_nsa_plugin.harness.graph_pair import GraphPair
 from sglang_nsa_plugin.harness.process_stubs import activate_plugin
-from sglang_nsa_plugin.state import STATES
+from sglang_nsa_plugin.state import DRAFT_EXTEND, STATES
 
 
 def pair_for_installed(
-    device: torch.device, batch_sizes: Iterable[int], backend: str = "auto", **harness: Any
+    device: torch.device,
+    batch_sizes: Iterable[int],
+    backend: str = "auto",
+    role: str = DRAFT_EXTEND,
+    **harness: Any,
 ) -> Any:
-    """A :class:`GraphPair` where draft-extend runs in graphs, else an :class:`EagerPair`."""
-    if in_graph.is_generation():
-        return GraphPair(device, batch_sizes, backend, **harness)
-    return EagerPair(device, batch_sizes, backend, **harness)
+    """A :class:`GraphPair` where this role runs in graphs, else an :class:`EagerPair`."""
+    runs_in_graphs = in_graph.is_generation() or role != DRAFT_EXTEND
+    pair = GraphPair if runs_in_graphs else EagerPair
+    return pair(device, batch_sizes, backend, role=role, **harness)
 
 
 def why_declined(role: str) -> str | None:

@@ -20,18 +20,18 @@ on_the_cpu = pytest.mark.skipif(
 
 
 def make_pair(backend: str = "auto", **harness: object):
-    skip_unless_captured()
+    skip_unless_captured(harness.get("role", "draft-extend"))
     from sglang_nsa_plugin.harness.graph_pair import GraphPair
 
     settings = {"draft_tokens": DRAFT_TOKENS, "context_len": 512, "pool_size": 12, **harness}
     return GraphPair(CPU, BATCH_SIZES, backend, **settings)
 
 
-def skip_unless_captured() -> None:
-    from sglang_nsa_plugin.adapters import in_graph
+def skip_unless_captured(role: str = "draft-extend") -> None:
+    from sglang_nsa_plugin.adapters import in_graph, install
 
-    if not in_graph.is_generation():
-        pytest.skip("this SGLang does not capture DSA's draft-extend in graphs")
+    if not (in_graph.is_generation() or role in install.adapter_for_installed().parts):
+        pytest.skip(f"this SGLang does not capture DSA's {role} in graphs that the plugin fills")
 
 
 def random_batch(pair, generator, raw_bs=None):
@@ -39,8 +39,7 @@ def random_batch(pair, generator, raw_bs=None):
 
     raw_bs = raw_bs or int(torch.randint(1, BATCH_SIZES[-1] + 1, (), generator=generator))
     bs = pair.bucket(raw_bs)
-    longest = pair.inputs.req_to_token.shape[1]
-    random_step(pair.inputs, generator, raw_bs, bs, pair.ours.draft_tokens, longest)
+    random_step(pair.inputs, generator, raw_bs, bs, pair.ours.draft_tokens, pair.ours.longest)
     return bs
 
 

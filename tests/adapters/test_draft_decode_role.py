@@ -25,7 +25,7 @@ from cpu_pair import (
 )
 from test_switch import ask
 
-from sglang_nsa_plugin.adapters import draft_decode, supported, taken_over
+from sglang_nsa_plugin.adapters import draft_decode, mqa_schedule, supported, taken_over
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.harness import process_stubs
@@ -170,9 +170,7 @@ def test_off_refreshes_the_schedule_where_sglang_leaves_it(steps, state, monkeyp
     first, metadata = pair.ours.steps()[0], pair.metadata(bs)
     refreshed = []
     monkeypatch.setattr(
-        type(first),
-        "_refresh_paged_mqa_schedule_metadata",
-        lambda self, metadata, lengths: refreshed.append(self),
+        mqa_schedule, "refresh", lambda backend, metadata, lengths: refreshed.append(backend)
     )
     object.__setattr__(metadata, "paged_mqa_schedule_metadata", torch.zeros(1))
     ask(nsa_metadata_draft_decode=0)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cpu_pair import CPU, DRAFT_TOKENS, on_the_cpu
+from cpu_pair import CPU, DRAFT_TOKENS, on_the_cpu, skip_unless_captured
 
 from sglang_nsa_plugin import FillArgs, fill
 from sglang_nsa_plugin.adapters import fields
@@ -48,6 +48,7 @@ def draft_decode(draft_tokens: int = DRAFT_TOKENS) -> Role:
 
 
 def make(role, inputs=None, **shape):
+    skip_unless_captured(role.name)
     settings = {"draft_tokens": DRAFT_TOKENS, "context_len": 512, "pool_size": 12, **shape}
     made = GraphBackend(CPU, role=role.name, inputs=inputs, **settings)
     made.init_state()
@@ -80,10 +81,9 @@ def steps(role, **shape):
     ours = make(role, **shape)
     theirs = make(role, ours.inputs, **shape)
     generator = torch.Generator().manual_seed(1)
-    width = ours.inputs.req_to_token.shape[1]
     for bs in BATCH_SIZES * 7:
         raw_bs = int(torch.randint(1, bs + 1, (), generator=generator))
-        random_step(ours.inputs, generator, raw_bs, bs, ours.draft_tokens, width)
+        random_step(ours.inputs, generator, raw_bs, bs, ours.draft_tokens, ours.longest)
         theirs.replay(bs)
         for mine, other in zip(ours.metadata(bs), theirs.metadata(bs), strict=True):
             args = fill_args(role, ours, mine, bs)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cpu_pair import make_pair, on_the_cpu, random_batch
+from cpu_pair import make_pair, on_the_cpu, random_batch, replay_and_expect_equal
 from failing_calls import (
     AT_START,
     IN_SERVICE,
@@ -38,7 +38,6 @@ from sglang_nsa_plugin.adapters import (
     tree_mask,
 )
 from sglang_nsa_plugin.adapters.outcome import OUTCOME, OUTCOMES
-from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.state import ROLES
 
 pytestmark = on_the_cpu
@@ -114,8 +113,9 @@ def test_sglang_fills_a_step_whose_fill_failed_and_all_after_it(
         assert {"count_fallback", "BackendFills._switch", "fill_", "Logger.warning"} <= set(names)
 
 
-def test_an_error_of_sglangs_own_fill_passes_as_it_is(state):
-    pair = make_pair()
+@pytest.mark.parametrize("role", ROLES)
+def test_an_error_of_sglangs_own_fill_passes_as_it_is(role, state):
+    pair = make_pair(role=role)
     bs = random_batch(pair, torch.Generator().manual_seed(1), raw_bs=2)
     view = pair.ours.replay_view(bs)
     replaced_lengths(view)
@@ -125,14 +125,15 @@ def test_an_error_of_sglangs_own_fill_passes_as_it_is(state):
 
     original = Original(failing)
     with pair.stub_process(), pytest.raises(KeyError, match="SGLang's own"):
-        in_graph._out_graph(original, pair.ours.backend, view)
+        OUT_GRAPH[role](original, pair.ours.backend, view)
     assert original.calls == 1
-    assert not OUTCOME.has_failed
+    assert not OUTCOMES[role].has_failed
 
 
-def test_a_fill_that_cannot_be_switched_off_on_the_device_ends_the_process(state, monkeypatch):
+@pytest.mark.parametrize("role", ROLES)
+def test_a_fill_that_cannot_be_switched_off_on_the_device_ends_the_process(role, state, monkeypatch):
     """Raising is the lesser evil: the captured fill would write over SGLang's values."""
-    pair = make_pair()
+    pair = make_pair(role=role)
     fills = pair.fills()
 
     class Lost:
@@ -183,16 +184,18 @@ def test_after_an_error_behind_a_replay_the_scheduler_waits_for_the_whole_forwar
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("role", "call"),
     [
-        "shadow_check.ShadowedReplays.plan",
-        "shadow_check.ShadowedReplays.run",
-        "shadow_check.Report.arrived",
-        "shadow_check.Comparison.run",
+        ("draft-extend", "shadow_check.ShadowedReplays.plan"),
+        ("draft-extend", "shadow_check.ShadowedReplays.run"),
+        *((role, "shadow_check.ShadowedReplays.fill_ahead") for role in ("draft-decode", "verify")),
+        *((role, "shadow_check.ShadowedReplays.compare_last") for role in ("draft-decode", "verify")),
+        *((role, "shadow_check.Report.arrived") for role in ROLES),
+        *((role, "shadow_check.Comparison.run") for role in ROLES),
     ],
 )
-def test_a_check_that_fails_is_lost_and_the_fill_goes_on(call, state, monkeypatch, caplog):
-    pair = make_pair(check_every=1)
+def test_a_check_that_fails_is_lost_and_the_fill_goes_on(role, call, state, monkeypatch, caplog):
+    pair = make_pair(check_every=1, role=role)
 
     def failing(*_):
         raise PlantedError(call)
@@ -201,10 +204,8 @@ def test_a_check_that_fails_is_lost_and_the_fill_goes_on(call, state, monkeypatc
     generator = torch.Generator().manual_seed(3)
     for _ in range(4):
         bs = random_batch(pair, generator)
-        result = Diff()
-        pair.step(bs, result)
-        assert result.first is None, result.first
-    assert (state.replays, OUTCOME.has_failed) == (4, False)
+        replay_and_expect_equal(pair, bs)
+    assert (OUTCOMES[role].state.replays, OUTCOMES[role].has_failed) == (4, False)
     (said,) = errors_of(caplog)
     assert said.startswith(f"sglang-nsa-plugin: the shadow check is lost: PlantedError: {call} (")
     assert "Nothing else is" in said

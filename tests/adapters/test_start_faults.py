@@ -75,9 +75,10 @@ FAILING = [
 ]
 
 
+@pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize(("fail", "error"), FAILING)
 def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
-    fail, error, state, monkeypatch, caplog
+    fail, error, role, state, monkeypatch, caplog
 ):
     """Also those whose graphs hold our fill already: it is switched off for good."""
     from sglang_nsa_plugin.adapters import taken_over
@@ -85,14 +86,14 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
 
     fail(monkeypatch, error)
     with caplog.at_level(logging.INFO, logger="sglang.nsa_plugin"):
-        pair = make_pair(check_every=1)
+        pair = make_pair(check_every=1, role=role)
     backend = pair.ours.backend
     assert not hasattr(backend, taken_over.ATTRIBUTE)
-    said = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
+    said = [line for line in lines_of(caplog) if "not used" in line and f" {role} " in line]
     assert len(said) == 1
     reason = f"the fill could not be set up: {type(error).__name__}: {error}"
-    assert f"not used: {reason}; SGLang fills draft-extend metadata itself" in said[0]
-    found = record()
+    assert f"not used: {reason}; SGLang fills {role} metadata itself" in said[0]
+    found = record()["roles"][role]
     assert (found["adapter"], found["backend"], found["reason"]) == (None, None, reason)
     assert not found["in_graph"]
 
@@ -101,7 +102,12 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
     generator = torch.Generator().manual_seed(1)
     for _ in range(12):
         serve_and_expect_sglangs_values(pair, captured, random_batch(pair, generator))
-    assert (state.replays, state.checks, dict(state.fallbacks)) == (0, 0, {})
+    of_role = STATES[role]
+    assert (of_role.replays, of_role.checks, dict(of_role.fallbacks)) == (0, 0, {})
+
+
+def lines_of(caplog) -> list[str]:
+    return [line.getMessage() for line in caplog.records]
 
 
 def serve_and_expect_sglangs_values(pair, captured, bs):
@@ -123,11 +129,12 @@ def serve_and_expect_sglangs_values(pair, captured, bs):
         assert step.forward_metadata is metadata
 
 
+@pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize(("fail", "error"), FAILING)
-def test_the_same_error_ends_a_start_that_asked_by_name(fail, error, state, monkeypatch):
+def test_the_same_error_ends_a_start_that_asked_by_name(fail, error, role, state, monkeypatch):
     fail(monkeypatch, error)
     with pytest.raises(BackendUnavailableError) as ended:
-        make_pair("torch", check_every=1)
+        make_pair("torch", check_every=1, role=role)
     assert "--nsa-metadata-backend torch was asked for by name and cannot be used" in str(ended.value)
     assert f"{type(error).__name__}: {error}" in str(ended.value)
 
@@ -150,38 +157,41 @@ def test_the_same_error_in_service_leaves_the_role_to_sglang(error, role, state,
         serve_and_expect_sglangs_values(pair, {}, random_batch(pair, generator))
 
 
+@pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("step", ["dispatch.choose", "BackendFills"])
 def test_a_backend_without_memory_for_its_self_test_or_switch_stays_with_sglang(
-    step, state, monkeypatch
+    step, role, state, monkeypatch
 ):
     def no_memory(*_, **__):
         raise OUT_OF_MEMORY
 
     monkeypatch.setattr(f"sglang_nsa_plugin.adapters.taken_over.{step}", no_memory)
     with pytest.raises(RuntimeError, match=r"did not take over .*: the fill could not be set up: OutOf"):
-        make_pair().replay(1)
+        make_pair(role=role).replay(1)
 
 
-def test_a_shadow_check_without_its_library_leaves_the_backend_to_sglang(state, monkeypatch):
+@pytest.mark.parametrize("role", ROLES)
+def test_a_shadow_check_without_its_library_leaves_the_backend_to_sglang(role, state, monkeypatch):
     """A server's command line refuses it; an engine made from Python comes here."""
     from sglang_nsa_plugin.kernels import cpu
 
     monkeypatch.setattr(cpu, "why_unavailable", lambda: "the library was built without CUDA")
     with pytest.raises(RuntimeError, match=r": the shadow check cannot run: the library was built"):
-        make_pair("torch", check_every=1)
+        make_pair("torch", check_every=1, role=role)
     with pytest.raises(
         RuntimeError, match=r"did not take over .*: the shadow check cannot run: the lib"
     ):
-        make_pair(check_every=1).replay(1)
+        make_pair(check_every=1, role=role).replay(1)
 
 
-def test_one_backend_that_fails_hands_back_the_others(state, monkeypatch):
+@pytest.mark.parametrize("role", ROLES)
+def test_one_backend_that_fails_hands_back_the_others(role, state, monkeypatch):
     """Adaptive speculation has several backends: the record speaks for all of them."""
     from sglang_nsa_plugin.adapters import taken_over
 
-    first = make_pair()
+    first = make_pair(role=role)
     fail_in_bind(monkeypatch, OUT_OF_MEMORY)
-    second = make_pair()
+    second = make_pair(role=role)
     for pair in (first, second):
         assert not hasattr(pair.ours.backend, taken_over.ATTRIBUTE)
         serve_and_expect_sglangs_values(pair, getattr(pair.ours.backend, taken_over.RETIRED).captured, 2)
@@ -193,7 +203,8 @@ def test_an_error_of_the_program_is_not_stepped_aside_from(state, monkeypatch):
         make_pair()
 
 
-def test_an_error_inside_sglangs_capture_ends_the_start_with_advice(state, monkeypatch):
+@pytest.mark.parametrize("role", ROLES)
+def test_an_error_inside_sglangs_capture_ends_the_start_with_advice(role, state, monkeypatch):
     """The capture is broken by then, and no other fill could go on with it."""
     from sglang_nsa_plugin.adapters import taken_over
     from sglang_nsa_plugin.adapters.captured_fill import CaptureError
@@ -201,9 +212,9 @@ def test_an_error_inside_sglangs_capture_ends_the_start_with_advice(state, monke
     monkeypatch.setattr(taken_over, "is_capturing", lambda: True)
     fail_in_bind(monkeypatch, OUT_OF_MEMORY)
     with pytest.raises(CaptureError) as ended:
-        make_pair()
+        make_pair(role=role)
     assert str(ended.value) == (
-        "the draft-extend fill of batch size 8 failed inside SGLang's capture: OutOfMemoryError: "
+        f"the {role} fill of batch size 8 failed inside SGLang's capture: OutOfMemoryError: "
         "CUDA out of memory. Tried to allocate 20.00 MiB. Start with --nsa-metadata-backend off to "
         "serve with SGLang's own fill"
     )

@@ -32,7 +32,7 @@ from cpu_pair import (
 )
 from test_switch import ask
 
-from sglang_nsa_plugin.adapters import in_graph, install, supported, taken_over
+from sglang_nsa_plugin.adapters import install, supported, taken_over
 from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
@@ -361,9 +361,10 @@ def test_a_backend_that_is_declined_says_so_and_ends_a_start_by_name(state):
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_an_adapter_without_the_role_leaves_it_to_sglang(backend, state, monkeypatch):
-    """As that of SGLang up to 0.5.14."""
-    takeovers = {"draft-extend": taken_over.TAKEOVERS["draft-extend"]}
-    older = dataclasses.replace(in_graph.ADAPTER, takeovers=takeovers)
+    """As that of SGLang up to 0.5.12."""
+    installed = install.adapter_for_installed()
+    takeovers = {"draft-extend": installed.takeovers["draft-extend"]}
+    older = dataclasses.replace(installed, takeovers=takeovers)
     monkeypatch.setattr(install, "adapter_for_installed", lambda: older)
     by_name = pytest.raises(BackendUnavailableError) if backend == "torch" else nullcontext()
     with by_name as ended:

@@ -15,10 +15,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cpu_pair import draft_tokens_as_sglang_decides, make_pair, on_the_cpu
+from cpu_pair import (
+    draft_tokens_as_sglang_decides,
+    expect_equal_after_sglang_fill,
+    make_pair,
+    on_the_cpu,
+    random_batch,
+)
 
-from sglang_nsa_plugin.adapters import taken_over, wide_tables
-from sglang_nsa_plugin.adapters.adapter import Takeover
+from sglang_nsa_plugin.adapters import taken_over, verdict, wide_tables
+from sglang_nsa_plugin.adapters.adapter import Request, Takeover
 from sglang_nsa_plugin.state import ROLES, STATES
 
 pytestmark = on_the_cpu
@@ -83,6 +89,34 @@ def test_draft_decode_keeps_it_where_another_plugin_replaced_the_hook(state, mon
     monkeypatch.setattr(multi_step, name, inspect.unwrap(getattr(multi_step, name)))
     expected = [pair.ours.draft_tokens] * len(pair.ours.steps())
     assert draft_tokens_as_sglang_decides(pair) == expected
+
+
+@pytest.mark.parametrize("draft_tokens", [4, 6])
+def test_draft_decode_gets_it_back_where_another_plugin_replaced_the_hook_later(
+    draft_tokens, state, monkeypatch, caplog
+) -> None:
+    """After the capture, before the verdict: from then on SGLang's own fill of all steps runs."""
+    pair = make_pair(role="draft-decode", draft_tokens=draft_tokens)
+    without_wide_table(pair)
+    multi_step, name = type(pair.ours.backend), "init_forward_metadata_out_graph"
+    monkeypatch.setattr(multi_step, name, inspect.unwrap(getattr(multi_step, name)))
+    caplog.set_level(logging.INFO)
+    verdict.conclude(SimpleNamespace(), SimpleNamespace(), {"draft-decode": Request("auto", 0)})
+    assert f"another plugin replaced {multi_step.__module__}.{multi_step.__name__}.{name}" in caplog.text
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(12):
+        bs = random_batch(pair, generator)
+        pair.metadata(bs).page_table_1.fill_(-1)
+        pair.ours.replay(bs)
+        expect_equal_after_sglang_fill(pair, bs)
+    assert STATES["draft-decode"].replays == 0
+
+
+def without_wide_table(pair) -> None:
+    """As SGLang leaves it out on a GPU."""
+    for bs in pair.batch_sizes:
+        object.__setattr__(pair.metadata(bs), FIELD, None)
+    pair.ours.steps()[0].decode_cuda_graph_metadata["page_table"] = None
 
 
 @pytest.mark.parametrize("role", ROLES)

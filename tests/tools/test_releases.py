@@ -14,14 +14,14 @@ DECLINED = {"declined": "with this SGLang release the plugin fills no verify met
 @pytest.mark.parametrize(
     ("version", "roles", "missing"),
     [
-        ("0.5.14", {"draft-extend": EQUAL, "draft-decode": DECLINED, "verify": DECLINED}, []),
-        ("0.5.14", {"draft-extend": DECLINED}, ["draft-extend"]),
-        ("0.5.15.post1", {"draft-extend": EQUAL, "draft-decode": EQUAL, "verify": EQUAL}, []),
-        ("0.5.15.post1", {"draft-extend": EQUAL, "draft-decode": EQUAL, "verify": DECLINED}, ["verify"]),
+        ("0.5.12.post1", {"draft-extend": EQUAL, "draft-decode": DECLINED, "verify": DECLINED}, []),
+        ("0.5.11", {"draft-extend": DECLINED}, ["draft-extend"]),
+        ("0.5.13.post1", {"draft-extend": EQUAL, "draft-decode": EQUAL, "verify": EQUAL}, []),
+        ("0.5.14", {"draft-extend": EQUAL, "draft-decode": EQUAL, "verify": DECLINED}, ["verify"]),
         ("0.5.23", {"draft-extend": EQUAL}, ["draft-decode", "verify"]),
     ],
 )
-def test_from_0_5_15_on_no_role_may_be_missing(version, roles, missing):
+def test_from_0_5_13_on_no_role_may_be_missing(version, roles, missing):
     assert matrix.missing_roles(version, roles) == missing
 
 
@@ -34,8 +34,8 @@ def test_a_role_of_the_demo_is_summed_over_its_tensors():
 def test_the_page_shows_each_role():
     different = {"values_compared": 9, "values_different": 1}
     roles = {"draft-extend": EQUAL, "draft-decode": different, "verify": DECLINED}
-    shown = releases_page._roles("0.5.14", {"roles": roles})
-    assert shown == ("0.5.14", "1,234", "different", f"declined: {DECLINED['declined']}")
+    shown = releases_page._roles("0.5.12", {"roles": roles})
+    assert shown == ("0.5.12", "1,234", "different", f"declined: {DECLINED['declined']}")
 
 
 def test_the_roles_are_the_packages():
@@ -43,3 +43,16 @@ def test_the_roles_are_the_packages():
     from sglang_nsa_plugin.state import ROLES
 
     assert ROLES == matrix.ROLES
+
+
+@pytest.mark.parametrize(
+    ("counts", "passed"),
+    [({"passed": 112, "skipped": 14}, True), ({"passed": 111, "failed": 1}, False), ({}, False)],
+)
+def test_values_alone_keep_the_tests_of_an_earlier_run_with_its_commit(counts, passed, monkeypatch):
+    row = {"of": {"commit": "4d1558e"}, "adapter_tests": counts}
+    monkeypatch.setattr(matrix.result_files, "committed", lambda _: {"parts": {"0.5.19": row}})
+    assert matrix.earlier_tests("0.5.19") == (passed, {"commit": "4d1558e", **counts})
+    row["adapter_tests"] = {"commit": "a49e3a5", **counts}  # of a run with values alone in between
+    assert matrix.earlier_tests("0.5.19") == (passed, {"commit": "a49e3a5", **counts})
+    assert matrix.earlier_tests("0.5.20") == (False, {"commit": None})
