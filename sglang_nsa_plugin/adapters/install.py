@@ -72,7 +72,7 @@ def install(requests: Mapping[str, Request]) -> str | None:
     if misfits:
         return f"this SGLang does not fit the {adapter.name} adapter: {'; '.join(misfits)}"
     hooks.register(adapter.common.hooks)
-    why_not_role = {role: _why_role_misfits(adapter, role) for role in requests}
+    why_not_role = {role: why_role_misfits(adapter, role) for role in requests}
     for role, why_not in why_not_role.items():
         if why_not is None:
             hooks.register(adapter.parts_of(role).hooks)
@@ -96,7 +96,7 @@ def install(requests: Mapping[str, Request]) -> str | None:
     return None
 
 
-def _why_role_misfits(adapter: Adapter, role: str) -> str | None:
+def why_role_misfits(adapter: Adapter, role: str) -> str | None:
     """Why the adapter cannot fill this role with the installed SGLang, or None."""
     if role not in adapter.takeovers:
         return f"with this SGLang release the plugin fills no {role} metadata"
