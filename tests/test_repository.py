@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -30,8 +31,10 @@ WRITTEN = [
     "README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
+    "docs/ab.md",
     "docs/architecture.md",
     "docs/failure-modes.md",
+    "docs/operate.md",
 ]
 
 
@@ -155,7 +158,12 @@ OF_SGLANG = {
     "SGLANG_LOGGING_CONFIG_PATH",
     "SGLANG_PLUGINS",
 }
-OF_OTHERS = {"--build": "cmake", "PYTEST_ADDOPTS": "pytest", "LD_LIBRARY_PATH": "the loader"}
+OF_OTHERS = {
+    "--build": "cmake",
+    "--no-cache-dir": "pip",
+    "PYTEST_ADDOPTS": "pytest",
+    "LD_LIBRARY_PATH": "the loader",
+}
 
 
 @pytest.mark.parametrize("document", [*WRITTEN, "CHANGELOG.md"])
@@ -184,7 +192,25 @@ def test_flags_and_variables_of_sglang_exist() -> None:
 
 
 VARIABLES = r"(?:[A-Z_]+=(?:\$\(.*?\)|\S+) )*"
-PROGRAM = rf"{VARIABLES}(?:pip|make|cmake|curl|python3?|sglang-nsa-plugin(?! \d)|integration/\S+\.sh)"
+PROGRAMS = (
+    "apt-get",
+    "pip",
+    "make",
+    "cmake",
+    "curl",
+    "python",
+    "python3",
+    "sglang-nsa-plugin",
+    "sglang",
+)
+PROGRAM = rf"{VARIABLES}(?:(?:{'|'.join(PROGRAMS)})(?! \d)|integration/\S+\.sh)"
+# Code blocks with a language, and the test that runs or reads them.
+BLOCKS = {
+    ("README.md", "python"): "test_example_of_the_readme_runs",
+    ("docs/operate.md", "dockerfile"): "test_the_images_line_installs_a_wheel_of_the_build_context",
+    ("docs/operate.md", "yaml"): "test_the_pods_command_takes_the_config_map",
+    ("docs/recipes.md", "bash"): "test_this_release_parses_every_recipe_that_names_it",
+}
 
 
 def commands(text: str) -> list[str]:
@@ -217,6 +243,10 @@ def wrong_with(command: str) -> str | None:
         return None if (ROOT / sources / "CMakeLists.txt").is_file() else "no CMakeLists.txt there"
     if program == "curl":
         return wrong_with_request(*rest)
+    if program == "sglang":  # its flags: tests/adapters/test_operate.py
+        return None if rest == ["serve"] or "--model-path" in rest else "it wants --model-path"
+    if program == "apt-get":
+        return None if rest[0] == "install" else "nothing but packages"
     return "unknown program"
 
 
@@ -265,6 +295,30 @@ def test_commands_of_the_documents_can_be_run(document: str) -> None:
     assert {command: why for command, why in wrong.items() if why is not None} == {}
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_no_command_of_the_documents_is_left_out(document: str) -> None:
+    """Lines of code blocks that begin with a program of this machine, and blocks with a language."""
+    text = text_of(document)
+    first = set(re.findall(rf"^ {{4,}}{VARIABLES}([a-z][\w.-]+) \S", text, re.MULTILINE))
+    assert {word for word in first - {*PROGRAMS} if shutil.which(word)} == set()
+    languages = set(re.findall(r"^ *```([a-z]+)$", text, re.MULTILINE))
+    assert {(document, language) for language in languages} <= set(BLOCKS)
+
+
+def test_sglangs_own_commands_are_where_its_parser_reads_them() -> None:
+    named = [
+        document
+        for document in DOCUMENTS
+        if re.search(r"sglang serve -|launch_server", text_of(document))
+    ]
+    assert named == ["docs/operate.md", "docs/recipes.md"]
+
+
+def test_the_blocks_tests_exist() -> None:
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in BLOCKS.values() if f"\ndef {name}(" not in tests] == []
+
+
 def test_commands_are_found() -> None:
     assert len(commands(text_of("README.md"))) >= 8
     assert len(commands(text_of("CONTRIBUTING.md"))) >= 15
@@ -281,6 +335,8 @@ def test_commands_are_found() -> None:
         "python3 -m integration.gpu.gpu_test --just tests",
         "python3 docs/record.py",
         "pip install sglang-nsa-plugin",
+        "sglang serve --config server.yaml",
+        'curl localhost:30000/set_internal_state --json \'{"server_args": {"nsa": 0}}\'',
         "NSA_COMMIT=$(git rev-parse HEAD) integration/gpu/gpu_host.sh FOLDER make gpu-tests",
         "integration/gpu/host.sh FOLDER make gpu-test",
         "cmake -S src -B build",

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from commands import SGLANG, command, needs_sglang, program
 from conftest import HAS_GPU
 
 from sglang_nsa_plugin.adapters import releases
-from sglang_nsa_plugin.cli import environment, verify
+from sglang_nsa_plugin.cli import environment, findings, verify
 from sglang_nsa_plugin.kernels import library
 
 OTHER_PLUGIN = {
@@ -222,6 +223,14 @@ def test_without_sglang_the_verdict_says_what_to_install():
 
 
 GPU_HOST: dict[str, Any] = {
+    "plugin": "0.1.0",
+    "package": "/site/sglang_nsa_plugin",
+    "library": "/site/sglang_nsa_plugin/lib/nsa_metadata.so",
+    "gpu_code": ["sm_90", "compute_90"],
+    "python": "3.12.1",
+    "torch": "2.11.0",
+    "cuda": "13.0",
+    "tvm_ffi": "0.1.11",
     "gpu": "NVIDIA H200",
     "driver": "580.1",
     "no_gpu": None,
@@ -234,15 +243,25 @@ GPU_HOST: dict[str, Any] = {
         "tested": True,
         "newest_tested": "0.5.23",
     },
-    "discovery": {"loads": True},
-    "setting": {"backend": "auto", "problem": None},
-    "adapter": {"name": "in-graph", "misfits": [], "broken": None},
+    "discovery": {"loads": True, "variable": None, "problem": None, "remedy": None},
+    "setting": {"backend": "auto", "roles": ["draft-extend", "verify"], "problem": None},
+    "adapter": {
+        "name": "in-graph",
+        "misfits": [],
+        "broken": None,
+        "roles": {"draft-extend": None, "draft-decode": "old", "verify": None},
+    },
     "implementations": {name: {"reason": None} for name in ("cuda", "triton", "torch", "cpu")},
 }
 
 
 def verdict(**changes: Any) -> tuple[str | None, str]:
     """Why a GPU host's best kernel is not active, and its verdict otherwise; changes are a__b=value."""
+    result = gpu_host(**changes)
+    return verify.why_not_active(result), verify.success(result)
+
+
+def gpu_host(**changes: Any) -> dict[str, Any]:
     result = copy.deepcopy(GPU_HOST)
     for path, value in changes.items():
         *parents, last = path.split("__")
@@ -250,7 +269,7 @@ def verdict(**changes: Any) -> tuple[str | None, str]:
         for parent in parents:
             place = place[parent]
         place[last] = value
-    return verify.why_not_active(result), verify.success(result)
+    return result
 
 
 def test_verdicts_of_a_gpu_host_where_the_kernel_runs():
@@ -316,6 +335,101 @@ def test_verdicts_of_a_gpu_host_where_the_kernel_runs():
 )
 def test_verdicts_of_a_gpu_host_where_the_best_kernel_is_not_active(changes, expected):
     assert verdict(**changes)[0] == expected
+
+
+def test_a_role_that_sglang_fills_is_in_the_verdict():
+    """Only of those that the environment asks for."""
+    setting = {"backend": "auto", "roles": ["draft-extend", "draft-decode"], "problem": None}
+    assert verdict(setting=setting) == (
+        None,
+        "Active kernel: CUDA, in the draft-extend graph of SGLang 0.5.17; SGLang fills draft-decode "
+        "itself",
+    )
+
+
+# [ok] and [--]
+
+
+def in_graph_release() -> bool:
+    """Whether the plugin can fill draft-decode in this SGLang."""
+    if SGLANG is None:
+        return False
+    from integration.releases.install_sglang import release_key
+
+    return release_key(SGLANG) >= (0, 5, 15)
+
+
+INSTALL = "/usr/bin/python3 -m pip install sglang==0.5.23"
+
+
+def missing(**changes: Any) -> dict[str, str]:
+    """The lines with [--], and what mends each."""
+    found = findings.of(gpu_host(**changes))
+    return {each.name: each.remedy for each in found if each.remedy is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {}),
+        (
+            {"no_gpu": "CUDA_VISIBLE_DEVICES is ''", "no_gpu_remedy": "unset CUDA_VISIBLE_DEVICES"},
+            {"GPU": "unset CUDA_VISIBLE_DEVICES"},
+        ),
+        (
+            {"no_gpu": "sees none", "no_gpu_remedy": "install a driver", "driver": None, "gpu": None},
+            {"GPU": "run this command where you serve; if that is here, install a driver"},
+        ),
+        ({"gpu_code": []}, {"compiled for": findings.REBUILD}),
+        ({"gpu_code": None}, {"compiled for": findings.REBUILD}),
+        ({"tvm_ffi": None}, {"TVM FFI": f"pip install '{library.TVM_FFI}'"}),
+        ({"sglang__version": None, "adapter": None}, {"SGLang": INSTALL, "adapter": INSTALL}),
+        (
+            {"sglang__tested": False},
+            {"SGLang": "start servers with --nsa-metadata-check 1, and compare"},
+        ),
+        (
+            {"discovery__loads": False, "discovery__remedy": "set SGLANG_PLUGINS=nsa or unset it"},
+            {"plugin loaded": "set SGLANG_PLUGINS=nsa or unset it"},
+        ),
+        ({"setting__backend": "off"}, {"backend": "unset SGLANG_NSA_METADATA_BACKEND"}),
+        (
+            {"setting__problem": "SGLANG_NSA_METADATA_CHECK: must be a whole number, got 'x'"},
+            {"backend": "unset SGLANG_NSA_METADATA_CHECK"},
+        ),
+        ({"adapter__broken": "a.py, line 3"}, {"adapter": INSTALL}),
+        ({"adapter__misfits": ["a.b is missing"]}, {"adapter": INSTALL}),
+        ({"adapter__roles": {"draft-extend": None, "verify": "no a.b"}}, {"verify": INSTALL}),
+    ],
+)
+def test_what_is_missing_and_what_mends_it(changes, expected):
+    assert missing(**changes) == expected
+
+
+@needs_sglang
+def test_each_finding_is_a_line_with_its_mark(plain):
+    listed = plain.text.partition("\n\n")[0]
+    found = findings.of(plain.result)
+    lines = re.findall(r"^\[(ok|--)\]  (.{17})", listed, re.MULTILINE)
+    expected = [("ok" if each.remedy is None else "--", each.name) for each in found]
+    assert [(mark, name.strip()) for mark, name in lines] == expected
+    assert listed.count("mend: ") == sum(each.remedy is not None for each in found)
+    if not HAS_GPU:
+        assert ("--", "GPU") in expected
+
+
+@needs_sglang
+@pytest.mark.skipif(not in_graph_release(), reason="this SGLang fills draft-extend alone")
+def test_a_role_that_does_not_fit_is_reported(tmp_path):
+    text = (sglang_package() / BACKEND).read_text()
+    old = "class DeepseekSparseAttnMultiStepBackend"
+    tree = source_tree(tmp_path, BACKEND, text.replace(old, "class DeepseekSparseAttnStepsBackend"))
+    asked = {"PYTHONPATH": str(tree), "SGLANG_NSA_METADATA_ROLES": "draft-extend,draft-decode"}
+    done = command("verify", COLUMNS="400", **asked)
+    said = "SGLang fills it: this SGLang does not fit the fill of draft-decode: "
+    assert re.search(rf"^\[--\]  draft-decode +{said}", done.stdout, re.MULTILINE)
+    assert re.search(r"^\[ok\]  draft-extend +fits", done.stdout, re.MULTILINE)
+    assert "SGLang fills draft-decode itself" in done.stdout.split("\n\n")[-1]
 
 
 def test_80_columns_are_enough_and_nothing_is_coloured(plain):
@@ -555,7 +669,7 @@ def test_where_python_and_library_lie_apart(apart):
     package = "/clone/sglang_nsa_plugin" if apart else "/site/sglang_nsa_plugin"
     facts = {"plugin": "0.1.0", "package": package, "library": "/site/sglang_nsa_plugin/lib/a.so"}
     places = ", Python of /clone/sglang_nsa_plugin, library of /site/sglang_nsa_plugin" if apart else ""
-    assert verify._plugin(facts) == f"0.1.0{places}"
+    assert findings._plugin(facts) == f"0.1.0{places}"
 
 
 def test_the_places_of_python_and_library(plain):
@@ -567,7 +681,7 @@ def test_the_places_of_python_and_library(plain):
 def test_what_the_library_was_compiled_for(plain):
     targets = environment.gpu_code_of(library.LIBRARY)
     assert plain.result["gpu_code"] == targets
-    assert verify._compiled_for(targets) in " ".join(plain.text.split())
+    assert findings._compiled_for(targets) in " ".join(plain.text.split())
 
 
 @pytest.mark.parametrize(
@@ -579,7 +693,7 @@ def test_what_the_library_was_compiled_for(plain):
     ],
 )
 def test_code_for_gpus_in_words(targets, said):
-    assert verify._compiled_for(targets) == said
+    assert findings._compiled_for(targets) == said
 
 
 def test_a_library_that_cannot_be_read(tmp_path):

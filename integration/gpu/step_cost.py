@@ -17,12 +17,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from integration import result_files
-from integration.serving.gain_cells import CONTEXTS
 
 if TYPE_CHECKING:
     from sglang_nsa_plugin.harness.graph_pair import GraphPair
 
 ARMS = ("ours", "sglang")
+CONTEXTS = {"160k": 163_840, "1m": 1 << 20}
 LENGTHS = (2_048, 131_072)
 DRAFT_TOKENS = 4
 PROFILED = 10  # plans of SGLang, for their kernels' times

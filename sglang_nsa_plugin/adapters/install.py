@@ -74,7 +74,7 @@ def install(requests: Mapping[str, Request]) -> str | None:
         return f"this SGLang does not fit the {adapter.name} adapter: {'; '.join(misfits)}"
     hooks.register(adapter.common.hooks)
     why_not_role = {
-        role: _why_role_misfits(adapter, role, request.is_named) for role, request in requests.items()
+        role: why_role_misfits(adapter, role, request.is_named) for role, request in requests.items()
     }
     for role, why_not in why_not_role.items():
         if why_not is None:
@@ -99,7 +99,7 @@ def install(requests: Mapping[str, Request]) -> str | None:
     return None
 
 
-def _why_role_misfits(adapter: Adapter, role: str, is_named: bool) -> str | None:
+def why_role_misfits(adapter: Adapter, role: str, is_named: bool = False) -> str | None:
     """Why the adapter does not fill this role with the installed SGLang, or None."""
     if role not in adapter.takeovers:
         return f"with this SGLang release the plugin fills no {role} metadata"

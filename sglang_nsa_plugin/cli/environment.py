@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.cli.source_stubs import stubbed, why_import_fails
+from sglang_nsa_plugin.state import ROLES
 
 NVIDIA_SMI_SECONDS = 5
 UNKNOWN_VERSION = "0.0.0.dev0"  # what SGLang calls itself when it cannot find out
@@ -173,18 +174,20 @@ def adapter_fit() -> dict[str, Any]:
     """The adapter for the installed SGLang, and its ``misfits``: an empty list when it fits.
 
     Read from SGLang's source; SGLang is not imported. ``broken`` says why the source cannot be read.
+    ``roles`` says of each role why the adapter cannot fill it alone, or None.
     """
     from sglang_nsa_plugin.adapters import hooks
-    from sglang_nsa_plugin.adapters.install import adapter_for_installed
+    from sglang_nsa_plugin.adapters.install import adapter_for_installed, why_role_misfits
 
     with stubbed("sglang"):
         try:
             adapter = adapter_for_installed()
             misfits = hooks.misfits(adapter.common.requirements)
+            roles = {role: why_role_misfits(adapter, role) for role in ROLES}
             broken = why_import_fails("sglang")
         except BROKEN as error:
-            return {"name": None, "misfits": [], "broken": in_words(error)}
-    return {"name": adapter.name, "misfits": misfits, "broken": broken}
+            return {"name": None, "misfits": [], "broken": in_words(error), "roles": {}}
+    return {"name": adapter.name, "misfits": misfits, "broken": broken, "roles": roles}
 
 
 def in_words(error: BaseException) -> str:
@@ -235,10 +238,16 @@ def _why_not_selected(names: list[str], installed: set[str]) -> str:
     return f"does not name {NAME}"
 
 
-def setting() -> dict[str, str | None]:
-    """The backend that the environment asks for; ``problem`` when a variable has no valid value."""
+def setting() -> dict[str, Any]:
+    """Backend and roles that the environment asks for; ``problem`` if a variable has no valid value."""
     try:
         options.validate_environment()
     except SystemExit as error:
-        return {"backend": None, "problem": str(error).removeprefix("sglang-nsa-plugin: ")}
-    return {"backend": options.backend_of(object()), "problem": None}
+        problem = str(error).removeprefix("sglang-nsa-plugin: ")
+        return {"backend": None, "roles": [], "problem": problem}
+    asked = object()
+    return {
+        "backend": options.backend_of(asked),
+        "roles": list(options.roles_of(asked)),
+        "problem": None,
+    }

@@ -1,4 +1,4 @@
-"""What the commands print with: a console, progress bars, facts in two columns, a verdict.
+"""What the commands print with: a console, progress bars, facts in two columns, findings, a verdict.
 
 Only a terminal gets colours and bars; NO_COLOR switches the colours off.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress
@@ -38,6 +39,27 @@ def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(name, value)
+    console.print(table)
+
+
+class Finding(NamedTuple):
+    """What was found of one thing, and the one thing to do about it where it is not as it should be."""
+
+    name: str
+    value: str
+    remedy: str | None = None
+
+
+def print_findings(console: Console, findings: Iterable[Finding]) -> None:
+    """A line each, after [ok] or [--]; below the latter, what mends it."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value, remedy in findings:
+        table.add_row("[ok]" if remedy is None else "[--]", name, value)
+        if remedy is not None:
+            table.add_row("", "", f"mend: {remedy}")
     console.print(table)
 
 

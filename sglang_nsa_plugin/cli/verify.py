@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_nsa_plugin import options
-from sglang_nsa_plugin.cli import environment, terminal
+from sglang_nsa_plugin.cli import environment, findings, terminal
 
 STDOUT = "-"
 KERNELS = {"cuda": "CUDA", "triton": "Triton", "torch": "PyTorch"}
@@ -114,97 +114,25 @@ def success(result: dict[str, Any]) -> str:
     """The verdict when the best kernel would be active."""
     release = f"SGLang {result['sglang']['version']}"
     adapter, asked = result["adapter"]["name"], result["setting"]["backend"]
+    left = [role for role in result["setting"]["roles"] if result["adapter"]["roles"][role] is not None]
+    but = f"; SGLang fills {' and '.join(left)} itself" if left else ""
     if not has_gpu(result):
         return (
             f"No GPU to serve with: {result['no_gpu']}. The CPU twin works, and the {adapter} adapter "
-            f"fits {release}"
+            f"fits {release}{but}"
         )
     kernel = "cuda" if asked == options.DEFAULT else asked
     why = "" if asked == options.DEFAULT else f" (asked for by {options.VARIABLE})"
     check = "" if result["sglang"]["tested"] else f", not a tested release: add {options.CHECK_FLAG} 1"
-    return f"Active kernel: {KERNELS[kernel]}{why}, {WHERE[adapter]} {release}{check}"
+    return f"Active kernel: {KERNELS[kernel]}{why}, {WHERE[adapter]} {release}{but}{check}"
 
 
 def _print(console: Console, result: dict[str, Any]) -> None:
-    terminal.print_facts(console, _facts(result))
+    terminal.print_findings(console, findings.of(result))
     console.print()
     console.print(_fill_table(result))
     console.print()
     terminal.print_verdict(console, result["verdict"], result["works"])
-
-
-def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        ("sglang-nsa-plugin", _plugin(result)),
-        ("Python", f"{result['python']}, {result['executable']}"),
-        ("torch", f"{result['torch']}, {_or_none('CUDA', result['cuda'])}"),
-        ("GPU", _gpu(result)),
-        ("compiled for", _compiled_for(result["gpu_code"])),
-        ("TVM FFI", result["tvm_ffi"] or "not installed"),
-        ("SGLang", _release(result["sglang"])),
-        ("plugin loaded", _loads(result["discovery"])),
-        ("backend", _backend(result["setting"])),
-        ("adapter", _adapter(result["adapter"])),
-    ]
-
-
-def _plugin(result: dict[str, Any]) -> str:
-    """The version; where Python and library lie apart, as in a clone, also both places."""
-    package, library = Path(result["package"]), Path(result["library"])
-    if package == library.parents[1]:
-        return str(result["plugin"])
-    return f"{result['plugin']}, Python of {package}, library of {library.parents[1]}"
-
-
-def _or_none(name: str, value: str | None) -> str:
-    return f"{name} {value}" if value else f"no {name}"
-
-
-def _gpu(result: dict[str, Any]) -> str:
-    driver = (
-        _or_none("driver", result["driver"]) if result["driver_problem"] is None else "driver unknown"
-    )
-    named = f"{result['gpu']}, {driver}" if result["gpu"] else "none"
-    why = result["no_gpu"] or result["driver_problem"]
-    return f"{named}: {why}" if why else named
-
-
-def _compiled_for(targets: list[str] | None) -> str:
-    if targets is None:
-        return "unknown: the library cannot be read"
-    if not targets:
-        return "the CPU alone"
-    ptx = [f"PTX for {target}" for target in targets if target.startswith("compute_")]
-    return ", ".join([target for target in targets if target.startswith("sm_")] + ptx)
-
-
-def _release(sglang: dict[str, Any]) -> str:
-    if sglang["version"] is None:
-        return "not installed"
-    tested = "a tested release" if sglang["tested"] else "not a tested release"
-    return f"{sglang['version']}, {tested}, in {sglang['path']}"
-
-
-def _loads(discovery: dict[str, Any]) -> str:
-    given = discovery["variable"]
-    if discovery["loads"]:
-        return f"yes, SGLANG_PLUGINS {f'is {given}' if given else 'is not set'}"
-    return f"no, {discovery['problem']}"
-
-
-def _backend(setting: dict[str, str | None]) -> str:
-    if setting["problem"] is not None:
-        return setting["problem"]
-    return f"{setting['backend']}; a server's {options.FLAG} overrides it"
-
-
-def _adapter(adapter: dict[str, Any] | None) -> str:
-    if adapter is None:
-        return "none: SGLang is not installed"
-    if adapter["broken"] is not None:
-        return f"none: SGLang is broken: {adapter['broken']}"
-    misfits = "; ".join(adapter["misfits"])
-    return f"{adapter['name']}, does not fit: {misfits}" if misfits else f"{adapter['name']}, fits"
 
 
 def _fill_table(result: dict[str, Any]) -> Table:

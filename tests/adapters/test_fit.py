@@ -17,10 +17,12 @@ of_graphs = pytest.mark.skipif(
 IMPORTED = """
 import json
 from sglang_nsa_plugin.adapters import hooks
-from sglang_nsa_plugin.adapters.install import adapter_for_installed
+from sglang_nsa_plugin.adapters.install import adapter_for_installed, why_role_misfits
+from sglang_nsa_plugin.state import ROLES
 adapter = adapter_for_installed()
 misfits = hooks.misfits(adapter.common.requirements)
-print(json.dumps({"name": adapter.name, "misfits": misfits, "broken": None}))
+roles = {role: why_role_misfits(adapter, role) for role in ROLES}
+print(json.dumps({"name": adapter.name, "misfits": misfits, "broken": None, "roles": roles}))
 """
 FROM_STUBS = """
 import json, sys
@@ -86,6 +88,37 @@ def test_what_changed_is_named(there, instead, misfit, monkeypatch):
     monkeypatch.setattr(source_stubs._Loader, "get_data", changed)
     misfits = environment.adapter_fit()["misfits"]
     assert any(misfit in found for found in misfits), misfits
+
+
+@of_graphs
+def test_a_role_that_alone_does_not_fit_is_named(monkeypatch):
+    """Only draft-decode's fill calls SGLang's fill of one of its backends."""
+    read = source_stubs._Loader.get_data
+
+    def changed(loader: source_stubs._Loader, path: str) -> bytes:
+        old = b"class DeepseekSparseAttnMultiStepBackend"
+        return read(loader, path).replace(old, b"class DeepseekSparseAttnStepsBackend")
+
+    monkeypatch.setattr(source_stubs._Loader, "get_data", changed)
+    fit = environment.adapter_fit()
+    assert fit["misfits"] == []
+    assert (
+        fit["roles"]
+        .pop("draft-decode")
+        .startswith(
+            "this SGLang does not fit the fill of draft-decode: sglang.srt.layers.attention.dsa_backend."
+            "DeepseekSparseAttnMultiStepBackend.__init__ is missing"
+        )
+    )
+    assert fit["roles"] == {"draft-extend": None, "verify": None}
+
+
+def test_an_older_release_says_that_it_fills_draft_extend_alone():
+    roles = environment.adapter_fit()["roles"]
+    assert roles["draft-extend"] is None
+    for role in ("draft-decode", "verify"):
+        expected = f"with this SGLang release the plugin fills no {role} metadata"
+        assert roles[role] == (None if in_graph.is_generation() else expected)
 
 
 @pytest.mark.parametrize(
