@@ -60,8 +60,7 @@ test-tools: $(READY)
 	$(PYTEST) tests/tools
 
 lint: $(VENV)/.lint
-	$(VENV)/bin/zizmor --quiet --offline --persona=pedantic .github/workflows
-	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/zizmor --quiet --offline --strict-collection --persona=pedantic .github/workflows
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache

@@ -379,7 +379,7 @@ def test_sglang_has_no_bound_and_the_documents_say_why() -> None:
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflows_are_pinned_and_have_no_rights(path: Path) -> None:
-    """`make lint` runs zizmor and the schema of workflow files on them."""
+    """`make lint` runs zizmor on them, which knows their schema."""
     text = path.read_text()
     used = re.findall(r"uses: (.*)", text)
     assert used
