@@ -62,11 +62,28 @@ def test_example_of_the_readme_runs(tmp_path: Path) -> None:
 
 
 def test_figures_of_the_readme_are_those_of_a_result_file() -> None:
-    """The only figures that README states; docs/results.md has the others."""
-    result = json.loads(text_of("integration/results/serve-0.5.17.json"))["parts"]["host_time"]
-    assert all("H200" in gpu for gpu in result["of"]["gpus"])
-    medians = [f"{result[arm]['fill_us']['median']:.0f}" for arm in ("plugin", "sglang")]
-    assert re.findall(r"(\d+) µs", text_of("README.md")) == medians
+    """Host time of all roles' metadata in a step, and the memory of their tables."""
+    parts = json.loads(text_of("integration/results/serve-0.5.17.json"))["parts"]
+    found, tables = parts["roles.record"], parts["tables"]
+    assert all("H200" in gpu for part in (found, tables) for gpu in part["of"]["gpus"])
+    times = [
+        sum(role["fill_us"]["median"] for role in found[arm].values()) for arm in ("probe", "sglang")
+    ]
+    assert re.findall(r"(\d+) µs", text_of("README.md")) == [f"{us:.0f}" for us in times]
+    stated = re.findall(r"([\d,]+) MB", text_of("README.md"))
+    assert stated == [f"{tables[which]:,}" for which in ("tables_mb", "before_mb")]
+
+
+def test_the_readme_says_how_much_longer_steps_are_beside_another_process() -> None:
+    files = sorted(ROOT.glob("integration/results/gain-*-0.5.17.json"))
+    parts = [part for path in files for part in json.loads(path.read_text())["parts"].values()]
+    ratios = [
+        part["cell"]["step_on_over_off"]["median"]
+        for part in parts
+        if part.get("beside") and set(part["roles"]) == set(DEFAULT_ROLES)
+    ]
+    longest = re.findall(r"up to (\d+) % longer", text_of("README.md"))
+    assert longest == [f"{100 * (max(ratios) - 1):.0f}"]
 
 
 def test_the_readme_claims_the_gain_that_was_measured() -> None:
@@ -195,6 +212,7 @@ VARIABLES = r"(?:[A-Z_]+=(?:\$\(.*?\)|\S+) )*"
 PROGRAMS = (
     "apt-get",
     "pip",
+    "tar",
     "make",
     "cmake",
     "curl",
@@ -245,6 +263,9 @@ def wrong_with(command: str) -> str | None:
         return wrong_with_request(*rest)
     if program == "sglang":  # its flags: tests/adapters/test_operate.py
         return None if rest == ["serve"] or "--model-path" in rest else "it wants --model-path"
+    if program == "tar":  # of what one of our programs lists
+        listed = re.search(r"\$\((.+)\)", command)
+        return wrong_with(listed[1]) if listed else "it packs nothing of ours"
     if program == "apt-get":
         return None if rest[0] == "install" else "nothing but packages"
     return "unknown program"
