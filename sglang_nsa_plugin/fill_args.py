@@ -196,7 +196,8 @@ def _number(name: str, value: Any, lowest: int, or_tensor: bool = False) -> int:
     wrong_type = TypeError(
         f"{name}: must be an int{' or a tensor' if or_tensor else ''}, got {_type_name(value)}"
     )
-    if isinstance(value, (bool, torch.Tensor)):
+    # Older NumPys, as on Python 3.10, take their bool for an index, with a warning.
+    if isinstance(value, (bool, torch.Tensor)) or _type_name(value) in ("numpy.bool", "numpy.bool_"):
         raise wrong_type
     try:
         number = operator.index(value)
