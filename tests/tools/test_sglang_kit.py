@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from integration.gpu import sglang_kit
 from sglang_nsa_plugin.state import ROLES
 
-has_kit = importlib.util.find_spec("sglang.test") and importlib.util.find_spec(sglang_kit.KIT)
+has_kit = sglang_kit.is_there()
 
 
 @pytest.mark.skipif(has_kit, reason="this SGLang has the kit")
