@@ -125,9 +125,10 @@ def _add_bench(commands: Commands) -> None:
         help="time one fill: SGLang's own, the plugin's and each kernel, in one run",
         description="Fills the same tensors with SGLang's own code, with SGLang's kernel alone, with "
         "the plugin's CUDA graph, with each implementation of the plugin, and with the Python code of "
-        "SGLang 0.5.9. Varies the requests, the context, the table's width and the draft tokens. "
-        "Compares all values first, then times host and GPU in alternating rounds. Takes about three "
-        "minutes. Without a GPU it times the CPU twin, which tells nothing about a GPU.",
+        "SGLang 0.5.9. Varies the requests, the context, the table's width and the draft tokens. Also "
+        "times SGLang's plan of each role and the plugin's. Compares all values first, then times host "
+        "and GPU in alternating rounds. Takes about three minutes. Without a GPU it times the CPU twin, "
+        "which tells nothing about a GPU.",
         epilog="example: sglang-nsa-plugin bench --quick --json bench.json",
     )
     bench.add_argument("--quick", action="store_true", help="fewer cases; takes less than a minute")

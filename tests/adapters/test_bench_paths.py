@@ -19,14 +19,14 @@ SETUP = Setup(width=640, requests=(1, REQUESTS), lengths=(LENGTH,), draft_tokens
 @pytest.fixture
 def stepped():
     """A pair that has filled one case, direct fills over its inputs, and SGLang's values."""
-    from sglang_nsa_plugin.cli.bench import cases, paths, run
+    from sglang_nsa_plugin.cli.bench import cases, paths
 
     pair = make_pair(context_len=SETUP.width - cases.PAGE)
     fills = DirectFills(pair.inputs, REQUESTS, DRAFT_TOKENS)
     cases.write_slots(pair.inputs)
     case = Case(REQUESTS, LENGTH)
     cases.write_lengths(pair.inputs, case)
-    assert run._step(pair, REQUESTS) > 0
+    assert paths.step(pair, REQUESTS) > 0
     return pair, fills, paths.sglang_values(pair, REQUESTS)
 
 
@@ -130,3 +130,56 @@ def test_rows_of_a_setup_have_every_figure(stepped, monkeypatch):
     shown = console.export_text()
     assert "plugin, in graph" in shown
     assert "2 kernel, 1 event_record" in shown
+
+
+# --- the roles ---
+
+
+@pytest.fixture
+def timed_on_the_cpu(monkeypatch):
+    from sglang_nsa_plugin.cli.bench import timing
+
+    monkeypatch.setattr(timing, "gpu_times", timing.host_times)
+    monkeypatch.setattr(timing, "graph_nodes", lambda call: (call(), {"kernel": 2})[1])
+    monkeypatch.setattr(timing, "HOST_ROUNDS", (3, 3))
+
+
+def test_every_role_has_a_row_with_every_figure(timed_on_the_cpu, state):
+    from sglang_nsa_plugin.cli.bench import report, roles
+
+    advanced: list[str] = []
+    here = roles.measured_here()
+    assert [role.name for role in here] == ["draft-decode", "verify", "draft-extend"]
+    rows = list(roles.rows(Grid((SETUP,), seconds=0.0), CPU, here, advanced.append))
+    assert [(row["role"], row["requests"]) for row in rows] == [
+        (role.name, requests) for role in here for requests in SETUP.requests
+    ]
+    assert len(advanced) == len(rows)
+    for row in rows:
+        for times in ("host_us", "gpu_us"):
+            assert set(row[times]) == {"sglang", "ours"}
+            assert min(row[times].values()) > 0
+        assert row["launches"] == {"sglang": 2, "ours": 2}
+        assert row["values_compared"] > LENGTH * row["requests"]
+    decode, verify, extend = rows[1::2]
+    # one row for a request, and n with n more tokens; the draft steps share what SGLang has for each
+    assert 3.9 < extend["bytes"]["written"] / decode["bytes"]["written"] < 4.1
+    assert verify["bytes"]["written"] - extend["bytes"]["written"] == 4 * REQUESTS * DRAFT_TOKENS**2
+    assert decode["memory_bytes"]["sglang"] > 1.9 * decode["memory_bytes"]["ours"]
+    assert verify["memory_bytes"]["sglang"] == verify["memory_bytes"]["ours"]  # the CPU drops no table
+    console = Console(record=True, width=160)
+    console.print(report._roles(rows))
+    shown = console.export_text()
+    assert all(role.name in shown for role in here)
+    assert "SGLang / plugin; flashmla_sparse, req_to_token 640 wide, 4 draft tokens" in shown
+
+
+def test_a_role_with_a_wrong_value_is_not_timed(timed_on_the_cpu, state, monkeypatch):
+    from cpu_pair import plant_error
+
+    from sglang_nsa_plugin.cli.bench import paths, roles
+
+    plant_error("cu_seqlens_k", monkeypatch)
+    (verify,) = (role for role in roles.measured_here() if role.name == "verify")
+    with pytest.raises(paths.DifferentValuesError, match=r"not timed, .* cu_seqlens_k\[0\]"):
+        list(roles.rows(Grid((SETUP,), seconds=0.0), CPU, [verify], lambda _: None))

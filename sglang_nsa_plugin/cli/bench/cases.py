@@ -60,6 +60,7 @@ FULL = Grid(
     )
 )
 QUICK = Grid((replace(_MAIN, requests=_FEW, lengths=(2_048, 32_768)),), seconds=0.2)
+ROLES = Grid((replace(_MAIN, requests=(1, 8, 64, 512), lengths=(32_768,)),), seconds=1.0)
 # Before 0.5.15 the host does the work, which grows with the batch: a few sizes are enough.
 EAGER = Grid(
     tuple(

@@ -11,10 +11,12 @@ import torch
 from sglang_nsa_plugin import api, dispatch, self_test
 from sglang_nsa_plugin.adapters import fields
 from sglang_nsa_plugin.cli.bench import baseline_059
-from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, DirectFills
+from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGE, PAGED, DirectFills, Setup
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.harness.graph_pair import GraphPair
+from sglang_nsa_plugin.harness.installed import pair_for_installed
+from sglang_nsa_plugin.state import DRAFT_EXTEND
 
 Call = Callable[[], object]
 # sglang: SGLang's own call before a replay. ours: the plugin's; its host time is that of the same call,
@@ -33,6 +35,32 @@ class Paths:
 
     host: dict[str, Call]
     gpu: dict[str, Call]
+
+
+def pair_of(device: torch.device, setup: Setup, role: str = DRAFT_EXTEND) -> Any:
+    """SGLang's backend of this role with the plugin beside one without it, in the sizes of a set-up."""
+    return pair_for_installed(
+        device,
+        setup.requests,
+        role=role,
+        draft_tokens=setup.draft_tokens,
+        context_len=setup.width - PAGE,
+        pool_size=max(setup.requests) + 1,
+        decode_impl=setup.decode_impl,
+    )
+
+
+def step(pair: Any, bs: int) -> int:
+    """Runs and compares one step of both; returns how many values were compared.
+
+    Raises:
+        DifferentValuesError: the plugin wrote a value that differs from SGLang's.
+    """
+    diff = Diff()
+    pair.step(bs, diff)
+    if diff.first is not None:
+        raise DifferentValuesError(f"not timed, because values differ: {diff.first}")
+    return sum(diff.compared.values())
 
 
 def implementations(device: torch.device) -> dict[str, str | None]:
@@ -101,9 +129,9 @@ def sglang_values(pair: GraphPair, bs: int) -> dict[str, torch.Tensor]:
     return fields.read(metadata, fields.DSA, (*fields.LENGTHS, "ctx_lens", *fields.TABLES))
 
 
-def memory_bytes(metadata: Any) -> int:
-    """Bytes of the tensors of one metadata object; tensors at the same address count once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in _tensors(metadata)}
+def memory_bytes(*metadata: Any) -> int:
+    """Bytes of the tensors of metadata objects; tensors at the same address count once."""
+    tensors = {tensor.data_ptr(): tensor for each in metadata for tensor in _tensors(each)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

@@ -35,6 +35,8 @@ def show(console: Console, result: dict[str, Any]) -> None:
             console.print(_times("GPU µs", rows, "gpu"))
         if any("nodes" in row for row in rows):
             console.print(_counts("graph", [row for row in rows if "nodes" in row]))
+    if result.get("roles"):
+        console.print(_roles(result["roles"]))
 
 
 def _heading(result: dict[str, Any]) -> str:
@@ -98,6 +100,46 @@ def _counts(title: str, rows: list[dict[str, Any]]) -> Table:
         counts = (f"{theirs} / {ours}" for theirs, ours in pairs)
         table.add_row(f"{row['requests']}", f"{row['length']:,}", f"- / {nodes}", *counts, memory)
     return table
+
+
+def _roles(rows: list[dict[str, Any]]) -> Table:
+    """What a plan costs: SGLang's before each step, and the plugin's in the graph."""
+    first = rows[0]
+    table = Table(
+        title=f"the plans of a speculative step: SGLang / plugin; {first['decode_impl']}, req_to_token "
+        f"{first['width']:,} wide, {first['draft_tokens']} draft tokens",
+        title_justify="left",
+    )
+    table.add_column("role")
+    for column in (
+        "requests",
+        "length",
+        "host µs",
+        "GPU µs",
+        "host launches",
+        "nodes",
+        "MB",
+        "memory MB",
+    ):
+        table.add_column(column, justify="right")
+    for row in rows:
+        memory = {arm: count / 1e6 for arm, count in row["memory_bytes"].items()}
+        table.add_row(
+            row["role"],
+            f"{row['requests']}",
+            f"{row['length']:,}",
+            _both(row["host_us"]),
+            _both(row["gpu_us"]) if "gpu_us" in row else "-",
+            f"{row['launches']['sglang']} / {row['launches']['ours']}",
+            f"- / {sum(row['nodes'].values())}" if "nodes" in row else "-",
+            f"{sum(row['bytes'].values()) / 1e6:,.1f}",
+            _both(memory),
+        )
+    return table
+
+
+def _both(of_arms: dict[str, float]) -> str:
+    return f"{of_arms['sglang']:,.1f} / {of_arms['ours']:,.1f}"
 
 
 def _table(title: str, *columns: str) -> Table:

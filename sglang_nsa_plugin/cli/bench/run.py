@@ -12,6 +12,7 @@ GPU time. Without a GPU only the implementations that run on a CPU are timed.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import time
@@ -26,7 +27,6 @@ from sglang_nsa_plugin.cli import environment, terminal
 from sglang_nsa_plugin.cli.bench import cases, paths, report, timing
 from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, Case, DirectFills, Grid, Setup
 from sglang_nsa_plugin.cli.bench.paths import ORIGINAL, OURS, SGLANG, SGLANG_KERNEL
-from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.harness.inputs import Inputs, make_inputs
 from sglang_nsa_plugin.kernels import torch as torch_reference
 
@@ -81,13 +81,24 @@ def _measured(progress: Progress, quick: bool) -> dict[str, Any]:
         measured = _cases(cases.EAGER, device, progress, bar, _eager_setup)
     if not quick:
         measured["expand"] = [_expand_case(device, bs) for bs in EXPAND_BATCH_SIZES]
+    of_draft_extend = {"adapter": STATE.adapter, "implementation": STATE.backend}
+    measured["roles"] = _roles(device, progress, bar)  # asks for one role after the other
     return {
         "sglang": environment.sglang()["version"],
         "gpu": torch.cuda.get_device_name(device),
-        "adapter": STATE.adapter,
-        "implementation": STATE.backend,
+        **of_draft_extend,
         **measured,
     }
+
+
+def _roles(device: torch.device, progress: Progress, bar: TaskID) -> list[dict[str, Any]]:
+    from sglang_nsa_plugin.cli.bench import roles
+
+    here, grid = roles.measured_here(), cases.ROLES
+    each = sum(len(setup.cases()) for setup in grid.setups)
+    progress.reset(bar, description="roles", total=each * len(here))
+    advance = functools.partial(progress.update, bar, advance=1)
+    return list(roles.rows(grid, device, here, lambda what: advance(description=what)))
 
 
 class Run:
@@ -154,7 +165,7 @@ def _cpu_setup(run: Run, setup: Setup) -> list[dict[str, Any]]:
 
 def _graph_setup(run: Run, setup: Setup) -> list[dict[str, Any]]:
     """All paths, where SGLang runs draft-extend in CUDA graphs."""
-    pair = _pair(run.device, setup)
+    pair = paths.pair_of(run.device, setup)
     fills = DirectFills(pair.inputs, max(setup.requests), setup.draft_tokens)
     cases.write_slots(pair.inputs)
     rows: list[dict[str, Any]] = []
@@ -177,7 +188,7 @@ def _graph_case(
     """Two rows: one for both page tables, one for the page-64 table only."""
     bs = case.requests
     with timing.counted_compiles() as at_first:
-        values = _step(pair, bs)
+        values = paths.step(pair, bs)
     sglang = paths.sglang_values(pair, bs)
     recorded = _recorded(pair, bs)
     rows = []
@@ -215,13 +226,13 @@ def _recorded(pair: Any, bs: int) -> dict[str, Any]:
 
 def _eager_setup(run: Run, setup: Setup) -> list[dict[str, Any]]:
     """SGLang's call that plans an eager step, and the plugin's."""
-    pair = _pair(run.device, setup)
+    pair = paths.pair_of(run.device, setup)
     cases.write_slots(pair.inputs)
     rows = []
     for case in setup.cases():
         cases.write_lengths(pair.inputs, case)
         bs = case.requests
-        values = _step(pair, bs)
+        values = paths.step(pair, bs)
         with pair.stub_process():
             calls = {SGLANG: pair.sglang_before_replay(bs), OURS: pair.before_replay(bs)}
             host = timing.host_times(calls, run.grid.seconds)
@@ -231,33 +242,11 @@ def _eager_setup(run: Run, setup: Setup) -> list[dict[str, Any]]:
     return rows
 
 
-def _pair(device: torch.device, setup: Setup) -> Any:
-    from sglang_nsa_plugin.harness.installed import pair_for_installed
-
-    return pair_for_installed(
-        device,
-        setup.requests,
-        draft_tokens=setup.draft_tokens,
-        context_len=setup.width - cases.PAGE,
-        pool_size=max(setup.requests) + 1,
-        decode_impl=setup.decode_impl,
-    )
-
-
 def _inputs(device: torch.device, setup: Setup) -> Inputs:
     requests = max(setup.requests)
     inputs = make_inputs(device, requests, requests + 1, setup.width, cases.PAGE)
     cases.write_slots(inputs)
     return inputs
-
-
-def _step(pair: Any, bs: int) -> int:
-    """Runs and compares one step of both; returns how many values were compared."""
-    diff = Diff()
-    pair.step(bs, diff)
-    if diff.first is not None:
-        raise paths.DifferentValuesError(f"not timed, because values differ: {diff.first}")
-    return sum(diff.compared.values())
 
 
 def _launches(pair: Any, bs: int) -> dict[str, int]:
