@@ -94,7 +94,7 @@ def test_the_wide_tables(text, arguments, variable, expected, tmp_path):
 def test_off_in_yaml_wins_over_the_variables(tmp_path):
     text = "nsa-metadata-backend: off\nnsa-metadata-check: off"
     done = from_yaml(tmp_path, text, **{VARIABLE: "torch", CHECK_VARIABLE: "7"})
-    assert last_line(done) == "off 0 draft-extend"
+    assert last_line(done) == "off 0 draft-extend,draft-decode,verify"
 
 
 @pytest.mark.parametrize(
