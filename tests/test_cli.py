@@ -133,6 +133,7 @@ WAITING = {
     "verify": ["reading versions", "filling"],
     "demo --steps 3": ["loading SGLang", "draft-extend steps", "draft-decode steps", "verify steps"],
 }
+FIRST_LINE = {"verify": "[ok]  sglang-nsa-plugin ", "demo --steps 3": "sglang-nsa-plugin "}
 COLUMNS = 80
 COLOUR = re.compile(r"\x1b\[[\d;]*3\d")
 
@@ -146,7 +147,7 @@ def test_a_terminal_gets_a_bar_and_a_coloured_verdict(arguments):
         assert waiting in output
         assert waiting not in "\n".join(screen)
     assert "\x1b[1;32m" in output
-    assert screen[0].startswith("sglang-nsa-plugin ")
+    assert screen[0].startswith(FIRST_LINE[arguments])
     assert max(len(line) for line in screen) <= COLUMNS
 
 
@@ -163,7 +164,7 @@ def test_no_color_switches_the_colours_off(arguments):
 def test_a_pipe_gets_neither_bars_nor_colours(arguments):
     done = command(*arguments.split())
     assert done.returncode == 0
-    assert done.stdout.startswith("sglang-nsa-plugin ")
+    assert done.stdout.startswith(FIRST_LINE[arguments])
     assert "\x1b" not in done.stdout + done.stderr
     for waiting in WAITING[arguments]:
         assert waiting not in done.stdout + done.stderr
@@ -189,7 +190,7 @@ from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
 def left(fills, captured, batch):
     if fills.role.name != "draft-decode":
         return True
-    return fills._leave_to_sglang(FallbackReason.INPUTS_REPLACED)
+    return fills.leave_to_sglang(FallbackReason.INPUTS_REPLACED)
 BackendFills.validate = left
 """
 

@@ -106,7 +106,9 @@ def test_a_fill_opens_its_own_files_and_loads_its_own_library(tmp_path: Path) ->
 def test_registering_with_sglang_opens_its_own_files(tmp_path: Path) -> None:
     """Applying the hooks imports modules of SGLang: those are imported before."""
     before = """
-import torch, tvm_ffi, sglang.srt.server_args
+import contextlib, torch, tvm_ffi, sglang.srt.server_args
+with contextlib.suppress(ImportError):
+    from sglang.srt.speculative import eagle_worker_common  # 0.5.16 and later
 from sglang.srt.layers.attention import dsa_backend
 from sglang.srt.speculative import draft_utils, eagle_draft_extend_cuda_graph_runner
 from sglang.srt.plugins.hook_registry import HookRegistry

@@ -160,12 +160,22 @@ def _plan_by_sglang(original: Callable[..., Any], multi_step: Any, forward_batch
     metadata = first and _metadata_of(first, forward_batch)
     if metadata is not None and metadata.page_table_1 is None:
         # SGLang's fill of all steps copies a wide table, of one step it can do without.
-        _plan_one_step(first, forward_batch)
-        _point_steps_at(metadata, multi_step)
+        _plan_each_step(multi_step, forward_batch)
         return
     original(multi_step, forward_batch)
     if multi_step.speculative_num_steps > STEPS_REFRESHED and metadata is not None:
         _refresh_schedule(multi_step, metadata)
+
+
+def _plan_each_step(multi_step: Any, forward_batch: Any) -> None:
+    """Once for all steps that share their metadata, as they do unless a hook of ours was replaced."""
+    planned: list[Any] = []
+    for step in multi_step.attn_backends:
+        metadata = _metadata_of(step, forward_batch)
+        if not any(metadata is each for each in planned):
+            _plan_one_step(step, forward_batch)
+            planned.append(metadata)
+        step.forward_metadata = metadata
 
 
 def _metadata_of(backend: Any, forward_batch: Any) -> Any | None:

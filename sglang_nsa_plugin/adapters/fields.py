@@ -34,31 +34,8 @@ def _fields(prefix: str) -> dict[str, str]:
 
 NSA = _fields("nsa")  # 0.5.11 and 0.5.12
 DSA = _fields("dsa")  # 0.5.13 and later
-# What a replay of a speculative step leaves as it was captured, and what only other batches have.
-LEFT_AS_CAPTURED = (
-    "page_size",
-    "max_seq_len_q",
-    "max_seq_len_k",
-    "cu_seqlens_q",
-    "dsa_cu_seqlens_q",
-    "dsa_extend_seq_lens_list",
-    "dsa_max_seqlen_q",
-    "seq_lens_sum",
-    "page_table_1_flattened",
-    "topk_indices_offset",
-    "indexer_k_start_end",
-    "indexer_logical_page_table",
-    "indexer_seq_lens_cpu",
-    "indexer_seq_lens",
-    "token_to_batch_idx",
-    "pooled_index_kpool",
-    "pooled_cache_seqlens_int32",
-    "pooled_real_page_table",
-    "pooled_paged_mqa_schedule_metadata",
-    "pooled_topk_v2_plan",
-    "kpool_extend_plan",
-    "kpool_write_plan",
-)
+# What a replay of a speculative step leaves as it was captured. Other fields of SGLang's are None there.
+LEFT_AS_CAPTURED = ("cu_seqlens_q", "dsa_cu_seqlens_q", "dsa_extend_seq_lens_list")
 _PLAIN = (type(None), bool, int, float, str, enum.Enum)
 _KNOWN = frozenset((*DSA.values(), TOPK_PLAN, FLASHMLA, *LEFT_AS_CAPTURED))
 

@@ -83,7 +83,7 @@ def _why_unfit(row: Requirement) -> str | None:
         missing = [name for name in row.names if name not in present]
         return f"{row.target} has no field {', '.join(missing)}" if missing else None
     if isinstance(row, Sets):
-        missing = [name for name in row.names if name not in _attributes_set(target)]
+        missing = [name for name in row.names if name not in _attributes_set(target, row.target)]
         return f"{row.target} sets no attribute {', '.join(missing)}" if missing else None
     if not inspect.isroutine(target):
         return f"{row.target} is not a function"
@@ -110,12 +110,24 @@ def _is_required(parameter: inspect.Parameter) -> bool:
     return parameter.default is inspect.Parameter.empty and not takes_any
 
 
-def _attributes_set(target: Any) -> set[str]:
-    """What a method sets, or any method that a class itself has."""
-    if inspect.isclass(target):
-        methods = filter(inspect.isfunction, vars(target).values())
-        return {name for method in methods for name in _attributes_set(method)}
-    code = getattr(inspect.unwrap(target), "__code__", None)
+def _attributes_set(target: Any, name: str) -> set[str]:
+    """What a method sets, or any method that a class itself has.
+
+    Where another plugin put a subclass in place, the class that it derives from counts as well.
+    """
+    if not inspect.isclass(target):
+        return _stored_by(target)
+    found: set[str] = set()
+    for each in inspect.getmro(target):
+        methods = filter(inspect.isfunction, vars(each).values())
+        found.update(attribute for method in methods for attribute in _stored_by(method))
+        if f"{each.__module__}.{each.__qualname__}" == name:
+            break
+    return found
+
+
+def _stored_by(method: Any) -> set[str]:
+    code = getattr(inspect.unwrap(method), "__code__", None)
     instructions = dis.get_instructions(code) if code is not None else ()
     return {each.argval for each in instructions if each.opname == "STORE_ATTR"}
 

@@ -12,7 +12,7 @@ from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.adapters.tree_mask import TREE_MASK
 from sglang_nsa_plugin.log import logger_of
-from sglang_nsa_plugin.state import VERIFY
+from sglang_nsa_plugin.state import ROLES, VERIFY
 
 logger = logger_of(__name__)
 
@@ -106,7 +106,7 @@ def why_role_misfits(adapter: Adapter, role: str, is_named: bool = False) -> str
     if role in adapter.untried and not is_named:
         return (
             f"with this SGLang release no server on a GPU has been tried with {role} filled. "
-            f"To fill it all the same, name it in {options.ROLES_FLAG}"
+            f"To fill it all the same, start with {options.ROLES_FLAG} {','.join(ROLES)}"
         )
     misfits = hooks.misfits(adapter.parts_of(role).requirements)
     return f"this SGLang does not fit the fill of {role}: {'; '.join(misfits)}" if misfits else None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters import hooks
 from sglang_nsa_plugin.adapters.adapter import Takeover
 from sglang_nsa_plugin.adapters.hooks import Sets
@@ -56,13 +57,23 @@ def restore(backend: Any) -> None:
     """Makes draft-decode's wide table that was left out, for SGLang's fill of all draft steps.
 
     That fill copies the table for the graphs, which were captured without it and do not read it.
+
+    Raises:
+        RuntimeError: the GPU has no memory left for it.
     """
     if not is_dropped(backend):
         return
     graphs = backend.decode_cuda_graph_metadata
     captured = {size: metadata for size, metadata in graphs.items() if isinstance(size, int)}
     shape = max(captured, default=0), backend.req_to_token.shape[1]
-    table = torch.zeros(shape, dtype=torch.int32, device=backend.req_to_token.device)
+    try:
+        table = torch.zeros(shape, dtype=torch.int32, device=backend.req_to_token.device)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            "sglang-nsa-plugin: another plugin replaced a hook of draft-decode after its graphs were "
+            f"captured. SGLang's own fill needs a page table of {bytes_of(backend, shape[0])} bytes: "
+            f"the GPU has no memory left. Start with {options.WIDE_FLAG} {options.KEEP}"
+        ) from error
     for size, metadata in captured.items():
         object.__setattr__(metadata, "page_table_1", table[:size])
 

@@ -183,11 +183,16 @@ def adapter_fit() -> dict[str, Any]:
         try:
             adapter = adapter_for_installed()
             misfits = hooks.misfits(adapter.common.requirements)
-            roles = {role: why_role_misfits(adapter, role) for role in ROLES}
+            roles = {role: why_role_misfits(adapter, role, _is_named(role)) for role in ROLES}
             broken = why_import_fails("sglang")
         except BROKEN as error:
             return {"name": None, "misfits": [], "broken": in_words(error), "roles": {}}
     return {"name": adapter.name, "misfits": misfits, "broken": broken, "roles": roles}
+
+
+def _is_named(role: str) -> bool:
+    """Whether the environment asks for this role by name; `setting` says what is wrong with it."""
+    return setting()["problem"] is None and options.names_role(object(), role)
 
 
 def in_words(error: BaseException) -> str:

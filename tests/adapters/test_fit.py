@@ -9,7 +9,9 @@ import pytest
 from isolated import run, run_fresh
 
 from sglang_nsa_plugin.adapters import hooks, in_graph
+from sglang_nsa_plugin.adapters.eager_names import DSA, names_of_generation
 from sglang_nsa_plugin.cli import environment, source_stubs
+from sglang_nsa_plugin.options import ROLES_VARIABLE
 
 of_graphs = pytest.mark.skipif(
     not in_graph.is_generation(), reason="this SGLang does not capture DSA's draft-extend in graphs"
@@ -113,12 +115,18 @@ def test_a_role_that_alone_does_not_fit_is_named(monkeypatch):
     assert fit["roles"] == {"draft-extend": None, "verify": None}
 
 
-def test_an_older_release_says_that_it_fills_draft_extend_alone():
+def test_a_release_says_which_roles_it_leaves_to_sglang(monkeypatch):
+    """0.5.13 and 0.5.14 fill the others where they are named."""
     roles = environment.adapter_fit()["roles"]
     assert roles["draft-extend"] is None
     for role in ("draft-decode", "verify"):
-        expected = f"with this SGLang release the plugin fills no {role} metadata"
-        assert roles[role] == (None if in_graph.is_generation() else expected)
+        if in_graph.is_generation():
+            assert roles[role] is None
+        else:
+            assert roles[role].startswith("with this SGLang release ")
+    monkeypatch.setenv(ROLES_VARIABLE, "draft-extend,verify")
+    is_filled = in_graph.is_generation() or names_of_generation() is DSA
+    assert (environment.adapter_fit()["roles"]["verify"] is None) == is_filled
 
 
 @pytest.mark.parametrize(

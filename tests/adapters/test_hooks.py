@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 
@@ -108,3 +109,12 @@ def test_what_does_not_fit_a_target(row, why):
 def test_a_missing_target(target):
     (why,) = misfits([Call(target, ())])
     assert why.startswith(f"{target} is missing (")
+
+
+def test_a_subclass_in_place_of_a_class_sets_what_that_class_sets(monkeypatch):
+    """As another plugin puts one in place; a class that derives from nothing does not fit."""
+    row = Sets(f"{__name__}.Plain", ("written", "also_written"))
+    monkeypatch.setattr(sys.modules[__name__], "Plain", type("Derived", (Plain,), {}))
+    assert misfits([row]) == []
+    monkeypatch.setattr(sys.modules[__name__], "Plain", type("Other", (), {}))
+    assert misfits([row]) == [f"{__name__}.Plain sets no attribute written, also_written"]

@@ -319,7 +319,8 @@ def test_sglang_fills_itself_and_one_line_says_why(server_args, reason):
     assert outcome["record"]["reason"] == reason
     lines = [line for line in done.stdout.splitlines() if line.startswith("sglang-nsa-plugin")]
     assert len(lines) == 1
-    assert f"not used: {reason}; SGLang fills draft-extend metadata itself" in lines[0]
+    roles = "draft-extend, draft-decode, verify"
+    assert f"not used: {reason}; SGLang fills {roles} metadata itself" in lines[0]
 
 
 def test_another_plugin_on_the_same_target_is_named():

@@ -23,7 +23,7 @@ from cpu_pair import (
     random_batch,
 )
 
-from sglang_nsa_plugin.adapters import taken_over, verdict, wide_tables
+from sglang_nsa_plugin.adapters import draft_decode, taken_over, verdict, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Request, Takeover
 from sglang_nsa_plugin.state import ROLES, STATES
 
@@ -112,11 +112,46 @@ def test_draft_decode_gets_it_back_where_another_plugin_replaced_the_hook_later(
     assert STATES["draft-decode"].replays == 0
 
 
+def test_no_memory_for_the_table_ends_the_start_in_words(state, monkeypatch) -> None:
+    pair = make_pair(role="draft-decode")
+    without_wide_table(pair)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(RuntimeError, match="Start with --nsa-metadata-wide-tables keep"):
+        wide_tables.restore(pair.ours.steps()[0])
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_draft_steps_without_the_table_are_planned_once_for_each_set(
+    is_shared, state, monkeypatch
+) -> None:
+    """They share one, unless another plugin replaced the hook by which they come to do so. SGLang's fill
+    without the table needs a GPU.
+    """
+    if not is_shared:
+        monkeypatch.setattr(draft_decode, "share_metadata", lambda backend: None)
+    planned = []
+    monkeypatch.setattr(draft_decode, "_plan_one_step", lambda step, batch: planned.append(step))
+    pair = make_pair(role="draft-decode")
+    without_wide_table(pair)
+    taken_over.hand_back(pair.ours.backend)
+    pair.ours.replay(2)
+    steps = pair.ours.steps()
+    assert planned == (steps[:1] if is_shared else steps)
+    assert all(a.forward_metadata is b for a, b in zip(steps, pair.ours.metadata(2), strict=True))
+    assert len({id(step.forward_metadata) for step in steps}) == (1 if is_shared else len(steps)) < 3
+
+
 def without_wide_table(pair) -> None:
     """As SGLang leaves it out on a GPU."""
     for bs in pair.batch_sizes:
-        object.__setattr__(pair.metadata(bs), FIELD, None)
-    pair.ours.steps()[0].decode_cuda_graph_metadata["page_table"] = None
+        for metadata in pair.ours.metadata(bs):
+            object.__setattr__(metadata, FIELD, None)
+    for step in pair.ours.steps():
+        step.decode_cuda_graph_metadata["page_table"] = None
 
 
 @pytest.mark.parametrize("role", ROLES)
