@@ -125,7 +125,10 @@ def _foretell(server_args: Any, backend: str) -> None:
     if backend != options.DEFAULT:
         _end_if(f"{options.FLAG} {backend}", why_not)
     logger.warning(
-        "sglang-nsa-plugin %s: not used: %s; SGLang fills draft-extend metadata itself", VERSION, why_not
+        "sglang-nsa-plugin %s: not used: %s; SGLang fills %s metadata itself",
+        VERSION,
+        why_not,
+        ", ".join(options.roles_of(server_args)),
     )
 
 
