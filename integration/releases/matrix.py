@@ -85,7 +85,7 @@ def try_latest(keep: bool) -> int:
     is_tested = version in tested_releases()
     print(f"SGLang {version} is the newest release{', and listed as tested' if is_tested else ''}")
     try:
-        row = try_release(version, build_wheel(), keep, values_alone=False)
+        row = try_release(version, build_wheel(), keep)
         names = changed_names(str(FOLDER / version / "bin" / "python"))
     except subprocess.SubprocessError as error:
         print(f"verdict: SGLang {version} could not be tried: {error}")
@@ -179,7 +179,7 @@ def build_wheel() -> Path:
     return wheel
 
 
-def try_release(version: str, wheel: Path, keep: bool, values_alone: bool) -> dict[str, Any]:
+def try_release(version: str, wheel: Path, keep: bool, values_alone: bool = False) -> dict[str, Any]:
     """One row of the table: what was found, hooked and compared in this release."""
     begin = time.monotonic()
     python = environment(version, wheel, keep)
