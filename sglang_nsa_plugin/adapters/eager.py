@@ -235,7 +235,7 @@ def _needs(names: SglangNames) -> tuple[Requirement, ...]:
     return (
         Call(f"{names.backend}.{names.set_prefill_impl}", ("self", "forward_batch")),
         Call(f"{names.backend}._compute_flashmla_metadata", ("self", "cache_seqlens", "seq_len_q")),
-        Call(f"{names.backend}.get_device_int32_arange", ("self",)),
+        Call(f"{names.backend}.get_device_int32_arange", ("self", "length"), also=(("self", "l"),)),
         Call(f"{names.package}.utils.cal_padded_tokens", ("forward_batch",)),
         Call(f"{_FORWARD_BATCH}.ForwardMode.is_draft_extend_v2", ("self",)),
         Fields(f"{names.module}.{names.metadata}", names.fields),

@@ -38,10 +38,17 @@ class Hook:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A function or method of SGLang that an adapter calls with these parameters and no others."""
+    """A function or method of SGLang that an adapter calls with these parameters and no others.
+
+    Attributes:
+        target: its dotted path.
+        parameters: those that are passed, in its order.
+        also: their names in other releases, where they are passed by position.
+    """
 
     target: str
     parameters: tuple[str, ...]
+    also: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +95,8 @@ def _why_unfit(row: Requirement) -> str | None:
     if not inspect.isroutine(target):
         return f"{row.target} is not a function"
     parameters = inspect.signature(target).parameters
-    also, and_more = (row.also, row.and_more) if isinstance(row, Hook) else ((), False)
-    accepted = (row.parameters, *also)
+    and_more = isinstance(row, Hook) and row.and_more
+    accepted = (row.parameters, *row.also)
     if not any(_accepts(parameters.values(), names, and_more) for names in accepted):
         expected = " or ".join(f"({', '.join(names)})" for names in accepted)
         return f"{row.target} takes ({', '.join(parameters)}), expected {expected}"

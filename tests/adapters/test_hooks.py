@@ -42,6 +42,7 @@ FITTING = {
     "a hook that fits another release": Hook(
         METHOD, ("self",), replacement, also=(("self", "batch", "extra"),)
     ),
+    "a call by another name": Call(METHOD, ("self", "rows"), also=(("self", "batch", "extra"),)),
     "a hook that hands more through": Hook(METHOD, ("self", "batch"), replacement, and_more=True),
     "a hook of what may be passed more": Hook(OPTIONAL, ("self", "batch"), replacement),
     "a hook of what is passed by name": Hook(BY_NAME, ("self", "device", "batch"), replacement),

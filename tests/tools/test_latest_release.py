@@ -22,6 +22,7 @@ EQUAL = {
     "hook_targets": ["a"],
     "values_compared": 7,
     "values_different": 0,
+    "roles": {"draft-extend": {"values_compared": 7, "values_different": 0}},
     "reason": "",
     "verdict": "equal",
 }
