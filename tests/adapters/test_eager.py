@@ -714,7 +714,7 @@ CHANGES = [
         "__init__ takes (self, model_runner), expected (self, model_runner, skip_prefill,",
     ),
     (
-        "Backend.init_forward_metadata = lambda self, forward_batch, new=None: None",
+        "Backend.init_forward_metadata = lambda self, forward_batch, new: None",
         "init_forward_metadata takes (self, forward_batch, new), expected (self, forward_batch)",
     ),
     ("del Backend._compute_flashmla_metadata", "_compute_flashmla_metadata is missing"),

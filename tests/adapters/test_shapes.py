@@ -11,6 +11,7 @@ from cpu_pair import (
     on_the_cpu,
     random_batch,
     replay_and_expect_equal,
+    skip_unless_captured,
     step_and_expect_equal,
 )
 
@@ -99,6 +100,7 @@ def test_an_idle_rank_of_dp_attention_replays_padded_requests_alone(role, bs, st
 
 def test_a_batch_over_the_captured_sizes_is_planned_by_sglang(role, state):
     """Without a graph, by its eager method, which the plugin does not hook; graphs go on after it."""
+    skip_unless_captured(role)
     from sglang.srt.runtime_context import get_parallel
 
     pair = make_pair(role=role)

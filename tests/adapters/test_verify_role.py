@@ -28,6 +28,7 @@ from cpu_pair import (
     plant_error,
     random_batch,
     replay_and_expect_equal,
+    skip_unless_captured,
     step_and_expect_equal,
 )
 from test_switch import ask
@@ -146,7 +147,8 @@ def test_only_the_targets_backend_is_taken_over(pair):
 
 
 def test_without_the_role_the_target_stays_with_sglang(state):
-    """Verify is not in the default: it has not run on a GPU yet."""
+    """Where ``--nsa-metadata-roles`` leaves verify out."""
+    skip_unless_captured()
     from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
 
     pair = make_pair()
@@ -348,6 +350,7 @@ def test_context_lengths_of_sm100_are_refused_by_name(pair):
 
 
 def test_a_backend_that_is_declined_says_so_and_ends_a_start_by_name(state):
+    skip_unless_captured("verify")
     from sglang_nsa_plugin.harness.graph_backend import GraphBackend
 
     process_stubs.activate_plugin("auto", 0, "verify")
