@@ -92,8 +92,7 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: Any, *more: An
     from sglang_nsa_plugin.kernels import cuda
 
     _report_hooks()
-    sglangs = lambda cls, args: original(cls, args, *more, **named)  # noqa: E731
-    server_args = options.keep_flags(sglangs, cls, args)
+    server_args = options.keep_flags(lambda cls, args: original(cls, args, *more, **named), cls, args)
     backend = options.backend_of(server_args)
     if backend == "cuda":
         _end_if(f"{options.FLAG} cuda", cuda.why_unavailable())

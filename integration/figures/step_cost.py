@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from integration.figures.committed import gpu_name, paragraph, table
+from integration.figures.gain import CONTEXTS
 
-CONTEXTS = {"160k": "160 k", "1m": "1 M"}
 COLUMNS = (
     "context",
     "tokens in each request",

@@ -14,12 +14,9 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from integration import result_files
-
-if TYPE_CHECKING:
-    from sglang_nsa_plugin.harness.graph_pair import GraphPair
 
 ARMS = ("ours", "sglang")
 CONTEXTS = {"160k": 163_840, "1m": 1 << 20}
@@ -52,7 +49,7 @@ def of_role(role: str, context: int, requests: int, seconds: float) -> dict[str,
     """The times and bytes of one role's metadata, for one batch size."""
     import torch
 
-    from sglang_nsa_plugin.cli.bench import timing
+    from sglang_nsa_plugin.cli.bench import cases, timing
     from sglang_nsa_plugin.harness.diff import Diff
     from sglang_nsa_plugin.harness.graph_pair import GraphPair
 
@@ -65,9 +62,10 @@ def of_role(role: str, context: int, requests: int, seconds: float) -> dict[str,
         pool_size=requests + 1,
         draft_tokens=DRAFT_TOKENS,
     )
+    cases.write_slots(pair.inputs)
     us, diff = {}, Diff()
     for length in LENGTHS:
-        write_batch(pair, requests, length)
+        cases.write_lengths(pair.inputs, cases.Case(requests, length))
         pair.step(requests, diff)
         ours = timing.gpu_times({"ours": pair.recording(requests)}, seconds)["ours"]
         theirs = kernels_us(lambda: pair.theirs.sglang_fill(requests))
@@ -77,17 +75,6 @@ def of_role(role: str, context: int, requests: int, seconds: float) -> dict[str,
     held = {arm: bytes_of(one.steps()) for arm, one in (("ours", pair.ours), ("sglang", pair.theirs))}
     compared = sum(diff.compared.values())
     return {"role": role, "us": us, "bytes": held, "values_compared": compared}
-
-
-def write_batch(pair: GraphPair, requests: int, length: int) -> None:
-    """Requests of this length, on pages of their own."""
-    import torch
-
-    inputs = pair.inputs
-    slots = torch.arange(inputs.req_to_token.shape[1], dtype=torch.int32, device=inputs.seq_lens.device)
-    inputs.req_to_token[1:].copy_(slots)
-    inputs.seq_lens.fill_(length)
-    inputs.req_pool_indices.copy_(torch.arange(1, requests + 1))
 
 
 def kernels_us(call: Callable[[], object]) -> float:

@@ -63,18 +63,19 @@ def restore(backend: Any) -> None:
     """
     if not is_dropped(backend):
         return
-    graphs = backend.decode_cuda_graph_metadata
-    captured = {size: metadata for size, metadata in graphs.items() if isinstance(size, int)}
-    shape = max(captured, default=0), backend.req_to_token.shape[1]
+    graphs = backend.decode_cuda_graph_metadata.values()
+    captured = [metadata for metadata in graphs if hasattr(metadata, "page_table_1")]
+    sizes = [metadata.cache_seqlens_int32.shape[0] for metadata in captured]
+    shape = max(sizes, default=0), backend.req_to_token.shape[1]
     try:
         table = torch.zeros(shape, dtype=torch.int32, device=backend.req_to_token.device)
     except torch.OutOfMemoryError as error:
         raise RuntimeError(
             "sglang-nsa-plugin: another plugin replaced a hook of draft-decode after its graphs were "
-            f"captured. SGLang's own fill needs a page table of {bytes_of(backend, shape[0])} bytes: "
-            f"the GPU has no memory left. Start with {options.WIDE_FLAG} {options.KEEP}"
+            f"captured. SGLang's own fill needs {bytes_of(backend, shape[0])} bytes for a page table, "
+            f"and the GPU has no memory left. Start with {options.WIDE_FLAG} {options.KEEP}"
         ) from error
-    for size, metadata in captured.items():
+    for size, metadata in zip(sizes, captured, strict=True):
         object.__setattr__(metadata, "page_table_1", table[:size])
 
 

@@ -12,7 +12,6 @@ import copy
 import functools
 import json
 import pkgutil
-from pathlib import Path
 
 import pytest
 from changed_sglang import (
@@ -38,8 +37,7 @@ TABLE = (*(row for parts in PARTS for row in parts.requirements), tree_mask.HOOK
 ROWS = {row.target: row for row in TABLE if isinstance(row, (Hook, Call))}
 FIELDS = {f"{row.target}.{name}": row for row in TABLE if isinstance(row, Fields) for name in row.names}
 PROGRAM = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
+import json
 import changed_sglang
 from changed_sglang import *
 {change}
@@ -50,7 +48,7 @@ SERVED = [REPLAYS, 0, 0]  # filled by the plugin, by SGLang, mismatches
 
 def serve_changed(change: str, serve: str = "serve()") -> dict[str, list]:
     """What becomes of each role with SGLang changed in this way."""
-    done = run(PROGRAM.format(change=change, serve=serve), str(Path(__file__).parent))
+    done = run(PROGRAM.format(change=change, serve=serve))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
