@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_nsa_plugin.adapters import fields, hooks, mqa_schedule, wide_tables
+from sglang_nsa_plugin.adapters import hooks, mqa_schedule, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Parts
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.hooks import Call, Hook, Sets
@@ -179,9 +179,9 @@ def _plan_each_step(multi_step: Any, forward_batch: Any) -> None:
 
 
 def _metadata_of(backend: Any, forward_batch: Any) -> Any | None:
-    """SGLang's metadata object of this batch size; None where none is captured."""
-    table = backend.decode_cuda_graph_metadata
-    return table.get(fields.graph_key(table, forward_batch.batch_size, forward_batch.forward_mode))
+    """By ``fields.graph_key``, without a call that could fail; None where none is captured."""
+    table, bs = backend.decode_cuda_graph_metadata, forward_batch.batch_size
+    return table.get((bs, forward_batch.forward_mode), table.get(bs))
 
 
 def _point_steps_at(metadata: Any, multi_step: Any) -> None:
