@@ -308,7 +308,7 @@ class BackendFills:
             mqa_schedule.refresh(backend, metadata, metadata.paged_mqa_ctx_lens_2d)
         if getattr(metadata, fields.TOPK_PLAN, None) is not None:  # since 0.5.15
             # Not copied into the old plan: what is captured after this reads the new one.
-            plan = backend._build_topk_v2_plan(metadata.dsa_seqlens_expanded)
+            plan = backend._build_topk_v2_plan(seqlens_expanded=metadata.dsa_seqlens_expanded)
             object.__setattr__(metadata, "topk_v2_plan", plan)
         if metadata.flashmla_metadata is not None:
             metadata.flashmla_metadata.copy_(
