@@ -32,17 +32,17 @@ BACKEND_ATTRIBUTES = (
 ALGORITHMS = ("EAGLE", "EAGLE3", "NEXTN")
 
 ONE_STEP = "with one speculative step SGLang has no draft-decode graph"
-# Where a backend's reads of req_to_token end. Of decode it is IN_REPLAY for DSA, which has no answer of
-# its own: DecodeCudaGraphRunner.capture_one_shape calls init_forward_metadata_in_graph, where the fill is
-# recorded, and records the event that frees req_to_token right behind it in the graph (0.5.18 l. 1155-
-# 1156, 0.5.19 l. 1190-1191, 0.5.23 l. 638-639). 0.5.14 to 0.5.17 record it before the replay.
+# Where a backend's reads of req_to_token end: of decode IN_REPLAY, as DSA has no answer of its own. At
+# capture SGLang's decode_cuda_graph_runner.py calls init_forward_metadata_in_graph, where the fill is
+# recorded, and right after it records the event that frees req_to_token, which the scheduler waits for
+# (0.5.18 l. 1155-1156, 0.5.19 l. 1190-1191, 0.5.20 l. 1148-1149, 0.5.21 l. 1180-1181, 0.5.22 l. 1273-1274,
+# 0.5.23 l. 638-639). 0.5.14 to 0.5.17 record it before the replay (0.5.15 l. 1030, 0.5.17 l. 1230).
 READ_ENDS = Call(
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.shared_read_ends", ("self", "fm")
 )
 NO_DECODE_FENCE = (
-    "decode is filled with SGLang 0.5.18 and later alone, which free req_to_token for the scheduler behind "
-    "the fill in the graph. Earlier releases do so before the graph runs, or have no graph or no event "
-    "for it"
+    "decode is filled with SGLang 0.5.18 and later alone: they free req_to_token behind the fill in the "
+    "graph, earlier releases before the graph runs or by no event"
 )
 
 _DECLINED_ARGUMENTS = {
@@ -95,7 +95,7 @@ def _why_not_before_draft_extend(backend: Any, model_runner: Any, role: Role) ->
 
 
 def why_no_decode_fence() -> str | None:
-    """Why the scheduler may write ``req_to_token`` before a fill in a decode graph has read it, or None."""
+    """Why no event tells the scheduler that a fill in a decode graph has read ``req_to_token``, or None."""
     return NO_DECODE_FENCE if hooks.misfits([READ_ENDS]) else None
 
 
@@ -120,7 +120,7 @@ def speculative_algorithm(server_args: Any) -> str | None:
 
 
 def _why_target_unsupported(backend: Any, model_runner: Any, role: Role) -> str | None:
-    """What stays with SGLang of the plans that the target's runner captures, and of those beside them."""
+    """What keeps a plan with SGLang that draft-extend does not end, or that comes before it."""
     server_args = resolved(model_runner.server_args)
     for variable, why in _DECLINED_VARIABLES.items():
         if _is_set(variable):

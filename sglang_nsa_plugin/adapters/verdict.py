@@ -64,7 +64,7 @@ def _hosts_draft_model(scheduler: Any) -> bool:
 
 
 def _configuration(server_args: Any) -> str:
-    """What decides in SGLang whether the draft model, if there is one, runs on NSA/DSA and is captured."""
+    """What decides in SGLang whether the draft model, or the only one, is captured with NSA/DSA."""
     arguments = resolved(server_args)
     algorithm = getattr(arguments, "speculative_algorithm", None)
     of_draft = "draft attention backend" if algorithm else "attention backend"

@@ -244,7 +244,7 @@ def test_a_release_that_frees_req_to_token_before_the_replay_says_so(state, monk
     process_stubs.activate_plugin("auto", 0, DECODE)
     assert DECODE_STATE.reason.startswith("decode is filled with SGLang 0.5.18 and later alone")
     assert taken_over.TAKEOVERS[DECODE].request is None
-    with pytest.raises(BackendUnavailableError, match="0.5.18 and later alone"):
+    with pytest.raises(BackendUnavailableError, match=r"0\.5\.18 and later alone"):
         process_stubs.activate_plugin("torch", 0, DECODE)
 
 
