@@ -219,8 +219,8 @@ def _of_role(part: dict[str, Any]) -> dict[str, Any]:
 
 def missing_roles(version: str, roles: dict[str, dict[str, Any]]) -> list[str]:
     """The roles that the plugin should fill in this release and does not."""
-    due = ROLES[:3] if generation(version) >= ALL_ROLES_SINCE else ROLES[:1]
-    due = ROLES if release_key(version) >= release_key(DECODE_SINCE) else due
+    of_step = ROLES[:3] if generation(version) >= ALL_ROLES_SINCE else ROLES[:1]
+    due = ROLES if release_key(version) >= release_key(DECODE_SINCE) else of_step
     return [role for role in due if not roles.get(role, {}).get("values_compared")]
 
 

@@ -59,7 +59,7 @@ def _create_backend(original: Callable[..., Any], factory: Any, *more: Any, **na
 def _init_backend(
     original: Callable[..., None], backend: Any, model_runner: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """The target's backend makes the metadata of verify or plain decode; the draft model's have others."""
+    """The target's backend makes the metadata of verify or plain decode; the draft model's do not."""
     original(backend, model_runner, *args, **kwargs)
     consider_target(backend, model_runner)
 
@@ -107,9 +107,9 @@ def _out_graph(
 
     The fast path is inline and compares objects by identity; of verify and decode, whose runner cuts new
     slices from its buffers for each replay, addresses. Between two replays other work evicts the CPU's
-    caches, so each function called from here would cost some 0.2 µs, and each object touched some 0.1 µs.
-    Memory that moved under the same tensor object is not looked for: comparing three addresses would
-    cost 2 µs, no release of SGLang moves memory, and the shadow check validates every replay.
+    caches, so each function called from here would cost some 0.2 µs, and each object touched some
+    0.1 µs. Memory that moved under the same tensor object is not looked for: comparing three addresses
+    would cost 2 µs, no release of SGLang moves memory, and the shadow check validates every replay.
     """
     if more or named:
         leave_unknown_call(backend, in_capture)

@@ -35,8 +35,8 @@ ONE_STEP = "with one speculative step SGLang has no draft-decode graph"
 # Where a backend's reads of req_to_token end: of decode IN_REPLAY, as DSA has no answer of its own. At
 # capture SGLang's decode_cuda_graph_runner.py calls init_forward_metadata_in_graph, where the fill is
 # recorded, and right after it records the event that frees req_to_token, which the scheduler waits for
-# (0.5.18 l. 1155-1156, 0.5.19 l. 1190-1191, 0.5.20 l. 1148-1149, 0.5.21 l. 1180-1181, 0.5.22 l. 1273-1274,
-# 0.5.23 l. 638-639). 0.5.14 to 0.5.17 record it before the replay (0.5.15 l. 1030, 0.5.17 l. 1230).
+# (0.5.18 l. 1155-1156, 0.5.19 l. 1190-1191, 0.5.20 l. 1148-1149, 0.5.21 l. 1180-1181, 0.5.22 l.
+# 1273-1274, 0.5.23 l. 638-639). 0.5.14 to 0.5.17 record it before the replay (0.5.17 l. 1230-1231).
 READ_ENDS = Call(
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.shared_read_ends", ("self", "fm")
 )
@@ -95,7 +95,7 @@ def _why_not_before_draft_extend(backend: Any, model_runner: Any, role: Role) ->
 
 
 def why_no_decode_fence() -> str | None:
-    """Why no event tells the scheduler that a fill in a decode graph has read ``req_to_token``, or None."""
+    """Why no event says when a fill in a decode graph has read ``req_to_token``, or None."""
     return NO_DECODE_FENCE if hooks.misfits([READ_ENDS]) else None
 
 

@@ -44,7 +44,7 @@ def parameters(function: Callable[..., Any]) -> set[str]:
 
 
 def activate_plugin(backend: str, check_every: int, role: str, wide_tables: str | None = None) -> None:
-    """What the plugin does at the start of a server with these flags; for decode it does not speculate."""
+    """What the plugin does at the start of a server with these flags; one for decode has no drafts."""
     algorithm = None if role == DECODE else "EAGLE"
     server_args = SimpleNamespace(speculative_algorithm=algorithm, attention_backend="dsa")
     setattr(server_args, options.ATTRIBUTE, backend)
