@@ -120,7 +120,7 @@ def speculative_algorithm(server_args: Any) -> str | None:
 
 
 def _why_target_unsupported(backend: Any, model_runner: Any, role: Role) -> str | None:
-    """What keeps a plan with SGLang that draft-extend does not end, or that comes before it."""
+    """What keeps verify, draft-decode and decode with SGLang alike."""
     server_args = resolved(model_runner.server_args)
     for variable, why in _DECLINED_VARIABLES.items():
         if _is_set(variable):
