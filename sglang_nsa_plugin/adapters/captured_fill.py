@@ -105,7 +105,7 @@ class BackendFills:
     that SGLang's memory saver releases and hands back zeroed.
 
     Attributes:
-        role: the plan that the backend makes in a speculative step.
+        role: the plan that the backend makes.
         mode: SGLang's ForwardMode of that role. Batches are compared with it by identity, because
             asking the mode costs more.
         fast_path: by batch size, the inputs that were validated last. A replay with the same ones skips
