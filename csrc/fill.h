@@ -107,9 +107,7 @@ NSA_INLINE void store_live_row(const Fill& fill, int64_t row, const Request& req
 
 // Whether ctx_lens and the schedule go by requests, not by rows. Of an empty batch it does not
 // matter: it has no address, and its schedule is the same.
-NSA_INLINE bool is_by_request(const Fill& fill) {
-  return fill.ctx_lens_by_request.data != nullptr;
-}
+NSA_INLINE bool is_by_request(const Fill& fill) { return fill.ctx_lens_by_request.data != nullptr; }
 
 // ctx_lens of row j of request r, by request.
 NSA_INLINE void store_context(const Fill& fill, int64_t r, int64_t j, int32_t length) {
