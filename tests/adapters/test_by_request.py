@@ -46,6 +46,7 @@ KERNELS = (
     "sglang.kernels.ops.attention.dsa_metadata",
     "sglang.srt.layers.attention.triton_ops.dsa_metadata",
 )
+MANAGER = "sglang.srt.layers.attention.dsa.dsa_metadata_manager"
 
 
 def deep_gemms(lengths: torch.Tensor, block: int, processors: int) -> torch.Tensor:
@@ -77,26 +78,35 @@ def deep_gemms_by_pairs(lengths: torch.Tensor, block: int, processors: int) -> t
 def sm100(state, monkeypatch):
     """SGLang on an SM100, whose DeepGEMM is the rule above."""
     module = importlib.import_module("sglang.srt.layers.attention.dsa_backend")
-    kernel = _kernel_module()
     monkeypatch.setattr(module, "is_cuda", lambda: True)
-    name = "fused_dsa_target_verify_metadata"
-    monkeypatch.setattr(kernel, name, process_stubs.on_cpu(getattr(kernel, name)))
+    name, (kernels, *others) = "fused_dsa_target_verify_metadata", _modules_with_the_kernel()
+    launcher = process_stubs.on_cpu(getattr(kernels, name))
+    for each in (kernels, *others):
+        monkeypatch.setattr(each, name, launcher)
     use_deep_gemm(deep_gemms, monkeypatch)
     with contextlib.ExitStack() as stack:
         if hasattr(module, "is_sm100_supported"):
             monkeypatch.setattr(module, "is_sm100_supported", lambda: True)
         else:  # since 0.5.20
-            from sglang.srt.runtime_context import get_platform
+            from sglang.srt.runtime_context import override_platform
 
-            stack.enter_context(get_platform().override(is_sm100=True))
+            stack.enter_context(override_platform(is_sm100=True))
         yield
 
 
-def _kernel_module():
-    for name in KERNELS:
-        with contextlib.suppress(ModuleNotFoundError):
-            return importlib.import_module(name)
-    pytest.skip("this SGLang has no fused kernel of verify; 0.5.15 and later have")
+def _modules_with_the_kernel():
+    """The one that has SGLang's kernel of verify, and the one that imports its name, since 0.5.20."""
+    name = "fused_dsa_target_verify_metadata"
+    found = [module for module in map(_module, (*KERNELS, MANAGER)) if hasattr(module, name)]
+    if not found or found[0].__name__ == MANAGER:
+        pytest.skip("this SGLang has no fused kernel of verify; 0.5.15 and later have")
+    return found
+
+
+def _module(name):
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.import_module(name)
+    return None
 
 
 def use_deep_gemm(rule, monkeypatch):
@@ -289,10 +299,11 @@ def test_switched_off_sglang_fills_the_same_tensors(sm100):
 
 
 def test_every_replay_is_checked_and_equal(sm100):
-    expect_every_replay_to_be_checked(make_verify(check_every=1), least_values=17 * 100)
+    pair = make_verify(check_every=1, context_len=300)
+    expect_every_replay_to_be_checked(pair, least_values=17 * 100)
 
 
 @pytest.mark.parametrize("field", ["paged_mqa_ctx_lens_2d", "paged_mqa_schedule_metadata"])
 def test_the_check_finds_a_planted_error(field, sm100, monkeypatch, caplog):
     plant_error(field, monkeypatch)
-    expect_the_error_to_be_found(make_verify(check_every=1), field, caplog)
+    expect_the_error_to_be_found(make_verify(check_every=1, context_len=300), field, caplog)
