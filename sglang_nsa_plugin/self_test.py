@@ -30,7 +30,7 @@ def why_failed(
     ``errors`` are the implementation's own exceptions, besides RuntimeError, that mean it cannot run.
     """
     cannot_run: tuple[type[Exception], ...] = (RuntimeError, *errors)
-    for ragged, times in itertools.product((False,) if by_request else (False, True), (1, MANY)):
+    for times, ragged in itertools.product((1, MANY), (False,) if by_request else (False, True)):
         expected, actual = (small_case(device, ragged, times, by_request) for _ in range(2))
         reference.fill(expected)
         try:
