@@ -44,13 +44,13 @@ def fill(args: FillArgs) -> None:
     if args.seqlens_expanded is not None:
         write(args.seqlens_expanded, expanded)
     if args.ctx_lens is not None:
-        write(args.ctx_lens, expanded.view(args.ctx_lens.shape))
+        of_requests = length[:, None].expand(args.bs, args.ctx_lens.shape[-1])
+        write(args.ctx_lens, of_requests if args.is_by_request else expanded.view(args.ctx_lens.shape))
     if args.row_count is not None:
         write(args.row_count, q.sum().clamp(max=args.rows).view(1))
     if args.mqa_schedule is not None:
         write(
-            args.mqa_schedule,
-            _schedule(expanded, args.mqa_schedule.shape[0] - 1, args.mqa_remainder_last),
+            args.mqa_schedule, _schedule(args, length.clamp(min=0) if args.is_by_request else expanded)
         )
     if args.page_table_1 is not None:
         _write_table(args, write, args.page_table_1, 1, request, in_use, length)
@@ -68,21 +68,26 @@ def _running_sums(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([values.new_zeros(1), torch.cumsum(values, dim=0)])
 
 
-def _schedule(lengths: torch.Tensor, processors: int, remainder_last: bool) -> torch.Tensor:
-    """The row and segment where each processor begins, and the end of all segments."""
-    rows = lengths.shape[0]
-    segments = (lengths.clamp(max=longest_row(rows)) + SEGMENT - 1) // SEGMENT
+def _schedule(args: FillArgs, lengths: torch.Tensor) -> torch.Tensor:
+    """The row and segment where each processor begins, and the end of all segments.
+
+    ``lengths`` are those of the items that are dealt out: rows or, by request, requests.
+    """
+    assert args.mqa_schedule is not None
+    items, processors = lengths.shape[0], args.mqa_schedule.shape[0] - 1
+    rows = args.rows // items if args.is_by_request and items else 1  # of an item
+    segments = rows * ((lengths.clamp(max=longest_row(args.rows)) + SEGMENT - 1) // SEGMENT)
     ends = _running_sums(segments)
     total = ends[-1]
     p = torch.arange(processors + 1, device=lengths.device)
     longer = total % processors
     longer_before = (
-        (p - processors + longer).clamp(min=0) if remainder_last else torch.minimum(p, longer)
+        (p - processors + longer).clamp(min=0) if args.mqa_remainder_last else torch.minimum(p, longer)
     )
     begin = p * (total // processors) + longer_before
-    row = torch.searchsorted(ends[1:].contiguous(), begin, right=True)
-    segment = torch.where(row < rows, begin - ends[row], 0)
-    return torch.stack([row, segment], dim=1)
+    item = torch.searchsorted(ends[1:].contiguous(), begin, right=True)
+    segment = torch.where(item < items, (begin - ends[item]) // rows, 0)
+    return torch.stack([item * rows, segment], dim=1)
 
 
 def _write(enabled: torch.Tensor | None, out: torch.Tensor, values: torch.Tensor) -> None:
