@@ -38,9 +38,9 @@ def fill(args: FillArgs) -> None:
 
     write = functools.partial(_write, args.enabled)
     write(args.cache_seqlens, length)
-    write(args.cu_seqlens_k, _running_sums(length))
+    write(args.cu_seqlens_k, running_sums(length))
     write(args.nsa_cache_seqlens, clamped)
-    write(args.nsa_cu_seqlens_k, _running_sums(clamped))
+    write(args.nsa_cu_seqlens_k, running_sums(clamped))
     if args.seqlens_expanded is not None:
         write(args.seqlens_expanded, expanded)
     if args.ctx_lens is not None:
@@ -50,7 +50,7 @@ def fill(args: FillArgs) -> None:
     if args.mqa_schedule is not None:
         write(
             args.mqa_schedule,
-            _schedule(expanded, args.mqa_schedule.shape[0] - 1, args.mqa_remainder_last),
+            schedule(expanded, args.mqa_schedule.shape[0] - 1, args.mqa_remainder_last),
         )
     if args.page_table_1 is not None:
         _write_table(args, write, args.page_table_1, 1, request, in_use, length)
@@ -64,15 +64,16 @@ def _rows_per_request(args: FillArgs) -> torch.Tensor:
     return args.extend_lens.to(torch.int64).clamp(0, INT32_MAX)
 
 
-def _running_sums(values: torch.Tensor) -> torch.Tensor:
+def running_sums(values: torch.Tensor) -> torch.Tensor:
+    """0, then the sums up to each value."""
     return torch.cat([values.new_zeros(1), torch.cumsum(values, dim=0)])
 
 
-def _schedule(lengths: torch.Tensor, processors: int, remainder_last: bool) -> torch.Tensor:
+def schedule(lengths: torch.Tensor, processors: int, remainder_last: bool) -> torch.Tensor:
     """The row and segment where each processor begins, and the end of all segments."""
     rows = lengths.shape[0]
     segments = (lengths.clamp(max=longest_row(rows)) + SEGMENT - 1) // SEGMENT
-    ends = _running_sums(segments)
+    ends = running_sums(segments)
     total = ends[-1]
     p = torch.arange(processors + 1, device=lengths.device)
     longer = total % processors
