@@ -8,6 +8,7 @@ import torch
 
 from sglang_nsa_plugin.fill_args import (
     INDEX_DTYPES,
+    INT32_MAX,
     number,
     type_name,
     validate_device,
@@ -82,10 +83,10 @@ class KPoolArgs:
     ``kpool_seqlens`` by a function of SGLang's, as ``topk_v2_plan`` does. This is what its
     ``_update_kpool_metadata_replay`` and its fused kernels of 0.5.20 to 0.5.23 write.
 
-    Edges: of ``write_locs``, a cell whose page begins at or after L, or after the columns of
-    ``req_to_token``, keeps what it held, as do such cells of ``kpool_page_table``. SGLang copies there
-    what its page table held before, and closes none of these k-pools. A page before 0, of a start before
-    0, counts as page 0. A request whose index lies outside the pool has slot 0. SGLang rounds
+    Edges: cells of ``kpool_page_table`` that the table leaves out keep what they held, as do those after
+    the columns of ``req_to_token``. So do cells of ``write_locs`` whose page begins at or after L or
+    those columns; with 0 <= S and enough columns there are none. A page before 0, of a start before 0,
+    counts as page 0. A request whose index lies outside the pool has slot 0. SGLang rounds
     ``kpool_seqlens`` of draft-decode down; that differs for negative lengths alone, which no batch has.
 
     Raises:
@@ -194,6 +195,8 @@ def _take_numbers(args: KPoolArgs) -> None:
     for name in ("index_topk", "page_size"):
         if numbers[name] % k:
             raise ValueError(f"{name}: must be a multiple of index_kpool={k}, got {numbers[name]}")
+    if page_size * k > INT32_MAX:
+        raise ValueError(f"page_size: times index_kpool={k} must lie below 2**31, got {page_size}")
     if args.server_page_size not in (page_size, page_size * k):
         raise ValueError(
             f"server_page_size: must be {page_size} or {page_size * k} for page_size={page_size}, "

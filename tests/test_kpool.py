@@ -1,8 +1,9 @@
-"""A k-pooling fill: the reference against the contract's table, row by row, and what is refused."""
+"""A k-pooling fill: both implementations against the contract's table, and what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from random import Random
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from cases import POISON, to_int32
 
-from sglang_nsa_plugin.kernels import kpool_torch
+from sglang_nsa_plugin.kernels import kpool_compiled, kpool_torch
 from sglang_nsa_plugin.kpool_args import KPoolArgs
 
 PAGE = 64  # k-pools
@@ -118,21 +119,26 @@ def set_schedule(schedule: np.ndarray, kpools: list[int], remainder_last: bool) 
         begin += share + (p >= PROCESSORS - longer if remainder_last else p < longer)
 
 
-def test_every_value_of_the_table() -> None:
+@pytest.fixture(params=[kpool_torch, kpool_compiled], ids=["torch", "cpu"])
+def fill(request: pytest.FixtureRequest) -> Callable[[KPoolArgs], None]:
+    return lambda args: request.param.bind(args)()
+
+
+def test_every_value_of_the_table(fill: Callable[[KPoolArgs], None]) -> None:
     for seed in range(BATCHES):
         args = random_args(Random(seed))
         expected = expect(args)
-        kpool_torch.fill(args)
+        fill(args)
         for name, values in expected.items():
             written = args.outputs()[name].numpy()
             assert np.array_equal(written, values), f"seed {seed}, {name}:\n{written}\n{values}"
 
 
-def test_where_a_closed_kpool_goes_is_written() -> None:
+def test_where_a_closed_kpool_goes_is_written(fill: Callable[[KPoolArgs], None]) -> None:
     """SGLang closes those whose last token is among the first write_counts ones of this forward."""
     for seed in range(BATCHES):
         args = random_args(Random(seed))
-        kpool_torch.fill(args)
+        fill(args)
         for r in range(args.bs):
             start, k = int(args.write_start[r]), args.index_kpool
             end = start + int(args.write_counts[r])
@@ -142,18 +148,18 @@ def test_where_a_closed_kpool_goes_is_written() -> None:
                 assert (args.write_locs[r, :closed] != POISON).all()
 
 
-def test_a_fill_that_is_switched_off_writes_nothing() -> None:
+def test_a_fill_that_is_switched_off_writes_nothing(fill: Callable[[KPoolArgs], None]) -> None:
     args = random_args(Random(3), enabled=torch.zeros(1, dtype=torch.int32))
     assert args.bs > 0
-    kpool_torch.fill(args)
+    fill(args)
     assert all((each == POISON).all() for each in args.outputs().values())
 
 
-def test_what_may_be_left_out() -> None:
+def test_what_may_be_left_out(fill: Callable[[KPoolArgs], None]) -> None:
     names = ("accept_lens", "write_counts", "row_seqlens", "kpool_page_table", "kpool_schedule")
     args = random_args(Random(3), **dict.fromkeys(names))
     expected = expect(random_args(Random(3)))
-    kpool_torch.fill(args)
+    fill(args)
     assert not args.outputs().keys() & set(names)
     for name, written in args.outputs().items():
         assert np.array_equal(written.numpy(), expected[name]), name
