@@ -280,6 +280,7 @@ def _requests(server_args: Any) -> dict[str, Request]:
             options.check_of(server_args),
             options.names_role(server_args, role),
             options.wide_tables_of(server_args) == options.KEEP,
+            options.lists_roles(server_args),
         )
         for role in options.roles_of(server_args)
     }

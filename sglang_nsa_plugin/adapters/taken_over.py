@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin import dispatch
-from sglang_nsa_plugin.adapters import fields, wide_tables
+from sglang_nsa_plugin.adapters import fields, kpool, wide_tables
 from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Request, Takeover
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills, CaptureError, is_capturing
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
@@ -40,7 +40,7 @@ def consider(
     request = takeover.request
     if request is None:
         return
-    why_not = why_unsupported(owner, model_runner)
+    why_not = why_unsupported(owner, model_runner) or kpool.why_untried(backend, request)
     if why_not is None:
         _take_over(owner, backend, request, role, takeover)
     else:
@@ -49,7 +49,8 @@ def consider(
 
 def _take_over(owner: Any, backend: Any, request: Request, role: Role, takeover: Takeover) -> None:
     try:
-        choice = dispatch.choose(request.backend, backend.req_to_token.device)
+        device = backend.req_to_token.device
+        choice = dispatch.choose(request.backend, device, with_kpool=kpool.is_pooled(backend))
         fills = BackendFills(
             backend,
             role,

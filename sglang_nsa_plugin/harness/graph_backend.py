@@ -61,6 +61,15 @@ class GraphBackend(HarnessBackend):
 
     def _make_backend(self) -> Any:
         """As SGLang makes the backend of this role's graphs."""
+        if self.index_kpool == 1 or self.device.type != "cpu":
+            return self._made_by_sglang()
+        with process_stubs.kpool_fusion():
+            made = self._made_by_sglang()
+        for backend in getattr(made, "attn_backends", [made]):
+            process_stubs.launch_on_cpu(backend)
+        return made
+
+    def _made_by_sglang(self) -> Any:
         if self.role == VERIFY:
             self.model_runner.is_draft_worker = False
             return _target_backend(self.model_runner)
@@ -106,7 +115,7 @@ class GraphBackend(HarnessBackend):
             extend_seq_lens=self._per_request(bs),
             extend_seq_lens_cpu=[self.draft_tokens] * bs,
             positions=self._tokens(bs),
-            spec_info=self._spec_info(bs),
+            spec_info=self._spec_info(self.inputs.accept_lens[:bs]),
         )
 
     def replay_view(self, bs: int) -> SimpleNamespace:
@@ -114,7 +123,8 @@ class GraphBackend(HarnessBackend):
 
         It has no lengths on the host where SGLang needs none.
         Draft-extend's runner passes its whole static buffers, verify's new slices of them each time, and
-        draft-decode's the batch's own tensors, which it has copied into its buffers.
+        draft-decode's the batch's own tensors, which it has copied into its buffers, as it has how many
+        tokens are accepted.
         """
         self._validate_bs(bs)
         seq_lens, indices = self.inputs.seq_lens, self.inputs.req_pool_indices
@@ -133,7 +143,7 @@ class GraphBackend(HarnessBackend):
             encoder_lens=None,
             out_cache_loc=self._tokens(bs),
             out_cache_loc_dsv4=None,
-            spec_info=self._spec_info(bs),
+            spec_info=self._spec_info(self.inputs.accept_lens[:bs].clone()),
         )
 
     def replay(self, bs: int) -> None:
@@ -197,10 +207,10 @@ class GraphBackend(HarnessBackend):
     def _per_request(self, bs: int) -> torch.Tensor:
         return torch.full((bs,), self.draft_tokens, dtype=torch.int32, device=self.device)
 
-    def _spec_info(self, bs: int) -> SimpleNamespace:
+    def _spec_info(self, accept_lens: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(
-            num_accept_tokens=self._per_request(bs),
-            num_correct_drafts=self._per_request(bs),
+            num_accept_tokens=accept_lens,
+            num_correct_drafts=accept_lens - 1,
             num_tokens_per_req=self.draft_tokens,
         )
 
