@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import sys
 
 import pytest
@@ -169,7 +170,7 @@ def plant_error(field, monkeypatch):
     refresh_derived = BackendFills.refresh_derived
 
     def wrong(fill, metadata):
-        tensor = getattr(metadata, field)
+        tensor = operator.attrgetter(field)(metadata)
         (tensor[:, 0] if tensor.dim() == 2 else tensor).add_(fill.enabled)
         refresh_derived(fill, metadata)
 
