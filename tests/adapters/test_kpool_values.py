@@ -3,6 +3,9 @@
 SGLang's backend object makes the metadata of each role on CPU tensors. Its functions for k-pooling ask
 for CUDA, and are told that it is there; Triton's interpreter runs their kernel. DeepGEMM's schedule and
 the top-k plan stay None.
+
+The interpreter takes 10 to 50 ms for a batch of one to four requests, so that a run has few random ones.
+``python -m integration.releases.kpool_values`` runs thousands of each role and keeps the counts.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
 from types import ModuleType
 from unittest import mock
 
@@ -30,6 +34,9 @@ pytestmark = on_the_cpu
 
 PAGE = 64
 BS = 8
+FEW = (1, 2, 3, 4)  # requests of a random batch
+RANDOM_BATCHES = 24  # of each role; the option --fuzz-batches asks for more
+FUSED_EACH = 8  # one of so many random batches is also given to the fused kernel
 # Where releases keep the fused kernels: 0.5.23, and before.
 FUSED = (
     "sglang.kernels.ops.attention.dsa.kpool_metadata",
@@ -69,15 +76,16 @@ def on_cuda_as_they_think() -> Iterator[None]:
         yield
 
 
-def make(role: str, index_kpool: int, **shape: int) -> GraphBackend:
-    """SGLang's backend, with the metadata of one batch size; three pages of the index."""
+def make(role: str, index_kpool: int, sizes: Sequence[int] = (BS,), **shape: int) -> GraphBackend:
+    """SGLang's backend, with the metadata of these batch sizes; three pages of the index."""
     page_size = server_page_size(index_kpool)
     settings = {"context_len": 2 * PAGE * index_kpool, "max_bs": BS, "page_size": page_size, **shape}
     made = GraphBackend(CPU, role=role, index_kpool=index_kpool, **settings)
     made.model_runner.token_to_kv_pool.index_page_size = PAGE  # since 0.5.22
     with on_cuda_as_they_think():
         made.init_state()
-        made.capture_setup(BS)
+        for bs in sizes:
+            made.capture_setup(bs)
     return made
 
 
@@ -90,12 +98,17 @@ def lengths_of(index_kpool: int, draft_tokens: int, most: int) -> list[int]:
     return sorted(length for length in near if 1 <= length <= most)
 
 
-def replay(harness: GraphBackend, lengths: list[int], generator: torch.Generator) -> torch.Tensor:
-    """SGLang's own fill for these lengths; returns how many tokens of each request are accepted."""
-    random_step(harness.inputs, generator, BS, BS, harness.draft_tokens, harness.longest)
-    harness.inputs.seq_lens.copy_(torch.tensor(lengths))
-    accepted = torch.randint(0, harness.draft_tokens + 1, (BS,), generator=generator).int()
-    view = harness.replay_view(BS)
+def replay(
+    harness: GraphBackend, lengths: list[int], generator: torch.Generator, bs: int = BS
+) -> torch.Tensor:
+    """SGLang's own fill for these lengths, padded to ``bs`` requests.
+
+    Returns how many tokens of each request are accepted.
+    """
+    random_step(harness.inputs, generator, len(lengths), bs, harness.draft_tokens, harness.longest)
+    harness.inputs.seq_lens[: len(lengths)].copy_(torch.tensor(lengths))
+    accepted = torch.randint(0, harness.draft_tokens + 1, (bs,), generator=generator).int()
+    view = harness.replay_view(bs)
     view.spec_info.num_accept_tokens = accepted
     with on_cuda_as_they_think(), harness.stub_process():
         harness.backend.init_forward_metadata_out_graph(view)
@@ -123,11 +136,11 @@ def sglang_tensors(metadata: object) -> dict[str, torch.Tensor]:
 
 def fill(harness: GraphBackend, metadata: object, k: int, accepted: torch.Tensor) -> KPoolArgs:
     """Our fill of the same inputs, into tensors like SGLang's."""
-    theirs = sglang_tensors(metadata)
+    theirs, bs = sglang_tensors(metadata), len(accepted)
     n = 1 if harness.role == "draft-decode" else harness.draft_tokens
     args = KPoolArgs(
-        seq_lens=harness.inputs.seq_lens,
-        req_pool_indices=harness.inputs.req_pool_indices,
+        seq_lens=harness.inputs.seq_lens[:bs],
+        req_pool_indices=harness.inputs.req_pool_indices[:bs],
         req_to_token=harness.inputs.req_to_token,
         extend_lens=n,
         length_offset=n if harness.role == "verify" else 0,
@@ -287,33 +300,50 @@ def test_the_fused_kernels_write_the_same_lengths_and_tables(
     role: str, k: int, n: int, topk: int
 ) -> None:
     """The lengths that differ are the k-pooling fill's; all others are those of a fill without it."""
-    rows_per_request = 1 if role == "draft-decode" else n
-    offset = n if role == "verify" else 0
-    width, generator = 5 * PAGE + 3, torch.Generator().manual_seed(3)
+    width, generator = 2 * PAGE + 3, torch.Generator().manual_seed(3)
     slots = torch.randint(0, 2**31 - 1, (12, width), generator=generator, dtype=torch.int32)
-    lengths = lengths_of(k, n, width - offset)
+    edges = (*range(0, 4 * k, k), PAGE, 2 * PAGE, topk, topk + k)
+    lengths = sorted({edge + off for edge in edges for off in range(-2, n + 2)} - {-2, -1, 0})
     lengths += lengths[: -len(lengths) % BS]
     for first in range(0, len(lengths), BS):
-        ours, theirs = (base_outputs(BS, rows_per_request, width) for _ in range(2))
-        args = FillArgs(
-            seq_lens=torch.tensor(lengths[first : first + BS]),
-            req_pool_indices=torch.randint(0, 12, (BS,), generator=generator),
-            req_to_token=slots,
-            extend_lens=rows_per_request,
-            length_offset=offset,
-            index_topk=topk,
-            page_size=PAGE,
-            **ours,
-        )
-        reference.fill(args)
-        kpool_torch.fill(kpool_args_beside(args, k))
-        launch(role, args, k, theirs)
-        for name, tensor in ours.items():
-            if (role, name) == ("draft-decode", "seqlens_expanded"):
-                continue  # SGLang has none there
-            live = tensor != POISON
-            assert live.any()
-            assert torch.equal(tensor[live], theirs[name][live]), f"{name}, {args.seq_lens.tolist()}"
+        indices = torch.randint(0, 12, (BS,), generator=generator)
+        compare_with_fused(role, lengths[first : first + BS], indices, slots, k=k, n=n, topk=topk)
+
+
+def compare_with_fused(
+    role: str,
+    lengths: list[int],
+    indices: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    k: int,
+    n: int,
+    topk: int,
+) -> int:
+    """Compares what both of our fills write with what SGLang's kernel does; returns how many values."""
+    rows_per_request, bs, compared = 1 if role == "draft-decode" else n, len(lengths), 0
+    ours, theirs = (base_outputs(bs, rows_per_request, slots.shape[1]) for _ in range(2))
+    args = FillArgs(
+        seq_lens=torch.tensor(lengths),
+        req_pool_indices=indices,
+        req_to_token=slots,
+        extend_lens=rows_per_request,
+        length_offset=n if role == "verify" else 0,
+        index_topk=topk,
+        page_size=PAGE,
+        **ours,
+    )
+    reference.fill(args)
+    kpool_torch.fill(kpool_args_beside(args, k))
+    launch(role, args, k, theirs)
+    for name, tensor in ours.items():
+        if (role, name) == ("draft-decode", "seqlens_expanded"):
+            continue  # SGLang has none there
+        live = tensor != POISON
+        assert live.any()
+        assert torch.equal(tensor[live], theirs[name][live]), f"{name}, {lengths}"
+        compared += int(live.sum())
+    return compared
 
 
 def kpool_args_beside(args: FillArgs, k: int) -> KPoolArgs:
@@ -336,3 +366,75 @@ def kpool_args_beside(args: FillArgs, k: int) -> KPoolArgs:
         write_locs=torch.empty(bs, -(-n // k), dtype=torch.int64),
         kpool_seqlens=torch.empty(rows, dtype=torch.int32),
     )
+
+
+# Random batches. Batch number i is made from seed i, so that a run repeats the one before.
+
+RANDOM_SHAPES = [
+    *SHAPES,
+    {"index_kpool": 8, "draft_tokens": 5, "index_topk": 512},
+    {"index_kpool": 64, "draft_tokens": 3, "index_topk": 128},
+]
+
+
+def random_length(rng: Random, k: int, n: int, longest: int) -> int:
+    """1 to ``longest``: around multiples of k and of the pages, more often than not."""
+    step = rng.choice([1, k, PAGE, PAGE * k])
+    length = rng.randrange(0, longest // step + 1) * step + rng.randint(-n - 1, n + 1)
+    return min(max(length, 1), longest)
+
+
+@pytest.fixture
+def without_overflow_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter spends a third of its time on its checks of overflow, which change no value."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+@pytest.mark.usefixtures("without_overflow_checks")
+@pytest.mark.parametrize("role", ROLES)
+def test_random_batches(
+    role: str, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    """The metadata of SGLang's backend, and for some batches what its fused kernel writes."""
+    kpool_plan()
+    batches = request.config.getoption("--fuzz-batches") or RANDOM_BATCHES
+    compared: dict[str, int] = {}
+    harnesses = [make(role, sizes=FEW, **shape) for shape in RANDOM_SHAPES]
+    for number in range(batches):
+        shape = number % len(RANDOM_SHAPES)
+        compare_random_batch(harnesses[shape], RANDOM_SHAPES[shape], number, compared)
+    assert compared.keys() == tensors_of(role) | {"requests", "fused_batches", "fused_values"}
+    for name, count in {"role": role, "batches": batches, **compared}.items():
+        record_property(name, count)
+
+
+def compare_random_batch(
+    harness: GraphBackend, shape: dict[str, int], seed: int, compared: dict[str, int]
+) -> None:
+    rng, generator = Random(seed), torch.Generator().manual_seed(seed)
+    k, n, bs = shape["index_kpool"], shape["draft_tokens"], rng.choice(FEW)
+    longest = harness.longest - (n if harness.role == "verify" else 0)
+    lengths = [random_length(rng, k, n, longest) for _ in range(rng.randint(1, bs))]
+    accepted = replay(harness, lengths, generator, bs)
+    for metadata in harness.metadata(bs):
+        expect_equal(fill(harness, metadata, k, accepted), sglang_tensors(metadata), compared)
+    count(compared, requests=bs)
+    if rng.randrange(FUSED_EACH) == 0:
+        inputs, columns = harness.inputs, rng.randint(1, PAGE + 1)
+        values = compare_with_fused(
+            harness.role,
+            inputs.seq_lens[:bs].tolist(),
+            inputs.req_pool_indices[:bs],
+            inputs.req_to_token[:, :columns].contiguous(),
+            k=k,
+            n=n,
+            topk=shape["index_topk"],
+        )
+        count(compared, fused_batches=1, fused_values=values)
+
+
+def count(compared: dict[str, int], **more: int) -> None:
+    for name, number in more.items():
+        compared[name] = compared.get(name, 0) + number
