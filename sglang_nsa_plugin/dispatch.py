@@ -134,4 +134,8 @@ def why_kpool_unavailable(name: str, device: torch.device) -> str | None:
     """The same of the k-pooling fill of an implementation that can serve other fills."""
     if name not in KPOOL_MODULES:
         return "it has no k-pooling fill"
-    return None if name == "torch" else self_test.why_kpool_failed(_module(KPOOL_MODULES[name]).bind, device)
+    return (
+        None
+        if name == "torch"
+        else self_test.why_kpool_failed(_module(KPOOL_MODULES[name]).bind, device)
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -54,13 +54,14 @@ def _why_unlike(
     actual: Any,
     expected: Any,
     bind: Callable[[Any], Callable[[], None]],
-    errors: Sequence[type[Exception]],
+    errors: tuple[type[Exception], ...],
 ) -> str | None:
+    cannot_run: tuple[type[Exception], ...] = (RuntimeError, *errors)
     try:
         bind(actual)()
         if actual.device.type == "cuda":
             torch.cuda.synchronize(actual.device)
-    except (RuntimeError, *errors) as error:
+    except cannot_run as error:
         return f"its self-test failed: {textwrap.shorten(str(error), 300)}"
     for name, tensor in actual.outputs().items():
         if not torch.equal(tensor, expected.outputs()[name]):

@@ -56,7 +56,9 @@ KPOOL = {
     ),
 }
 KPOOL_TOPK_PLAN = ("pooled_topk_v2_plan", f"{KPOOL_PLAN}.pool_topk_v2_plan")  # since 0.5.23
-_KNOWN_KPOOL = frozenset((KPOOL_PLAN, *KPOOL_TOPK_PLAN, *(name for each in KPOOL.values() for name in each)))
+_KNOWN_KPOOL = frozenset(
+    (KPOOL_PLAN, *KPOOL_TOPK_PLAN, *(name for each in KPOOL.values() for name in each))
+)
 
 
 def unknown_on_device(metadata: Any, is_pooled: bool = False) -> list[str]:
@@ -69,7 +71,9 @@ def unknown_on_device(metadata: Any, is_pooled: bool = False) -> list[str]:
     if is_pooled and dataclasses.is_dataclass(values.get(KPOOL_PLAN)):
         plan = values[KPOOL_PLAN]
         values |= {f"{KPOOL_PLAN}.{f.name}": getattr(plan, f.name) for f in dataclasses.fields(plan)}
-    return [name for name, value in values.items() if name not in known and not isinstance(value, _PLAIN)]
+    return [
+        name for name, value in values.items() if name not in known and not isinstance(value, _PLAIN)
+    ]
 
 
 def graph_key(table: Mapping[Any, Any], batch_size: int, mode: Any) -> Any:

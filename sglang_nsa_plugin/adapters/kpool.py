@@ -1,9 +1,9 @@
 """What the in-graph adapter adds for models that pool the keys of their index (``index_kpool``).
 
-SGLang fills their metadata in two parts, and so does the plugin: what all models have, and then lengths
-that count k-pools, the plan of the keys that a step writes, and a page table of the index. Its contract is
-``kpool_args.py``. Covered is what SGLang's own fused kernels cover, in 0.5.20 to 0.5.23. No GPU has run
-it, so it is filled only on request.
+Their metadata is filled in two parts: what all models have, and then lengths that count k-pools, the
+plan of the keys that a step writes, and a page table of the index; ``kpool_args.py`` has the formulas.
+The plugin covers what SGLang's own fused kernels cover, in 0.5.20 to 0.5.23. No GPU has run this, so
+such a model is filled only on request.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TOPK_PLAN = f"{_ATTENTION}.dsa.kpool_fp8_index.refresh_kpool_topk_v2_plan"
 
 
 def is_pooled(backend: Any) -> bool:
-    """Whether the model has one index key for several tokens. Releases before 0.5.20 know no such model."""
+    """Whether the model has one index key for several tokens. SGLang knows such models since 0.5.20."""
     return bool(getattr(backend, "dsa_index_kpool", 1) > 1)
 
 
@@ -51,20 +51,24 @@ def why_unsupported(backend: Any, server_args: Any, role: Role) -> str | None:
             "(SGLANG_EXPERIMENTAL_DSA_KPOOL_METADATA_FUSION, and a geometry that it covers)"
         )
     if getattr(server_args, "dcp_size", 1) > 1:
-        return f"{what} is not supported with decode context parallelism (dcp_size {server_args.dcp_size})"
+        return (
+            f"{what} is not supported with decode context parallelism (dcp_size {server_args.dcp_size})"
+        )
     page_size = _index_page_size(backend)
     if page_size != PAGE_SIZE:
-        return f"{what} is not supported with {page_size} k-pools in a page of the index, only {PAGE_SIZE}"
+        return (
+            f"{what} is not supported with {page_size} k-pools in a page of the index, only {PAGE_SIZE}"
+        )
     return None
 
 
 def why_untried(backend: Any, request: Request) -> str | None:
-    """Why a backend with a pooled index is left to SGLang unless its role was asked for, or None."""
+    """Why a pooled index stays with SGLang where nobody asked for the role, or None."""
     if not is_pooled(backend) or request.is_listed:
         return None
     return (
-        f"index k-pooling ({backend.dsa_index_kpool}): no GPU has run the plugin's fill of such a model. "
-        f"To fill it all the same, start with {options.ROLES_FLAG} {','.join(ROLES_COVERED)}"
+        f"index k-pooling ({backend.dsa_index_kpool}): no GPU has run the plugin's fill of such a model "
+        f"yet. To fill it all the same, start with {options.ROLES_FLAG} {','.join(ROLES_COVERED)}"
     )
 
 
@@ -113,9 +117,10 @@ class KPoolFill:
     def serves(self, args: KPoolArgs, batch: Any) -> bool:
         """Whether the captured tensor holds how many tokens of this batch are accepted.
 
-        Draft-extend's runner copies both numbers of a batch into its buffers, or none, and passes those
-        buffers of a padded batch alone. That it copies is found out with the first batch of other tensors.
-        The host waits for the device that once.
+        Draft-extend's runner copies the accepted tokens of a batch into its buffer if the batch has its
+        correct drafts, too. It passes that buffer of a padded batch, else the batch's own tensor.
+        Whether it copies is found out with the first tensor of a batch's own. The host waits for the
+        device that once.
         """
         if args.accept_lens is None:
             return True
@@ -125,8 +130,7 @@ class KPoolFill:
         if given.data_ptr() == args.accept_lens.data_ptr():
             return True
         if self._is_copied is None:
-            # a runner may have padded its own buffers, and not the batch's tensor
-            self._is_copied = torch.equal(given, args.accept_lens[: given.shape[0]])
+            self._is_copied = torch.equal(given, args.accept_lens)
         return self._is_copied
 
     def refresh_derived(self, metadata: Any, remainder_last: bool | None) -> None:

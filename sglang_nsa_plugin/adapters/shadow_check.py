@@ -199,8 +199,8 @@ def compare(ours: Any, theirs: Any, names: Mapping[str, str], check: ShadowCheck
 def pairs(ours: Any, theirs: Any, names: Mapping[str, str]) -> Iterator[Pair]:
     """The tensors of two metadata objects that are to be equal, under SGLang's names.
 
-    Top-k plans are left out: SGLang makes them from the lengths, their items come in any order, and a plan
-    for few rows is not written at all.
+    Top-k plans are left out: SGLang makes them from the lengths, their items come in any order, and that
+    of few rows is not written at all.
     """
     for name in (*fields.LENGTHS, "ctx_lens", "mqa_schedule"):
         yield from _pair(names[name], ours, theirs)
