@@ -481,7 +481,7 @@ def test_every_refusal_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_gpu_has_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_choose", lambda *arguments: arguments)
-    assert dispatch.choose("auto", torch.device("cuda", 1)) == ("auto", "cuda", 1)
+    assert dispatch.choose("auto", torch.device("cuda", 1)) == ("auto", "cuda", 1, False)
 
 
 # The k-pooling fill
