@@ -3,9 +3,9 @@
 All three of 0.5.15 and later. Of 0.5.13 and 0.5.14 those of draft-decode and verify, which need the
 lengths on the host, too.
 
-On CUDA tensors everything is real. On CPU tensors SGLang takes its torch path: Triton's interpreter runs
-the one kernel that it needs, and the DeepGEMM schedule, the top-k plan and the FlashMLA metadata stay
-None.
+On CUDA tensors everything is real. On CPU tensors SGLang takes its torch path, also where the index is
+pooled: Triton's interpreter runs the few kernels that it needs, and the DeepGEMM schedule, the top-k plan
+and the FlashMLA metadata stay None.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class GraphBackend(HarnessBackend):
         with process_stubs.kpool_fusion():
             made = self._made_by_sglang()
         for backend in getattr(made, "attn_backends", [made]):
-            process_stubs.launch_on_cpu(backend)
+            backend.experimental_kpool_metadata_fusion = False
         return made
 
     def _made_by_sglang(self) -> Any:

@@ -140,14 +140,19 @@ def kpool_plans() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kpool_fusion() -> Iterator[None]:
-    """The constructor of a backend with a pooled index chooses SGLang's fused kernels, as on CUDA."""
+    """The constructor of a backend with a pooled index chooses SGLang's fused kernels, as on CUDA.
+
+    Triton's interpreter takes a second for each of them, so where it is not asked to, by
+    :func:`launch_fused_on_cpu`, SGLang fills by torch.
+    """
     manager = "sglang.srt.layers.attention.dsa.dsa_metadata_manager"
     with mock.patch.object(importlib.import_module(manager), "is_cuda", return_value=True):
         yield
 
 
-def launch_on_cpu(backend: Any) -> None:
+def launch_fused_on_cpu(backend: Any) -> None:
     """Triton's interpreter runs the fused kernels that this backend has chosen."""
+    backend.experimental_kpool_metadata_fusion = True
     for name in ("_fused_decode_metadata", "_fused_verify_metadata", "_fused_draft_extend_metadata"):
         setattr(backend, name, on_cpu(getattr(backend, name)))
 

@@ -1,7 +1,7 @@
 """Models with a pooled index in the graph: SGLang's real backends of each role, on CPU tensors.
 
-SGLang's own code fills a second backend over the same inputs, its fused kernels run by Triton's
-interpreter, and every live value is compared. Schedules and top-k plans are None on the CPU.
+SGLang's own code fills a second backend over the same inputs, and every live value is compared. It fills
+by torch, and in one test by its fused kernels. Schedules and top-k plans are None on the CPU.
 """
 
 from __future__ import annotations
@@ -113,6 +113,17 @@ def test_every_value_equals_sglangs_fill(role, backend, shape, state):
     assert set(filled(pair)) <= compared.keys()
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_every_value_equals_that_of_sglangs_fused_kernels(role, state):
+    """Which is how SGLang fills on CUDA."""
+    pair = make(role)
+    for backend in pair.theirs.steps():
+        process_stubs.launch_fused_on_cpu(backend)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        step_and_expect_equal(pair, random_batch(pair, generator, raw_bs=2))
+
+
 def filled(pair) -> list[str]:
     """SGLang's names of the pooled tensors that this role has."""
     metadata = pair.metadata(1)
@@ -214,8 +225,9 @@ def test_a_geometry_that_sglang_does_not_fuse_is_declined(index_kpool, state):
 )
 def test_what_else_is_declined_by_name(role, planted, said, state, monkeypatch):
     activate(roles=(role,))
-    made = harness_backend(role)
-    plan = sglangs("kpool_plan")
+    made, plan = harness_backend(role), sglangs("kpool_plan")
+    for step in made.steps():
+        step.experimental_kpool_metadata_fusion = True
     server_args = {"dcp_size": 2} if planted == "dcp" else {}
     runner = SimpleNamespace(
         server_args=process_stubs.publish_server_args(speculative_algorithm="EAGLE", **server_args),
