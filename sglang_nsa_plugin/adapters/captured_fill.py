@@ -285,7 +285,7 @@ class BackendFills:
         run = self.bind(args)
         if self.kpool is None:
             return GraphFill(metadata, args, run, self.role.ends_step)
-        kpool_args = self.kpool.args(batch, metadata, self.enabled, self.remainder_last)
+        kpool_args = self.kpool.args(batch, metadata, self.enabled)
         run_kpool = self.kpool.bind(kpool_args)
 
         def run_both() -> None:
@@ -343,7 +343,7 @@ class BackendFills:
             plan = backend._build_topk_v2_plan(metadata.dsa_seqlens_expanded)
             object.__setattr__(metadata, "topk_v2_plan", plan)
         if self.kpool is not None:
-            self.kpool.refresh_derived(metadata, self.remainder_last)
+            self.kpool.refresh_derived(metadata)
         if metadata.flashmla_metadata is not None:
             metadata.flashmla_metadata.copy_(
                 backend._compute_flashmla_metadata(

@@ -24,6 +24,9 @@ from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, VERIFY
 
 ROLES_COVERED = (DRAFT_DECODE, VERIFY, DRAFT_EXTEND)
 PAGE_SIZE = 64  # k-pools in a page of the index
+# Of the batches whose schedules are compared with SGLang's at the start.
+LONGEST = 40_960  # k-pools
+ROWS = (30, 512)  # DeepGEMM compiles one kernel for each 32 rows
 
 _ATTENTION = "sglang.srt.layers.attention"
 _METADATA = f"{_ATTENTION}.dsa_backend.DSAMetadata"
@@ -77,6 +80,7 @@ class KPoolFill:
 
     Attributes:
         bind: the implementation's.
+        remainder_last: of DeepGEMM's schedule of the k-pools; None leaves that schedule to SGLang.
     """
 
     def __init__(
@@ -84,19 +88,18 @@ class KPoolFill:
     ) -> None:
         assert bind is not None  # of an implementation that was chosen for a pooled index
         self.bind = bind
+        self.remainder_last = remainder_last(backend, bind)
         self._backend = backend
         self._role = role
         # Whether the runner copies the numbers of accepted tokens; None until a batch has shown it.
         self._is_copied: bool | None = None
 
-    def args(
-        self, batch: Any, metadata: Any, enabled: torch.Tensor, remainder_last: bool | None
-    ) -> KPoolArgs:
+    def args(self, batch: Any, metadata: Any, enabled: torch.Tensor) -> KPoolArgs:
         """The k-pooling fill of a batch size, from the batch of its capture."""
         backend, k = self._backend, self._backend.dsa_index_kpool
         draft_tokens = backend.speculative_num_draft_tokens
         outputs = fields.read_kpool(metadata)
-        if remainder_last is None:
+        if self.remainder_last is None:
             outputs.pop("kpool_schedule", None)
         return KPoolArgs(
             seq_lens=batch.seq_lens,
@@ -110,7 +113,7 @@ class KPoolFill:
             page_size=PAGE_SIZE,
             server_page_size=PAGE_SIZE * k if _numbers_server_pages(backend) else PAGE_SIZE,
             **outputs,
-            mqa_remainder_last=bool(remainder_last),
+            mqa_remainder_last=bool(self.remainder_last),
             enabled=enabled,
         )
 
@@ -133,17 +136,70 @@ class KPoolFill:
             self._is_copied = torch.equal(given, args.accept_lens)
         return self._is_copied
 
-    def refresh_derived(self, metadata: Any, remainder_last: bool | None) -> None:
+    def refresh_derived(self, metadata: Any) -> None:
         """Runs SGLang's own functions for the tables that the fill does not write."""
         kpool_seqlens = fields.read_kpool(metadata)["kpool_seqlens"]
         schedule = fields.first_of(metadata, fields.KPOOL["kpool_schedule"])
-        if schedule is not None and remainder_last is None:
-            schedule.copy_(
-                _of_sglang(_SCHEDULE)(kpool_seqlens, **{_page_size_name(self._backend): PAGE_SIZE})
-            )
+        if schedule is not None and self.remainder_last is None:
+            schedule.copy_(_schedule_of_sglang(self._backend, kpool_seqlens))
         plan = fields.first_of(metadata, fields.KPOOL_TOPK_PLAN)
         if plan is not None:  # since 0.5.23
             _of_sglang(_TOPK_PLAN)(plan=plan, pool_lens=kpool_seqlens)
+
+
+def remainder_last(backend: Any, bind: Callable[[KPoolArgs], Callable[[], None]]) -> bool | None:
+    """The ``mqa_remainder_last`` with which ``bind`` makes SGLang's schedule of k-pools.
+
+    None where neither way does, and where SGLang makes none: on the CPU, and without DeepGEMM.
+    """
+    device, random = backend.req_to_token.device, torch.Generator().manual_seed(0)
+    ragged = [torch.randint(0, LONGEST, (rows,), generator=random) for rows in ROWS]
+    edges = [[0], [1], [255], [256], [257], [0] * 5]
+    batches = [each.to(device, torch.int32) for each in (*map(torch.tensor, edges), *ragged)]
+    theirs = [(lengths, _schedule_of_sglang(backend, lengths)) for lengths in batches]
+    if any(schedule is None for _, schedule in theirs):
+        return None
+    for last in (True, False):
+        if all(torch.equal(_schedule(bind, lengths, like, last), like) for lengths, like in theirs):
+            return last
+    return None
+
+
+def _schedule(
+    bind: Callable[[KPoolArgs], Callable[[], None]],
+    lengths: torch.Tensor,
+    like: torch.Tensor,
+    last: bool,
+) -> torch.Tensor:
+    """What a fill makes of requests with so many k-pools, of two tokens each."""
+    bs, schedule = lengths.shape[0], torch.full_like(like, -1)
+    int32 = [torch.empty(bs + 1, dtype=torch.int32, device=lengths.device) for _ in range(5)]
+    lengths_out, sums, write_start, tail_start, kpool_seqlens = int32
+    bind(
+        KPoolArgs(
+            seq_lens=lengths * 2,
+            req_pool_indices=torch.zeros_like(lengths),
+            req_to_token=torch.zeros(1, 1, dtype=torch.int32, device=lengths.device),
+            extend_lens=1,
+            index_kpool=2,
+            index_topk=2,
+            server_page_size=PAGE_SIZE,
+            nsa_cache_seqlens=lengths_out[:bs],
+            nsa_cu_seqlens_k=sums,
+            write_requests=torch.empty(bs, dtype=torch.int64, device=lengths.device),
+            write_start=write_start[:bs],
+            tail_start=tail_start[:bs],
+            write_locs=torch.empty(bs, 1, dtype=torch.int64, device=lengths.device),
+            kpool_seqlens=kpool_seqlens[:bs],
+            kpool_schedule=schedule,
+            mqa_remainder_last=last,
+        )
+    )()
+    return schedule
+
+
+def _schedule_of_sglang(backend: Any, kpool_seqlens: torch.Tensor) -> Any:
+    return _of_sglang(_SCHEDULE)(kpool_seqlens, **{_page_size_name(backend): PAGE_SIZE})
 
 
 def _of_sglang(target: str) -> Callable[..., Any]:

@@ -4,8 +4,8 @@ All three of 0.5.15 and later. Of 0.5.13 and 0.5.14 those of draft-decode and ve
 lengths on the host, too.
 
 On CUDA tensors everything is real. On CPU tensors SGLang takes its torch path, also where the index is
-pooled: Triton's interpreter runs the few kernels that it needs, and the DeepGEMM schedule, the top-k plan
-and the FlashMLA metadata stay None.
+pooled: Triton's interpreter runs the few kernels that it needs, and the DeepGEMM schedule, the top-k
+plan and the FlashMLA metadata stay None.
 """
 
 from __future__ import annotations

@@ -436,6 +436,24 @@ def test_what_the_fill_does_not_write_is_made_by_sglangs_functions_in_place(role
     assert "kpool_schedule" not in captured_args(pair, bs).outputs()
 
 
+@pytest.mark.parametrize("name", ["cpu", "torch"])
+@pytest.mark.parametrize("last", [True, False, "neither"])
+def test_the_schedule_of_sglang_is_recognised(last, name, state, monkeypatch):
+    """As DeepGEMM makes it, by the formula of ``mqa_schedule``; here of 7 processors."""
+    from sglang_nsa_plugin import dispatch
+    from sglang_nsa_plugin.kernels.torch import schedule
+
+    def deep_gemms(pool_seqlens, **page_size):
+        assert list(page_size.values()) == [PAGE]
+        made = schedule(pool_seqlens.long().clamp(min=1), 7, last is True).int()
+        return made + 1 if last == "neither" else made
+
+    monkeypatch.setattr(sglangs("kpool_plan"), "_compute_pool_schedule_metadata", deep_gemms)
+    bind = dispatch.choose(name, CPU, with_kpool=True).bind_kpool
+    expected = None if last == "neither" else last
+    assert kpool.remainder_last(harness_backend().backend, bind) is expected
+
+
 def captured_args(pair, bs):
     """A new capture of this batch size."""
     pair.fills().captured.pop(bs)
