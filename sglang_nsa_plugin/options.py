@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sglang_nsa_plugin.state import DRAFT_EXTEND, ROLES
+from sglang_nsa_plugin.state import ALL_ROLES, DECODE, DRAFT_EXTEND, ROLES
 
 _Value = TypeVar("_Value")
 
@@ -23,7 +23,7 @@ WIDE_FLAG = "--nsa-metadata-wide-tables"
 WIDE_VARIABLE = "SGLANG_NSA_METADATA_WIDE_TABLES"
 KEEP = "keep"
 WIDE_CHOICES = (DEFAULT, KEEP)
-DEFAULT_ROLES = ROLES  # each where it fits
+DEFAULT_ROLES = ROLES  # each where it fits; decode alone is filled only where it is named
 # From the command line SGLang copies only its own fields. Attributes with an underscore travel to every
 # process with the ServerArgs object, and SGLang's resolution of arguments leaves them alone.
 ATTRIBUTE = "_nsa_metadata_backend"
@@ -44,8 +44,9 @@ CHECK_HELP = (
     f"(sglang-nsa-plugin); 0 never does. Environment: {CHECK_VARIABLE}. Default: 0."
 )
 ROLES_HELP = (
-    f"The plans of a speculative step to fill, with commas between them: {', '.join(ROLES)} "
-    f"(sglang-nsa-plugin). Environment: {ROLES_VARIABLE}. Default: all that fit."
+    f"The plans of a speculative step to fill, with commas between them: {', '.join(ROLES)}; or "
+    f"{DECODE}, of a server without speculation, which no GPU has served yet (sglang-nsa-plugin). "
+    f"Environment: {ROLES_VARIABLE}. Default: all of a speculative step that fit."
 )
 WIDE_HELP = (
     "The token-wide page tables of the filled roles (sglang-nsa-plugin): auto leaves them out where "
@@ -153,7 +154,7 @@ class _CarriedRoles(_Carried):
     def __call__(
         self, parser: object, namespace: object, value: Any, option_string: str | None = None
     ) -> None:
-        asked = tuple(role for role in ROLES if any(role in roles for roles in value))
+        asked = tuple(role for role in ALL_ROLES if any(role in roles for roles in value))
         super().__call__(parser, namespace, asked, option_string)
 
 
@@ -241,11 +242,11 @@ def _auto_or_keep(text: str) -> str:
 
 def _roles(text: str) -> tuple[str, ...]:
     asked = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in asked if name not in ROLES]
+    unknown = [name for name in asked if name not in ALL_ROLES]
     if unknown or not asked:
         got = ", ".join(unknown) or repr(text)
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(ROLES)}, got {got}")
-    return tuple(role for role in ROLES if role in asked)
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(ALL_ROLES)}, got {got}")
+    return tuple(role for role in ALL_ROLES if role in asked)
 
 
 def _whole_number(text: str) -> int:

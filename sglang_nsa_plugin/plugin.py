@@ -1,4 +1,4 @@
-"""The entry point: decides whether this process fills speculative metadata, and logs it in one line.
+"""The entry point: decides whether this process fills metadata, and logs it in one line.
 
 SGLang calls :func:`register` in the main process before it parses arguments, and again in each
 scheduler process. Only the scheduler needs SGLang's GPU modules, so the adapter is installed when the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sglang_nsa_plugin import options
@@ -114,7 +114,9 @@ def _foretell(server_args: Any, backend: str) -> None:
     from sglang_nsa_plugin.adapters import install
 
     why_not = _why_no_scheduler_asks(server_args)
-    if why_not is None or backend == "off" or install.why_idle(server_args) is not None:
+    roles = options.roles_of(server_args)
+    is_idle = all(install.why_idle(server_args, role) is not None for role in roles)
+    if why_not is None or backend == "off" or is_idle:
         logger.info(
             "sglang-nsa-plugin %s: metadata backend %s, set up in each scheduler process",
             VERSION,
@@ -127,7 +129,7 @@ def _foretell(server_args: Any, backend: str) -> None:
         "sglang-nsa-plugin %s: not used: %s; SGLang fills %s metadata itself",
         VERSION,
         why_not,
-        ", ".join(options.roles_of(server_args)),
+        ", ".join(roles),
     )
 
 
@@ -194,7 +196,8 @@ def _conclude(scheduler: Any, server_args: Any) -> None:
     if OUTCOME.is_undecided:
         _decline(server_args, f"the plugin's hook of {_SCHEDULER_INIT.target} did not run")
     else:
-        verdict.conclude(scheduler, server_args, _requests(server_args))
+        requests = _requests(server_args, options.roles_of(server_args))
+        verdict.conclude(scheduler, server_args, requests)
     collector = getattr(scheduler, "metrics_collector", None)
     if collector is not None:
         from sglang_nsa_plugin import metrics
@@ -258,9 +261,7 @@ def activate(server_args: Any) -> None:
     from sglang_nsa_plugin.adapters import install
 
     _export_to_sgl_kernel()
-    if _is_idle(server_args):
-        return
-    requests = _requests(server_args)
+    requests = _requests(server_args, _roles_with_metadata(server_args))
     why_other = install.why_other_attention(server_args)
     if why_other is not None:
         of_draft_model = {role: requests.pop(role) for role in OF_DRAFT_MODEL if role in requests}
@@ -270,8 +271,8 @@ def activate(server_args: Any) -> None:
         _step_aside(requests, why_not)
 
 
-def _requests(server_args: Any) -> dict[str, Request]:
-    """What the server asks for, by role."""
+def _requests(server_args: Any, roles: Iterable[str]) -> dict[str, Request]:
+    """What the server asks for, of each of these roles."""
     from sglang_nsa_plugin.adapters.adapter import Request
 
     return {
@@ -282,7 +283,7 @@ def _requests(server_args: Any) -> dict[str, Request]:
             options.wide_tables_of(server_args) == options.KEEP,
             options.lists_roles(server_args),
         )
-        for role in options.roles_of(server_args)
+        for role in roles
     }
 
 
@@ -292,12 +293,11 @@ def _decline(server_args: Any, why_not: str) -> None:
     Raises:
         BackendUnavailableError: a backend was asked for by name.
     """
-    if not _is_idle(server_args):
-        _step_aside(_requests(server_args), why_not)
+    _step_aside(_requests(server_args, _roles_with_metadata(server_args)), why_not)
 
 
-def _is_idle(server_args: Any) -> bool:
-    """Whether there is nothing to fill, which is logged."""
+def _roles_with_metadata(server_args: Any) -> list[str]:
+    """The roles that are asked for and of which this server has metadata; of the others it says why."""
     from sglang_nsa_plugin.adapters import install
     from sglang_nsa_plugin.adapters.outcome import OUTCOME, report_idle
 
@@ -305,10 +305,13 @@ def _is_idle(server_args: Any) -> bool:
     if DRAFT_EXTEND not in roles:
         OUTCOME.report_idle(f"{options.ROLES_FLAG} leaves it out")
     is_off = options.backend_of(server_args) == "off"
-    why_idle = "switched off" if is_off else install.why_idle(server_args)
-    if why_idle is not None:
-        report_idle(roles, why_idle)
-    return why_idle is not None
+    why_idle = {
+        role: "switched off" if is_off else install.why_idle(server_args, role) for role in roles
+    }
+    for reason in dict.fromkeys(why_idle.values()):
+        if reason is not None:
+            report_idle([role for role in roles if why_idle[role] == reason], reason)
+    return [role for role in roles if why_idle[role] is None]
 
 
 def _step_aside(requests: Mapping[str, Request], why_not: str) -> None:

@@ -21,9 +21,12 @@ def version_of(distribution: str) -> str:
 VERSION = version_of("sglang-nsa-plugin")
 
 NOT_ASKED = "not asked yet"
-# The plans of a speculative step that the plugin can fill; users see these names.
+# What the plugin can fill: the plans of a speculative step, and the one of a server without speculation.
+# Users see these names.
 DRAFT_EXTEND, DRAFT_DECODE, VERIFY = "draft-extend", "draft-decode", "verify"
+DECODE = "decode"
 ROLES = (DRAFT_EXTEND, DRAFT_DECODE, VERIFY)
+ALL_ROLES = (*ROLES, DECODE)
 
 
 @dataclass
@@ -31,7 +34,7 @@ class State:
     """One role's outcome of ``adapters/outcome.py``, mirrored, and its counters of service.
 
     Attributes:
-        role: one of ROLES.
+        role: one of ALL_ROLES.
         adapter: how the fill is hooked into SGLang; None while SGLang fills.
         backend: the implementation; None until SGLang has made this role's attention backend.
         mqa_schedule: who makes DeepGEMM's schedule: the implementation, or "DeepGEMM" where the schedule
@@ -73,7 +76,8 @@ class State:
 STATE = State()
 DRAFT_DECODE_STATE = State(DRAFT_DECODE)
 VERIFY_STATE = State(VERIFY)
-STATES = {state.role: state for state in (STATE, DRAFT_DECODE_STATE, VERIFY_STATE)}
+DECODE_STATE = State(DECODE)
+STATES = {state.role: state for state in (STATE, DRAFT_DECODE_STATE, VERIFY_STATE, DECODE_STATE)}
 
 
 def reported() -> list[State]:

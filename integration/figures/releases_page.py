@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from integration.figures.committed import (
@@ -60,8 +61,8 @@ def page() -> str:
                     "the role to SGLang in that release, in its own words."
                 ),
                 table(
-                    ("SGLang", *ROLES),
-                    [_roles(version, matrix["parts"][version]) for version in versions],
+                    ("SGLang", *(roles := _tried_roles(matrix["parts"].values()))),
+                    [_roles(version, matrix["parts"][version], roles) for version in versions],
                 ),
                 "## Generations",
                 table(
@@ -93,9 +94,15 @@ def _row(version: str, row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _roles(version: str, row: dict[str, Any]) -> tuple[str, ...]:
+def _tried_roles(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Those that some release was tried with."""
+    tried = {role for row in rows for role in row.get("roles", {})}
+    return [role for role in ROLES if role in tried]
+
+
+def _roles(version: str, row: dict[str, Any], roles: Iterable[str] = ROLES) -> tuple[str, ...]:
     parts_of = row.get("roles", {})
-    return (version, *(said_of(parts_of[role]) if role in parts_of else "-" for role in ROLES))
+    return (version, *(said_of(parts_of[role]) if role in parts_of else "-" for role in roles))
 
 
 def _gpus() -> str:

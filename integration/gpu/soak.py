@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
-ROLES = ("draft-extend", "verify", "draft-decode")
+ROLES = ("draft-extend", "verify", "draft-decode", "decode")
 # Two processes have each: draft tokens, context, how SGLang decodes.
 SETTINGS = (
     {"draft_tokens": 4, "context_len": 4_096, "decode_impl": "flashmla_sparse"},

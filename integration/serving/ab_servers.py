@@ -59,13 +59,17 @@ def serve_args(decode_backend: str = "flashmla_sparse", draft_tokens: int = 4) -
     """The options of a small server, spelled as the installed SGLang spells them.
 
     The last verified token is one of the draft tokens, so there is a step less than there are of them.
+    Without draft tokens the server does not speculate.
     The graphs of prefill take minutes to capture and have nothing to do with draft-extend.
     """
-    return [
+    speculation = (
         *("--speculative-algorithm", "EAGLE"),
         *("--speculative-num-steps", str(draft_tokens - 1)),
         *("--speculative-eagle-topk", "1"),
         *("--speculative-num-draft-tokens", str(draft_tokens)),
+    )
+    return [
+        *(speculation if draft_tokens else ()),
         *differences.sparse_backend(decode_backend),
         *SHARED_GPU_ARGS,
         *differences.decode_graphs(LARGEST_GRAPH),
@@ -82,7 +86,7 @@ class Setup:
         flags: added after those of `serve_args`; where both name an option, these win.
         environments: by the server's name, the variables that make the difference; None removes one.
         decode_backend: SGLang's sparse attention.
-        draft_tokens: verified in each speculative step.
+        draft_tokens: verified in each speculative step; 0 for servers without speculation.
         gpus: how many a server takes.
     """
 

@@ -24,6 +24,7 @@ SLICES: dict[str, tuple[str, ...]] = {
     "corruption": ("test_corruption.py", "--servers=4"),
     "dropped": ("test_dropped.py", "--servers=8"),
     "roles": ("test_roles.py", "--servers=6"),
+    "decode": ("test_decode.py", "--servers=6"),
     "profile": ("test_profile.py",),
     "tables": ("test_tables.py",),
     "widths": ("test_widths.py", "--servers=6"),

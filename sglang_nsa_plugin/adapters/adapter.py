@@ -10,6 +10,7 @@ from typing import Any
 from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters.hooks import Hook, Requirement, why_replaced
 from sglang_nsa_plugin.adapters.outcome import OUTCOME, Outcome
+from sglang_nsa_plugin.state import DECODE
 
 # What setting up a fill may raise where it cannot run; torch's out-of-memory error is a RuntimeError.
 SET_UP_ERRORS = (RuntimeError, ValueError, TypeError)
@@ -168,5 +169,6 @@ class Adapter:
             return replaced
         reasons = [self.why_unfilled(backend) for backend in self.takeovers[role].backends]
         if not reasons:
-            return f"SGLang made no NSA/DSA attention backend for {role}, as EAGLE and MTP have one"
+            having_one = "" if role == DECODE else ", as EAGLE and MTP have one"
+            return f"SGLang made no NSA/DSA attention backend for {role}{having_one}"
         return None if None in reasons else reasons[0]

@@ -113,7 +113,7 @@ class BackendFills:
     that SGLang's memory saver releases and hands back zeroed.
 
     Attributes:
-        role: the plan that the backend makes in a speculative step.
+        role: the plan that the backend makes.
         mode: SGLang's ForwardMode of that role. Batches are compared with it by identity, because
             asking the mode costs more.
         fast_path: by batch size, the inputs that were validated last. A replay with the same ones skips
@@ -340,7 +340,7 @@ class BackendFills:
             mqa_schedule.refresh(backend, metadata, metadata.paged_mqa_ctx_lens_2d)
         if getattr(metadata, fields.TOPK_PLAN, None) is not None:  # since 0.5.15
             # Not copied into the old plan: what is captured after this reads the new one.
-            plan = backend._build_topk_v2_plan(metadata.dsa_seqlens_expanded)
+            plan = backend._build_topk_v2_plan(seqlens_expanded=metadata.dsa_seqlens_expanded)
             object.__setattr__(metadata, "topk_v2_plan", plan)
         if self.kpool is not None:
             self.kpool.refresh_derived(metadata)

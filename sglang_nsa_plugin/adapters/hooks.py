@@ -24,7 +24,8 @@ class Hook:
     Attributes:
         target: the dotted path of a function or method.
         parameters: those of the target, in its order. It may have others that can be left out.
-        replacement: what is called instead. It takes whatever else SGLang passes, and hands it through.
+        replacement: what is called instead. It hands the parameters that it names to the target by
+            position, and whatever else SGLang passes as it was passed.
         also: the parameters that the target has in other releases, where the replacement serves those.
         and_more: whether the target may have further parameters that must be passed.
     """
@@ -95,11 +96,13 @@ def _why_unfit(row: Requirement) -> str | None:
     if not inspect.isroutine(target):
         return f"{row.target} is not a function"
     parameters = inspect.signature(target).parameters
-    and_more = isinstance(row, Hook) and row.and_more
     accepted = (row.parameters, *row.also)
+    and_more = isinstance(row, Hook) and row.and_more
     if not any(_accepts(parameters.values(), names, and_more) for names in accepted):
         expected = " or ".join(f"({', '.join(names)})" for names in accepted)
         return f"{row.target} takes ({', '.join(parameters)}), expected {expected}"
+    if isinstance(row, Hook) and (by_name := _by_name(target) & _handed_by_position(row.replacement)):
+        return f"{row.target} takes {', '.join(sorted(by_name))} by name alone, expected by position"
     return None
 
 
@@ -110,6 +113,17 @@ def _accepts(parameters: Collection[inspect.Parameter], names: tuple[str, ...], 
     expected = [name for name in names if name not in by_name]
     is_enough = not any(_is_required(each) for each in parameters if each.name not in names)
     return in_order[: len(expected)] == expected and (is_enough or and_more)
+
+
+def _by_name(function: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _handed_by_position(replacement: Callable[..., Any]) -> set[str]:
+    """The parameters that a replacement names: it hands them to the target by position."""
+    parameters = inspect.signature(replacement).parameters.values()
+    return {each.name for each in parameters if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD}
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:

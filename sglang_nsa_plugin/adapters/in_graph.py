@@ -4,8 +4,8 @@ At capture a runner calls ``init_forward_metadata_in_graph`` on its backend, whi
 The fill, and the tables that SGLang derives from it, are recorded there. At replay
 ``forward_metadata`` is pointed at the captured tensors; the host launches nothing.
 
-This module has draft-extend and verify, whose backends are the same class of SGLang's; draft-decode is
-in :mod:`draft_decode`.
+This module has draft-extend, verify and plain decode, whose backends are the same class of SGLang's;
+draft-decode is in :mod:`draft_decode`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from sglang_nsa_plugin.adapters import draft_decode, fields, hooks, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Adapter, Parts
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Sets
-from sglang_nsa_plugin.adapters.roles import DRAFT_EXTEND_ROLE, VERIFY_ROLE
+from sglang_nsa_plugin.adapters.roles import DECODE_ROLE, DRAFT_EXTEND_ROLE, VERIFY_ROLE
 from sglang_nsa_plugin.adapters.supported import (
     fence_event,
+    speculative_algorithm,
+    why_decode_unsupported,
     why_draft_extend_unsupported,
     why_verify_unsupported,
 )
@@ -36,7 +38,7 @@ from sglang_nsa_plugin.adapters.taken_over import (
     why_unfilled,
 )
 from sglang_nsa_plugin.containment import attempt
-from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, STATE, VERIFY
+from sglang_nsa_plugin.state import DECODE, DRAFT_DECODE, DRAFT_EXTEND, STATE, VERIFY
 
 _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _BACKEND = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend"
@@ -57,14 +59,18 @@ def _create_backend(original: Callable[..., Any], factory: Any, *more: Any, **na
 def _init_backend(
     original: Callable[..., None], backend: Any, model_runner: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """The target's backend makes the metadata of verify; the draft model's have other plans."""
+    """The target's backend makes the metadata of verify or plain decode; the draft model's do not."""
     original(backend, model_runner, *args, **kwargs)
     consider_target(backend, model_runner)
 
 
 def consider_target(backend: Any, model_runner: Any) -> None:
     """Takes the backend over that has just been made, if it is the target's."""
-    if not getattr(model_runner, "is_draft_worker", True) and not backend.speculative_num_steps:
+    if getattr(model_runner, "is_draft_worker", True) or backend.speculative_num_steps:
+        return
+    if speculative_algorithm(model_runner.server_args) is None:
+        consider(backend, backend, model_runner, DECODE_ROLE, why_decode_unsupported)
+    else:
         consider(backend, backend, model_runner, VERIFY_ROLE, why_verify_unsupported)
 
 
@@ -84,7 +90,7 @@ def _init_cuda_graph_state(
     fills.forget()
     with wide_tables.decided_without_speculation([backend] if fills.drops_wide_tables else ()):
         result = original(backend, max_bs, max_num_tokens, *more, **named)
-    dropped = wide_tables.is_dropped(backend)
+    dropped = fills.drops_wide_tables and wide_tables.is_dropped(backend)
     fills.count_saved(wide_tables.bytes_of(backend, max_num_tokens) if dropped else 0)
     return result
 
@@ -99,11 +105,11 @@ def _out_graph(
 ) -> Any:
     """Before a replay: points the backend at the captured tensors, or lets SGLang fill.
 
-    The fast path is inline and compares objects by identity; of verify, whose runner cuts new slices
-    from its buffers for each replay, addresses. Between two replays other work evicts the CPU's caches,
-    so each function called from here would cost some 0.2 µs, and each object touched some 0.1 µs.
-    Memory that moved under the same tensor object is not looked for: comparing three addresses would
-    cost 2 µs, no release of SGLang moves memory, and the shadow check validates every replay.
+    The fast path is inline and compares objects by identity; of verify and decode, whose runner cuts new
+    slices from its buffers for each replay, addresses. Between two replays other work evicts the CPU's
+    caches, so each function called from here would cost some 0.2 µs, and each object touched some
+    0.1 µs. Memory that moved under the same tensor object is not looked for: comparing three addresses
+    would cost 2 µs, no release of SGLang moves memory, and the shadow check validates every replay.
     """
     if more or named:
         leave_unknown_call(backend, in_capture)
@@ -260,7 +266,12 @@ BEFORE_0_5_15 = {
 }
 
 ADAPTER = Adapter(
-    NAME, Parts(_HOOKS, _NEEDS), TAKEOVERS, why_unfilled, parts={DRAFT_DECODE: draft_decode.PARTS}
+    NAME,
+    Parts(_HOOKS, _NEEDS),
+    TAKEOVERS,
+    why_unfilled,
+    parts={DRAFT_DECODE: draft_decode.PARTS},
+    untried=(DECODE,),  # no server on a GPU has filled it yet
 )
 
 

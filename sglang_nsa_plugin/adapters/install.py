@@ -6,17 +6,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_nsa_plugin import options
-from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases
+from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases, supported
 from sglang_nsa_plugin.adapters.adapter import Adapter, Request
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.adapters.tree_mask import TREE_MASK
 from sglang_nsa_plugin.log import logger_of
-from sglang_nsa_plugin.state import ROLES, VERIFY
+from sglang_nsa_plugin.state import DECODE, DRAFT_EXTEND, ROLES, VERIFY
 
 logger = logger_of(__name__)
 
 SPARSE_ATTENTION = ("dsa", "nsa")
+NO_SPECULATION = "no speculative decoding, so there is no draft-extend metadata"
+NO_PLAIN_DECODE = (
+    "with speculative decoding the target model has verify in its graphs and no plain decode, which is "
+    "filled on servers without speculation"
+)
 _BACKEND_ARGUMENTS = (
     "attention_backend",
     "prefill_attention_backend",
@@ -25,18 +30,23 @@ _BACKEND_ARGUMENTS = (
 )
 
 
-def why_idle(server_args: Any) -> str | None:
-    """Why a server with these arguments has no draft-extend metadata, or None when it has."""
+def why_idle(server_args: Any, role: str = DRAFT_EXTEND) -> str | None:
+    """Why a server with these arguments has no metadata of this role, or None when it has.
+
+    The roles of a speculative step have the same answer.
+    """
     arguments = resolved(server_args)
-    if getattr(arguments, "speculative_algorithm", None) is None:
-        return "no speculative decoding, so there is no draft-extend metadata"
+    is_speculative = supported.speculative_algorithm(server_args) is not None
+    if is_speculative is (role == DECODE):
+        return NO_PLAIN_DECODE if is_speculative else NO_SPECULATION
     backends = {str(getattr(arguments, name, None)) for name in _BACKEND_ARGUMENTS} - {"None"}
     if not backends.intersection(SPARSE_ATTENTION):
         return f"attention backend {', '.join(sorted(backends))} is not NSA/DSA sparse attention"
     if getattr(arguments, "disaggregation_mode", None) == "prefill" and not getattr(
         arguments, "enable_pd_role_switch", False
     ):
-        return "a prefill server (--disaggregation-mode prefill) runs no draft-extend steps"
+        steps = DECODE if role == DECODE else DRAFT_EXTEND
+        return f"a prefill server (--disaggregation-mode prefill) runs no {steps} steps"
     return None
 
 
@@ -91,6 +101,7 @@ def install(requests: Mapping[str, Request]) -> str | None:
         if why_not is None:
             adapter.takeovers[role].arm(request)
             adapter.takeovers[role].outcome.report_waiting(adapter.name)
+            _warn_of_untried(adapter, role)
         else:
             OUTCOMES[role].step_aside(request.asked_for, why_not)
     verify = adapter.takeovers.get(VERIFY)
@@ -101,12 +112,16 @@ def install(requests: Mapping[str, Request]) -> str | None:
 
 def why_role_misfits(adapter: Adapter, role: str, is_named: bool = False) -> str | None:
     """Why the adapter does not fill this role with the installed SGLang, or None."""
+    why_no_fence = supported.why_no_decode_fence() if role == DECODE else None
+    if why_no_fence is not None:
+        return why_no_fence
     if role not in adapter.takeovers:
         return f"with this SGLang release the plugin fills no {role} metadata"
     if role in adapter.untried and not is_named:
         return (
             f"with this SGLang release no server on a GPU has been tried with {role} filled. "
-            f"To fill it all the same, start with {options.ROLES_FLAG} {','.join(ROLES)}"
+            "To fill it all the same, start with "
+            f"{options.ROLES_FLAG} {DECODE if role == DECODE else ','.join(ROLES)}"
         )
     misfits = hooks.misfits(adapter.parts_of(role).requirements)
     return f"this SGLang does not fit the fill of {role}: {'; '.join(misfits)}" if misfits else None
@@ -115,6 +130,16 @@ def why_role_misfits(adapter: Adapter, role: str, is_named: bool = False) -> str
 def switch(role: str, on: bool) -> None:
     """Hands the fills of a role to SGLang, or takes them back, from the next step on."""
     adapter_for_installed().takeovers[role].switch(on)
+
+
+def _warn_of_untried(adapter: Adapter, role: str) -> None:
+    if role in adapter.untried:
+        logger.warning(
+            "sglang-nsa-plugin: %s is filled because it was asked for by name. With this SGLang release "
+            "no server on a GPU has been tried with it. Start with %s 1 to have each fill compared",
+            role,
+            options.CHECK_FLAG,
+        )
 
 
 def _warn_of_untested_release() -> None:

@@ -36,7 +36,7 @@ def remainder_last(backend: Any, bind: Callable[[FillArgs], Callable[[], None]])
 def refresh(backend: Any, metadata: Any, ctx_lens: torch.Tensor) -> None:
     """SGLang's own schedule of these lengths, into the metadata. Its method came with 0.5.15."""
     if hasattr(backend, "_refresh_paged_mqa_schedule_metadata"):
-        backend._refresh_paged_mqa_schedule_metadata(metadata, ctx_lens)
+        backend._refresh_paged_mqa_schedule_metadata(metadata=metadata, seqlens_32_2d=ctx_lens)
         return
     deep_gemm = sys.modules[DSA.module].deep_gemm
     schedule = deep_gemm.get_paged_mqa_logits_metadata(ctx_lens, PAGE_SIZE, deep_gemm.get_num_sms())

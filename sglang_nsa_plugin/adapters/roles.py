@@ -1,4 +1,6 @@
-"""The plans of a speculative step that the in-graph adapter fills, and in what they differ."""
+"""The plans that the in-graph adapter fills, and in what they differ: three of a speculative step, and
+plain decode, which is all of a step without speculation.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from enum import Enum
 from typing import Any
 
 from sglang_nsa_plugin.state import (
+    DECODE,
+    DECODE_STATE,
     DRAFT_DECODE,
     DRAFT_DECODE_STATE,
     DRAFT_EXTEND,
@@ -45,6 +49,7 @@ class Role:
         ends_step: whether no plan of a speculative step comes after it. Then the plugin has a hook
             behind its replay: it publishes the event that frees ``req_to_token``, and checks. A plan
             before it needs no event of its own: its fill comes before the last one's on one stream.
+            Nor does plain decode: SGLang records its own in the graph, see :mod:`supported`.
         inputs: what a replay passes.
         state: what is reported of it.
     """
@@ -63,13 +68,13 @@ class Role:
 
         return [mode for mode in ForwardMode if self.is_mode(mode)]
 
-    def rows_per_request(self, draft_tokens: int) -> int:
-        """How many rows a request has in this plan."""
-        return draft_tokens if self.has_row_per_draft else 1
+    def rows_per_request(self, draft_tokens: int | None) -> int:
+        """How many rows a request has in this plan. Without speculation there are no draft tokens."""
+        return draft_tokens if draft_tokens and self.has_row_per_draft else 1
 
-    def length_offset(self, draft_tokens: int) -> int:
+    def length_offset(self, draft_tokens: int | None) -> int:
         """How many tokens of a request ``seq_lens`` does not count yet."""
-        return draft_tokens if self.adds_drafts else 0
+        return draft_tokens if draft_tokens and self.adds_drafts else 0
 
 
 DRAFT_EXTEND_ROLE = Role(
@@ -98,4 +103,14 @@ VERIFY_ROLE = Role(
     ends_step=False,
     inputs=Inputs.NEW_SLICES,
     state=VERIFY_STATE,
+)
+# SGLang's ForwardMode of draft-decode, on the target's backend and without drafts.
+DECODE_ROLE = Role(
+    DECODE,
+    lambda mode: bool(mode.is_decode()),
+    has_row_per_draft=False,
+    adds_drafts=False,
+    ends_step=False,
+    inputs=Inputs.NEW_SLICES,
+    state=DECODE_STATE,
 )

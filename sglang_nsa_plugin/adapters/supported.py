@@ -6,8 +6,15 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin.adapters import kpool
-from sglang_nsa_plugin.adapters.roles import DRAFT_DECODE_ROLE, DRAFT_EXTEND_ROLE, VERIFY_ROLE, Role
+from sglang_nsa_plugin.adapters import hooks, kpool
+from sglang_nsa_plugin.adapters.hooks import Call
+from sglang_nsa_plugin.adapters.roles import (
+    DECODE_ROLE,
+    DRAFT_DECODE_ROLE,
+    DRAFT_EXTEND_ROLE,
+    VERIFY_ROLE,
+    Role,
+)
 from sglang_nsa_plugin.adapters.server_config import resolved
 
 # The name of the event that frees req_to_token for the scheduler: since 0.5.18, and before.
@@ -25,6 +32,18 @@ BACKEND_ATTRIBUTES = (
 ALGORITHMS = ("EAGLE", "EAGLE3", "NEXTN")
 
 ONE_STEP = "with one speculative step SGLang has no draft-decode graph"
+# Where a backend's reads of req_to_token end: of decode IN_REPLAY, as DSA has no answer of its own. At
+# capture SGLang's decode_cuda_graph_runner.py calls init_forward_metadata_in_graph, where the fill is
+# recorded, and right after it records the event that frees req_to_token, which the scheduler waits for
+# (0.5.18 l. 1155-1156, 0.5.19 l. 1190-1191, 0.5.20 l. 1148-1149, 0.5.21 l. 1180-1181, 0.5.22 l.
+# 1273-1274, 0.5.23 l. 638-639). 0.5.14 to 0.5.17 record it before the replay (0.5.17 l. 1230-1231).
+READ_ENDS = Call(
+    "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.shared_read_ends", ("self", "fm")
+)
+NO_DECODE_FENCE = (
+    "decode is filled with SGLang 0.5.18 and later alone: they free req_to_token behind the fill in the "
+    "graph, earlier releases before the graph runs or by no event"
+)
 
 _DECLINED_ARGUMENTS = {
     "enable_two_batch_overlap": "two-batch overlap",
@@ -69,10 +88,40 @@ def why_draft_decode_unsupported(multi_step: Any, model_runner: Any) -> str | No
 
 
 def _why_not_before_draft_extend(backend: Any, model_runner: Any, role: Role) -> str | None:
-    server_args = resolved(model_runner.server_args)
-    algorithm = getattr(server_args, "speculative_algorithm", None)
+    algorithm = speculative_algorithm(model_runner.server_args)
     if algorithm not in ALGORITHMS:
         return f"{role.name} is filled with {', '.join(ALGORITHMS)} alone, not with {algorithm}"
+    return _why_target_unsupported(backend, model_runner, role)
+
+
+def why_no_decode_fence() -> str | None:
+    """Why no event says when a fill in a decode graph has read ``req_to_token``, or None."""
+    return NO_DECODE_FENCE if hooks.misfits([READ_ENDS]) else None
+
+
+def why_decode_unsupported(backend: Any, model_runner: Any) -> str | None:
+    """Why plain decode of this configuration stays with SGLang, or None when the adapter covers it.
+
+    No event is published for it: SGLang publishes the one that it has recorded behind the fill.
+    """
+    why_no_fence = why_no_decode_fence()
+    if why_no_fence is not None:
+        return why_no_fence
+    ends = backend.shared_read_ends(*DECODE_ROLE.modes())
+    if ends.name == "PRE_REPLAY":
+        return f"{type(backend).__name__} frees req_to_token before the replay ({ends.name})"
+    return _why_target_unsupported(backend, model_runner, DECODE_ROLE)
+
+
+def speculative_algorithm(server_args: Any) -> str | None:
+    """The name of the server's speculative algorithm; None without speculative decoding."""
+    name: str | None = getattr(resolved(server_args), "speculative_algorithm", None)
+    return name
+
+
+def _why_target_unsupported(backend: Any, model_runner: Any, role: Role) -> str | None:
+    """What keeps verify, draft-decode and decode with SGLang alike."""
+    server_args = resolved(model_runner.server_args)
     for variable, why in _DECLINED_VARIABLES.items():
         if _is_set(variable):
             return f"{variable} is not supported: {why}"

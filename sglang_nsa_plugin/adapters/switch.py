@@ -4,8 +4,8 @@ SGLang's own endpoint reaches every rank, between two steps of its scheduler. Va
 
     curl localhost:30000/set_internal_state --json '{"server_args": {"nsa_metadata": 0}}'
 
-``nsa_metadata`` switches every role that is filled; ``nsa_metadata_verify`` and
-``nsa_metadata_draft_extend`` switch one.
+``nsa_metadata`` switches every role that is filled; ``nsa_metadata_verify``, ``nsa_metadata_decode``
+and so on switch one.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from sglang_nsa_plugin.adapters import install
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.log import logger_of, loses
-from sglang_nsa_plugin.state import ROLES
+from sglang_nsa_plugin.state import ALL_ROLES
 
 logger = logger_of(__name__)
 
 KEY = "nsa_metadata"
 # The roles that a key switches.
-KEYS = {KEY: ROLES, **{f"{KEY}_{role.replace('-', '_')}": (role,) for role in ROLES}}
+KEYS = {KEY: ALL_ROLES, **{f"{KEY}_{role.replace('-', '_')}": (role,) for role in ALL_ROLES}}
 LOST = "a switch of the fill in service"
 
 

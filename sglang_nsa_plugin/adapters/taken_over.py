@@ -18,14 +18,21 @@ from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Request, Takeover
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills, CaptureError, is_capturing
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
-from sglang_nsa_plugin.adapters.roles import DRAFT_DECODE_ROLE, DRAFT_EXTEND_ROLE, VERIFY_ROLE, Role
+from sglang_nsa_plugin.adapters.roles import (
+    DECODE_ROLE,
+    DRAFT_DECODE_ROLE,
+    DRAFT_EXTEND_ROLE,
+    VERIFY_ROLE,
+    Role,
+)
 from sglang_nsa_plugin.containment import attempt
 
 NAME = "in-graph"
 ATTRIBUTE = "_nsa_fills"  # on an owner: its BackendFills
 FAST_PATH = "_nsa_fast_path"  # on an owner: the `fast_path` of its BackendFills
 RETIRED = "_nsa_retired_fill"  # on an owner that was handed back: its former BackendFills
-ROLES = (DRAFT_DECODE_ROLE, VERIFY_ROLE, DRAFT_EXTEND_ROLE)  # as SGLang captures them
+# As SGLang captures them with speculation, and without.
+ROLES = (DRAFT_DECODE_ROLE, VERIFY_ROLE, DRAFT_EXTEND_ROLE, DECODE_ROLE)
 
 
 def consider(
@@ -48,6 +55,8 @@ def consider(
 
 
 def _take_over(owner: Any, backend: Any, request: Request, role: Role, takeover: Takeover) -> None:
+    # Without speculation SGLang itself leaves a wide table out that nothing reads.
+    may_drop = role is not DECODE_ROLE and wide_tables.can_be_dropped()
     try:
         device = backend.req_to_token.device
         choice = dispatch.choose(request.backend, device, with_kpool=kpool.is_pooled(backend))
@@ -57,7 +66,7 @@ def _take_over(owner: Any, backend: Any, request: Request, role: Role, takeover:
             choice,
             request.check_every,
             takeover.outcome,
-            drops_wide_tables=wide_tables.can_be_dropped() and not request.keeps_wide_tables,
+            drops_wide_tables=may_drop and not request.keeps_wide_tables,
         )
     except SET_UP_ERRORS as error:
         takeover.fail(error)

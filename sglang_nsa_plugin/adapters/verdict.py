@@ -12,7 +12,7 @@ from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.adapters.supported import ONE_STEP
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.log import loses
-from sglang_nsa_plugin.state import DRAFT_DECODE, VERIFY
+from sglang_nsa_plugin.state import DECODE, DRAFT_DECODE, VERIFY
 
 NO_DRAFT_MODEL = "the draft model runs on the last pipeline stage, which this rank is not of"
 
@@ -50,7 +50,7 @@ def conclude(scheduler: Any, server_args: Any, requests: Mapping[str, Request]) 
 
 def _why_nothing_to_fill(role: str, scheduler: Any, server_args: Any) -> str | None:
     """Why SGLang makes no metadata of this role in this process, or None where it may."""
-    if role != VERIFY and not _hosts_draft_model(scheduler):
+    if role not in (VERIFY, DECODE) and not _hosts_draft_model(scheduler):
         return NO_DRAFT_MODEL
     if role == DRAFT_DECODE and getattr(resolved(server_args), "speculative_num_steps", None) == 1:
         return ONE_STEP
@@ -64,11 +64,13 @@ def _hosts_draft_model(scheduler: Any) -> bool:
 
 
 def _configuration(server_args: Any) -> str:
-    """What decides in SGLang whether draft-extend runs on NSA/DSA attention and is captured."""
+    """What decides in SGLang whether the draft model, or the only one, is captured with NSA/DSA."""
     arguments = resolved(server_args)
+    algorithm = getattr(arguments, "speculative_algorithm", None)
+    of_draft = "draft attention backend" if algorithm else "attention backend"
     settings = {
-        "speculative algorithm": getattr(arguments, "speculative_algorithm", None),
-        "draft attention backend": getattr(arguments, "speculative_draft_attention_backend", None)
+        "speculative algorithm": algorithm,
+        of_draft: getattr(arguments, "speculative_draft_attention_backend", None)
         or getattr(arguments, "attention_backend", None),
         "CUDA graphs": "disabled" if _has_no_graphs(arguments) else None,
     }

@@ -51,10 +51,10 @@ def _load_and_compare(steps: int, seed: int, progress: Progress) -> dict[str, An
     device = _device()  # before SGLang is imported, and Triton with it
     _load_plugin()
 
-    from sglang_nsa_plugin.state import DRAFT_EXTEND, ROLES, record
+    from sglang_nsa_plugin.state import ALL_ROLES, DRAFT_EXTEND, record
 
     roles, states = {}, {}
-    for role in ROLES:
+    for role in ALL_ROLES:
         progress.reset(task, description=f"{role} steps", total=steps)
         roles[role] = _compare(role, device, steps, seed, lambda: progress.advance(task))
         states[role] = record()["roles"][role]  # before another one is asked for instead

@@ -183,7 +183,8 @@ def adapter_fit() -> dict[str, Any]:
         try:
             adapter = adapter_for_installed()
             misfits = hooks.misfits(adapter.common.requirements)
-            roles = {role: why_role_misfits(adapter, role, _is_named(role)) for role in ROLES}
+            asked = dict.fromkeys((*ROLES, *setting()["roles"]))
+            roles = {role: why_role_misfits(adapter, role, _is_named(role)) for role in asked}
             broken = why_import_fails("sglang")
         except BROKEN as error:
             return {"name": None, "misfits": [], "broken": in_words(error), "roles": {}}

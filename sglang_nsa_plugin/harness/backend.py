@@ -52,10 +52,7 @@ class HarnessBackend(ABC):
         self.max_bs = inputs.max_bs
         self.server_args = process_stubs.publish_server_args(
             page_size=page_size,
-            speculative_algorithm="EAGLE",
-            speculative_num_steps=draft_tokens - 1,
-            speculative_eagle_topk=1,
-            speculative_num_draft_tokens=draft_tokens,
+            **self._speculation(),
             **self._backend_settings(decode_impl),
             **server_args,
         )
@@ -77,6 +74,15 @@ class HarnessBackend(ABC):
     def longest(self) -> int:
         """How many tokens a request may have: as many as ``req_to_token`` has columns."""
         return self.inputs.req_to_token.shape[1]
+
+    def _speculation(self) -> dict[str, Any]:
+        """The server arguments of speculative decoding."""
+        return {
+            "speculative_algorithm": "EAGLE",
+            "speculative_num_steps": self.draft_tokens - 1,
+            "speculative_eagle_topk": 1,
+            "speculative_num_draft_tokens": self.draft_tokens,
+        }
 
     @abstractmethod
     def stub_process(self) -> contextlib.AbstractContextManager[None]:

@@ -1,6 +1,6 @@
-"""SGLang's own DSA backends whose plans of a speculative step are for CUDA graphs.
+"""SGLang's own DSA backends whose plans are for CUDA graphs: of a speculative step, and plain decode.
 
-All three of 0.5.15 and later. Of 0.5.13 and 0.5.14 those of draft-decode and verify, which need the
+All of 0.5.15 and later. Of 0.5.13 and 0.5.14 those of draft-decode and verify, which need the
 lengths on the host, too.
 
 On CUDA tensors everything is real. On CPU tensors SGLang takes its torch path, also where the index is
@@ -22,7 +22,7 @@ from sglang_nsa_plugin.adapters.eager_names import DSA
 from sglang_nsa_plugin.harness import eager_backend, process_stubs, sglang_kernel
 from sglang_nsa_plugin.harness.backend import HarnessBackend
 from sglang_nsa_plugin.harness.inputs import PADDED_SEQ_LEN
-from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, VERIFY
+from sglang_nsa_plugin.state import DECODE, DRAFT_DECODE, DRAFT_EXTEND, VERIFY
 
 
 class GraphBackend(HarnessBackend):
@@ -30,12 +30,16 @@ class GraphBackend(HarnessBackend):
 
     Args:
         role: "draft-extend" for the backend of SGLang's DraftBackendFactory, "draft-decode" for the one
-            that holds a backend for each draft step, "verify" for the target's.
+            that holds a backend for each draft step, "verify" for the target's, "decode" for that of a
+            server without speculation, which has no draft tokens.
     """
 
-    def __init__(self, *args: Any, role: str = DRAFT_EXTEND, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, role: str = DRAFT_EXTEND, draft_tokens: int = 4, **kwargs: Any
+    ) -> None:
         self.role = role
-        super().__init__(*args, **kwargs)
+        tokens = 1 if role == DECODE else draft_tokens  # of a request in a step
+        super().__init__(*args, draft_tokens=tokens, **kwargs)
 
     @property
     def longest(self) -> int:
@@ -49,6 +53,10 @@ class GraphBackend(HarnessBackend):
         if in_graph.is_generation():
             return process_stubs.stub_process(self.device)
         return eager_backend.stub_process(self.device, DSA)
+
+    def _speculation(self) -> dict[str, Any]:
+        names = super()._speculation()
+        return dict.fromkeys(names) if self.role == DECODE else names
 
     def _backend_settings(self, decode_impl: str) -> dict[str, str]:
         if self.role == DRAFT_EXTEND:
@@ -70,7 +78,7 @@ class GraphBackend(HarnessBackend):
         return made
 
     def _made_by_sglang(self) -> Any:
-        if self.role == VERIFY:
+        if self.role in (VERIFY, DECODE):
             self.model_runner.is_draft_worker = False
             return _target_backend(self.model_runner)
         if self.role == DRAFT_DECODE:
@@ -122,9 +130,9 @@ class GraphBackend(HarnessBackend):
         """The batch that a runner hands to the backend before a replay.
 
         It has no lengths on the host where SGLang needs none.
-        Draft-extend's runner passes its whole static buffers, verify's new slices of them each time, and
-        draft-decode's the batch's own tensors, which it has copied into its buffers, as it has how many
-        tokens are accepted.
+        Draft-extend's runner passes its whole static buffers, verify's and decode's new slices of them
+        each time, and draft-decode's the batch's own tensors, which it has copied into its buffers, as
+        draft-extend's has how many tokens are accepted.
         """
         self._validate_bs(bs)
         seq_lens, indices = self.inputs.seq_lens, self.inputs.req_pool_indices
@@ -191,6 +199,7 @@ class GraphBackend(HarnessBackend):
             DRAFT_EXTEND: ForwardMode.DRAFT_EXTEND_V2,
             DRAFT_DECODE: ForwardMode.DECODE,
             VERIFY: ForwardMode.TARGET_VERIFY,
+            DECODE: ForwardMode.DECODE,
         }[self.role]
 
     def _rows_per_request(self) -> int:
@@ -207,7 +216,9 @@ class GraphBackend(HarnessBackend):
     def _per_request(self, bs: int) -> torch.Tensor:
         return torch.full((bs,), self.draft_tokens, dtype=torch.int32, device=self.device)
 
-    def _spec_info(self, accept_lens: torch.Tensor) -> SimpleNamespace:
+    def _spec_info(self, accept_lens: torch.Tensor) -> SimpleNamespace | None:
+        if self.role == DECODE:
+            return None
         return SimpleNamespace(
             num_accept_tokens=accept_lens,
             num_correct_drafts=accept_lens - 1,

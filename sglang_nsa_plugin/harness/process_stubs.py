@@ -21,6 +21,7 @@ import torch
 
 from sglang_nsa_plugin import options, plugin
 from sglang_nsa_plugin.harness.inputs import Inputs
+from sglang_nsa_plugin.state import DECODE
 
 # Values of decode_impl for which the backend or its metadata needs a CUDA library.
 NEEDS_CUDA = ("flashmla_kv", "trtllm")
@@ -43,8 +44,9 @@ def parameters(function: Callable[..., Any]) -> set[str]:
 
 
 def activate_plugin(backend: str, check_every: int, role: str, wide_tables: str | None = None) -> None:
-    """What the plugin does at the start of a server with these flags."""
-    server_args = SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa")
+    """What the plugin does at the start of a server with these flags; one for decode has no drafts."""
+    algorithm = None if role == DECODE else "EAGLE"
+    server_args = SimpleNamespace(speculative_algorithm=algorithm, attention_backend="dsa")
     setattr(server_args, options.ATTRIBUTE, backend)
     setattr(server_args, options.CHECK_ATTRIBUTE, check_every)
     setattr(server_args, options.ROLES_ATTRIBUTE, (role,))

@@ -83,6 +83,14 @@ def removed_parameter(definition: ast.FunctionDef, name: str) -> None:
     arguments.kw_defaults = arguments.kw_defaults[: len(arguments.kwonlyargs)]
 
 
+def parameters_by_name(definition: ast.FunctionDef) -> None:
+    """All but self can be passed by name alone."""
+    arguments = definition.args
+    arguments.kwonlyargs, arguments.args = arguments.args[1:], arguments.args[:1]
+    missing = [None] * (len(arguments.kwonlyargs) - len(arguments.defaults))
+    arguments.kw_defaults, arguments.defaults = [*missing, *arguments.defaults], []
+
+
 def reordered_parameters(definition: ast.FunctionDef) -> None:
     definition.args.args[1:] = reversed(definition.args.args[1:])
 

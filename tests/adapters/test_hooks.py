@@ -34,6 +34,10 @@ def replacement(original, *args):
     return original(*args)
 
 
+def by_position(original, owner, batch):
+    return original(owner, batch)
+
+
 METHOD = f"{__name__}.Plain.method"
 OPTIONAL = f"{__name__}.Plain.optional"
 BY_NAME = f"{__name__}.Plain.by_name"
@@ -97,6 +101,10 @@ def test_what_does_not_fit_a_method(row, why):
         (
             Hook(f"{__name__}.Plain.by_name", ("self", "batch"), replacement),
             "Plain.by_name takes (self, batch, device), expected (self, batch)",
+        ),
+        (
+            Hook(f"{__name__}.Plain.by_name", ("self", "batch", "device"), by_position),
+            "Plain.by_name takes batch by name alone, expected by position",
         ),
         (Sets(f"{__name__}.Plain", ("written", "read")), "Plain sets no attribute read"),
         (Call(f"{__name__}.FITTING", ()), "FITTING is not a function"),

@@ -56,6 +56,7 @@ def from_yaml(folder, text: str, *arguments: str, **environment: str):
         ("nsa-metadata-roles: draft-extend,verify", (), "auto 0 draft-extend,verify"),
         ("nsa-metadata-roles: [verify, draft-extend]", (), "auto 0 draft-extend,verify"),
         ("nsa-metadata-roles: verify", (), "auto 0 verify"),
+        ("nsa-metadata-roles: [decode, verify]", (), "auto 0 verify,decode"),
         (
             "nsa-metadata-roles: verify",
             ("--nsa-metadata-roles", "draft-extend"),
@@ -109,14 +110,14 @@ def test_off_in_yaml_wins_over_the_variables(tmp_path):
         ("nsa-metadata-check: true", "must be a whole number, 0 or more, got 'true'"),
         ("nsa-metadata-check: 2.5", "must be a whole number, 0 or more, got '2.5'"),
         (
-            "nsa-metadata-roles: [verify, decode]",
-            "must be of draft-extend, draft-decode, verify, got decode",
+            "nsa-metadata-roles: [verify, prefill]",
+            "must be of draft-extend, draft-decode, verify, decode, got prefill",
         ),
         (
             "nsa-metadata-roles: Verify,draft",
-            "must be of draft-extend, draft-decode, verify, got Verify, draft",
+            "must be of draft-extend, draft-decode, verify, decode, got Verify, draft",
         ),
-        ("nsa-metadata-roles:", "must be of draft-extend, draft-decode, verify, got None"),
+        ("nsa-metadata-roles:", "must be of draft-extend, draft-decode, verify, decode, got None"),
         ("nsa-metadata-wide-tables: no", "must be one of auto, keep, got 'false'"),
     ],
 )
@@ -151,7 +152,7 @@ thread.join()
         (VARIABLE, "CUDA", "must be one of auto, cuda, triton, torch, off, got 'CUDA'"),
         (CHECK_VARIABLE, "often", "must be a whole number, 0 or more, got 'often'"),
         (WIDE_VARIABLE, "drop", "must be one of auto, keep, got 'drop'"),
-        (ROLES_VARIABLE, "all", "must be of draft-extend, draft-decode, verify, got all"),
+        (ROLES_VARIABLE, "all", "must be of draft-extend, draft-decode, verify, decode, got all"),
     ],
 )
 def test_a_mistyped_variable_is_logged_where_a_thread_ends_without_a_word(variable, value, said):

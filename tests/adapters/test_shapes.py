@@ -17,10 +17,11 @@ from cpu_pair import (
 
 from sglang_nsa_plugin.harness.diff import Diff
 from sglang_nsa_plugin.harness.inputs import random_step
-from sglang_nsa_plugin.state import ROLES, STATES, record
+from sglang_nsa_plugin.state import ALL_ROLES, STATES, record
 
-pytestmark = [on_the_cpu, pytest.mark.parametrize("role", ROLES)]
+pytestmark = [on_the_cpu, pytest.mark.parametrize("role", ALL_ROLES)]
 
+NO_SPECULATION = "plain decode is that of a server without speculation"
 ONE_STEP = "with one speculative step SGLang has no draft-decode backend"
 
 
@@ -32,6 +33,8 @@ def served(role):
 def test_one_to_six_steps(role, draft_tokens, state):
     if (role, draft_tokens) == ("draft-decode", 2):
         pytest.skip(ONE_STEP)
+    if role == "decode":
+        pytest.skip(NO_SPECULATION)
     pair = make_pair(role=role, draft_tokens=draft_tokens)
     generator = torch.Generator().manual_seed(draft_tokens)
     for _ in range(8):
@@ -42,6 +45,8 @@ def test_one_to_six_steps(role, draft_tokens, state):
 
 def test_adaptive_speculation_has_backends_for_each_number_of_steps(role, state):
     """SGLang makes them while it serves, 5, 1 and 6 steps, and goes from one to another."""
+    if role == "decode":
+        pytest.skip(NO_SPECULATION)
     pairs = []
     generator = torch.Generator().manual_seed(1)
     for steps in (5, 1, 6):

@@ -14,7 +14,7 @@ from cpu_pair import BATCH_SIZES, make_pair, on_the_cpu, random_batch
 
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.dispatch import BackendUnavailableError
-from sglang_nsa_plugin.state import ROLES, STATES
+from sglang_nsa_plugin.state import ALL_ROLES, STATES
 
 pytestmark = on_the_cpu
 
@@ -75,7 +75,7 @@ FAILING = [
 ]
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL_ROLES)
 @pytest.mark.parametrize(("fail", "error"), FAILING)
 def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
     fail, error, role, state, monkeypatch, caplog
@@ -129,7 +129,7 @@ def serve_and_expect_sglangs_values(pair, captured, bs):
         assert step.forward_metadata is metadata
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL_ROLES)
 @pytest.mark.parametrize(("fail", "error"), FAILING)
 def test_the_same_error_ends_a_start_that_asked_by_name(fail, error, role, state, monkeypatch):
     fail(monkeypatch, error)
@@ -139,7 +139,7 @@ def test_the_same_error_ends_a_start_that_asked_by_name(fail, error, role, state
     assert f"{type(error).__name__}: {error}" in str(ended.value)
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL_ROLES)
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY, BackendUnavailableError("torch cannot run here")])
 def test_the_same_error_in_service_leaves_the_role_to_sglang(error, role, state, monkeypatch):
     """SGLang captures again after an update of the weights; by then no error may leave the hook."""
@@ -157,7 +157,7 @@ def test_the_same_error_in_service_leaves_the_role_to_sglang(error, role, state,
         serve_and_expect_sglangs_values(pair, {}, random_batch(pair, generator))
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL_ROLES)
 @pytest.mark.parametrize("step", ["dispatch.choose", "BackendFills"])
 def test_a_backend_without_memory_for_its_self_test_or_switch_stays_with_sglang(
     step, role, state, monkeypatch
@@ -170,7 +170,7 @@ def test_a_backend_without_memory_for_its_self_test_or_switch_stays_with_sglang(
         make_pair(role=role).replay(1)
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL_ROLES)
 def test_a_shadow_check_without_its_library_leaves_the_backend_to_sglang(role, state, monkeypatch):
     """A server's command line refuses it; an engine made from Python comes here."""
     from sglang_nsa_plugin.kernels import cpu
@@ -184,7 +184,7 @@ def test_a_shadow_check_without_its_library_leaves_the_backend_to_sglang(role, s
         make_pair(check_every=1, role=role).replay(1)
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL_ROLES)
 def test_one_backend_that_fails_hands_back_the_others(role, state, monkeypatch):
     """Adaptive speculation has several backends: the record speaks for all of them."""
     from sglang_nsa_plugin.adapters import taken_over
@@ -203,7 +203,7 @@ def test_an_error_of_the_program_is_not_stepped_aside_from(state, monkeypatch):
         make_pair()
 
 
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", ALL_ROLES)
 def test_an_error_inside_sglangs_capture_ends_the_start_with_advice(role, state, monkeypatch):
     """The capture is broken by then, and no other fill could go on with it."""
     from sglang_nsa_plugin.adapters import taken_over

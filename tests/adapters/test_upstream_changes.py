@@ -8,15 +8,18 @@ The changes are those that were under way when 0.5.23 was the newest release: SG
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import json
 import pkgutil
+from pathlib import Path
 
 import pytest
 from changed_sglang import (
     REPLAYS,
     RUNNER,
+    parameters_by_name,
     removed_parameter,
     renamed_parameter,
     reordered_parameters,
@@ -26,7 +29,7 @@ from changed_sglang import (
 from cpu_pair import on_the_cpu
 from isolated import run
 
-from sglang_nsa_plugin.adapters import hooks, in_graph, tree_mask
+from sglang_nsa_plugin.adapters import draft_decode, hooks, in_graph, tree_mask
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook
 from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, ROLES, VERIFY
 
@@ -137,6 +140,30 @@ def test_a_parameter_that_changed_is_named(change, target, monkeypatch):
     monkeypatch.setattr(target, changed)
     (why,) = hooks.misfits([row])
     assert why.startswith(f"{target} takes (")
+
+
+@pytest.mark.parametrize(
+    "method", [draft_decode._out_graph, in_graph._out_graph, in_graph._init_backend]
+)
+def test_a_parameter_by_name_alone_that_a_hook_hands_by_position_is_named(method, monkeypatch):
+    (row,) = (row for row in ROWS.values() if isinstance(row, Hook) and row.replacement is method)
+    changed = rewritten(pkgutil.resolve_name(row.target), parameters_by_name)
+    monkeypatch.setattr(row.target, changed)
+    (why,) = hooks.misfits([row])
+    assert why.startswith(f"{row.target} takes ")
+    assert why.endswith("by name alone, expected by position")
+
+
+def test_what_the_plugin_calls_may_take_its_parameters_by_name_alone():
+    called = {row.target.rpartition(".")[2] for row in ROWS.values() if isinstance(row, Call)}
+    by_position = [
+        f"{path.name}:{node.lineno}: {node.func.attr}"
+        for path in Path(in_graph.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if node.func.attr in called and node.args
+    ]
+    assert by_position == []
 
 
 # --- the staging of draft-extend before verify: 35126, 35289 ---

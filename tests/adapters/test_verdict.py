@@ -19,6 +19,8 @@ FORGET = """
 from sglang_nsa_plugin.adapters import taken_over
 taken_over.TAKEOVERS["draft-extend"].backends[0]._nsa_fills.forget()
 """
+WITHOUT_SPECULATION = {"speculative_algorithm": None, "attention_backend": "dsa"}
+NO_DRAFT_MODEL = "self.draft_worker = None\n"
 NO_BACKEND = "SGLang made no NSA/DSA attention backend for draft-extend"
 
 
@@ -85,7 +87,7 @@ def test_one_speculative_step_has_no_draft_decode(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"speculative_algorithm": None, "attention_backend": "dsa"}, "no speculative decoding"),
+        (WITHOUT_SPECULATION, "no speculative decoding"),
         ({"speculative_algorithm": "EAGLE", "attention_backend": "fa3"}, "attention backend fa3 is not"),
         ({**DSA, "disaggregation_mode": "prefill"}, "a prefill server "),
     ],
@@ -98,6 +100,34 @@ def test_a_server_without_anything_to_fill_serves_whatever_was_asked_for(tmp_pat
     assert started.record["in_place"] == dict.fromkeys(ROLES, False)
     (line,) = started.lines("not used: ")
     assert line.endswith("SGLang fills draft-extend, draft-decode, verify metadata itself")
+
+
+def test_a_server_without_speculation_has_a_verdict_on_decode_where_it_is_named(tmp_path):
+    skip_unless_captured("decode")
+    flags = ("--nsa-metadata-roles", "decode")
+    make = NO_DRAFT_MODEL + MAKE_BACKEND.replace('"torch",', '"torch", role="decode",')
+    started = start(tmp_path, *flags, settings=WITHOUT_SPECULATION, change=make)
+    assert started.returncode == 0, started.log
+    assert started.record["in_place"] == {"draft-extend": False, "decode": True}
+    assert started.lines("decode is in place: adapter in-graph, implementation torch, ")
+    assert started.lines("no server on a GPU has been tried with it")
+
+    started = start(tmp_path, *flags, settings=WITHOUT_SPECULATION, change=NO_DRAFT_MODEL)
+    assert started.record["in_place"] == {"draft-extend": False, "decode": False}
+    reason = started.record["roles"]["decode"]["reason"]
+    assert reason == "SGLang made no NSA/DSA attention backend for decode (attention backend dsa)"
+    by_name = (*flags, "--nsa-metadata-backend", "torch")
+    ended = start(tmp_path, *by_name, settings=WITHOUT_SPECULATION, change=NO_DRAFT_MODEL)
+    assert ended.returncode != 0
+
+
+def test_a_server_with_speculation_serves_though_decode_was_named(tmp_path):
+    skip_unless_captured()
+    flags = ("--nsa-metadata-backend", "torch", "--nsa-metadata-roles", "draft-extend,decode")
+    started = start(tmp_path, *flags, change=MAKE_BACKEND)
+    assert started.returncode == 0, started.log
+    assert started.record["in_place"] == {"draft-extend": True, "decode": False}
+    assert started.lines("not used: with speculative decoding the target model has verify in its graphs")
 
 
 def test_by_default_each_role_has_its_own_verdict(tmp_path):

@@ -9,6 +9,7 @@ from integration.releases import matrix
 
 EQUAL = {"values_compared": 1_234, "values_different": 0}
 DECLINED = {"declined": "with this SGLang release the plugin fills no verify metadata"}
+IN_A_STEP = dict.fromkeys(matrix.ROLES[:3], EQUAL)
 
 
 @pytest.mark.parametrize(
@@ -18,10 +19,14 @@ DECLINED = {"declined": "with this SGLang release the plugin fills no verify met
         ("0.5.11", {"draft-extend": DECLINED}, ["draft-extend"]),
         ("0.5.13.post1", {"draft-extend": EQUAL, "draft-decode": EQUAL, "verify": EQUAL}, []),
         ("0.5.14", {"draft-extend": EQUAL, "draft-decode": EQUAL, "verify": DECLINED}, ["verify"]),
-        ("0.5.23", {"draft-extend": EQUAL}, ["draft-decode", "verify"]),
+        ("0.5.17", {**IN_A_STEP, "decode": DECLINED}, []),
+        ("0.5.18", {**IN_A_STEP, "decode": DECLINED}, ["decode"]),
+        ("0.5.23", {"draft-extend": EQUAL}, ["draft-decode", "verify", "decode"]),
     ],
 )
-def test_from_0_5_13_on_no_role_may_be_missing(version, roles, missing):
+def test_from_0_5_13_on_no_role_of_a_step_may_be_missing_and_decode_from_0_5_18_on(
+    version, roles, missing
+):
     assert matrix.missing_roles(version, roles) == missing
 
 
@@ -34,15 +39,18 @@ def test_a_role_of_the_demo_is_summed_over_its_tensors():
 def test_the_page_shows_each_role():
     different = {"values_compared": 9, "values_different": 1}
     roles = {"draft-extend": EQUAL, "draft-decode": different, "verify": DECLINED}
-    shown = releases_page._roles("0.5.12", {"roles": roles})
+    tried = releases_page._tried_roles([{"roles": roles}, {}])
+    assert tried == list(roles)
+    shown = releases_page._roles("0.5.12", {"roles": roles}, tried)
     assert shown == ("0.5.12", "1,234", "different", f"declined: {DECLINED['declined']}")
+    assert releases_page._roles("0.5.12", {"roles": roles}) == (*shown, "-")
 
 
 def test_the_roles_are_the_packages():
     """The matrix runs without the package, which may not be built."""
-    from sglang_nsa_plugin.state import ROLES
+    from sglang_nsa_plugin.state import ALL_ROLES
 
-    assert ROLES == matrix.ROLES
+    assert ALL_ROLES == matrix.ROLES
 
 
 @pytest.mark.parametrize(

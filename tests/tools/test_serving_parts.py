@@ -544,6 +544,7 @@ def written(tmp_path: Path) -> dict:
             ("roles", "dropped"),
             {"roles", "roles-checked", "roles-5-steps", *(each.name for each in test_dropped.SETUPS)},
         ),
+        (("decode",), {"decode", "decode-checked", "decode-fp8"}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
 )
@@ -613,6 +614,19 @@ def test_a_role_whose_record_is_wrong_fails_the_slice(tmp_path, fault, failed):
     run = slices(
         tmp_path, "roles", "--", "-q", "-k", "record", STAND_IN_FAULT=fault, STAND_IN_ROLE="verify"
     )
+    assert failures(run.stdout) == failed, run.stdout[-3_000:]
+
+
+@pytest.mark.parametrize(
+    ("fault", "failed"),
+    [
+        ("tokens", ["test_one_at_a_time", "test_many_at_once"]),
+        ("fallback", ["test_record", "test_tokens_are_the_same_while_it_is_switched_off"]),
+        ("mismatch", ["test_record", "test_tokens_are_the_same_while_it_is_switched_off"]),
+    ],
+)
+def test_a_wrong_fill_of_plain_decode_fails_its_slice(tmp_path, fault, failed):
+    run = slices(tmp_path, "decode", "--", "-q", "-k", "decode-fp8", STAND_IN_FAULT=fault)
     assert failures(run.stdout) == failed, run.stdout[-3_000:]
 
 

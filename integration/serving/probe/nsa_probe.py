@@ -16,7 +16,8 @@ It also counts the distinct events that ``execute`` publishes for the scheduler 
 a new one for each replay, a graph records the same one again.
 
 The runners of the other two plans, target-verify and draft-decode, are watched in the same way, but only
-their metadata is timed and their replays counted. Their figures lie below ``roles``.
+their metadata is timed and their replays counted. Their figures lie below ``roles``, and so do those of
+plain decode, which a server without speculation has alone.
 
 SGLang 0.5.14 and before runs draft-extend without a graph: there only fill is taken, one call of
 ``init_forward_metadata`` for a draft-extend batch.
@@ -59,7 +60,7 @@ RUNNER = "sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner.EAGLEDraft
 VERIFY_MODULE = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
 VERIFY_RUNNER = f"{VERIFY_MODULE}.DecodeCudaGraphRunner"
 DRAFT_RUNNER = "sglang.srt.speculative.eagle_draft_cuda_graph_runner.EAGLEDraftCudaGraphRunner"
-DRAFT_EXTEND, DRAFT_DECODE, VERIFY = "draft-extend", "draft-decode", "verify"
+DRAFT_EXTEND, DRAFT_DECODE, VERIFY, DECODE = "draft-extend", "draft-decode", "verify", "decode"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 PLUGIN_MODULE = "sglang_nsa_plugin.plugin"
 STATE_MODULE = "sglang_nsa_plugin.state"
@@ -100,7 +101,12 @@ def register() -> None:
 
     def watch_verify(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:
         original(runner, *args, **kwargs)
-        if not runner.model_runner.is_draft_worker:
+        if runner.model_runner.is_draft_worker:
+            return
+        if runner.model_runner.spec_algorithm.is_none():
+            decode = RoleWatch(DECODE, runner, runner.attn_backend)
+            _write_when_quiet(path, decode.fill_ns, decode.of_process)
+        else:
             RoleWatch(VERIFY, runner, runner.attn_backend)
 
     def watch_draft(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -214,7 +220,7 @@ def marked(role: str, fill: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class RoleWatch:
-    """Times the metadata of verify's or draft-decode's runner and counts its replays."""
+    """Times the metadata of a runner other than draft-extend's and counts its replays."""
 
     all: ClassVar[dict[str, RoleWatch]] = {}
 
@@ -252,6 +258,15 @@ class RoleWatch:
             "replays": sum(self.replays.values()),
             "replays_by_batch_size": {str(bs): n for bs, n in sorted(self.replays.items())},
             "fill_us": summary(self.fill_ns),
+        }
+
+    def of_process(self) -> dict[str, Any]:
+        """The figures of a scheduler that has this runner alone."""
+        return {
+            **_process("scheduler"),
+            "fill_us": summary(self.fill_ns),
+            "roles": {role: watch.figures() for role, watch in self.all.items()},
+            "plugin_record": _plugin_record(),
         }
 
 

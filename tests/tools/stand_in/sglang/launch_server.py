@@ -31,12 +31,16 @@ def option(name: str, default: str) -> str:
     return found[-1] if found else default
 
 
+SPECULATES = "--speculative-algorithm" in sys.argv
+DECODE = "decode"  # what a server fills that does not
+
+
 class State:
     has_plugin = os.environ.get("SGLANG_PLUGINS") != "probe"
     fault = os.environ.get("STAND_IN_FAULT", "") if has_plugin else ""
     wrong_role = os.environ.get("STAND_IN_ROLE")  # whose record shows the fault; unset, each role's
     context = int(option("--context-length", "163840"))
-    draft_tokens = int(option("--speculative-num-draft-tokens", "4"))
+    draft_tokens = int(option("--speculative-num-draft-tokens", "4" if SPECULATES else "1"))
     ranks = int(option("--tp", "1"))
     schedulers = int(option("--dp", "1"))
     graphs = "--disable-cuda-graph" not in sys.argv
@@ -95,7 +99,7 @@ def answer(prompt: list[int], parameters: dict, rid: str) -> dict:
             made, finish = made[: done + 1], {"type": "abort", "message": "Aborted"}
             break
     wrong = wrong_now()
-    if (State.fault == "tokens" or "verify" in wrong) and len(made) > 3:
+    if (State.fault == "tokens" or wrong & {"verify", DECODE}) and len(made) > 3:
         made[3] += 1
     if State.fault == "drafts" or wrong:
         steps[0] += 2
@@ -103,12 +107,9 @@ def answer(prompt: list[int], parameters: dict, rid: str) -> dict:
         shared = max((common(prompt, other) for other in State.cached), default=0)
         State.cached.append(prompt)
         count_steps(sum(steps))
-    meta = {
-        "finish_reason": finish,
-        "cached_tokens": shared // 64 * 64,
-        "spec_verify_ct": sum(steps),
-        "spec_accept_histogram": steps,
-    }
+    meta = {"finish_reason": finish, "cached_tokens": shared // 64 * 64}
+    if SPECULATES:
+        meta |= {"spec_verify_ct": sum(steps), "spec_accept_histogram": steps}
     return {"output_ids": made, "meta_info": meta}
 
 
@@ -138,8 +139,10 @@ def common(left: list[int], right: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))  # noqa: B905
 
 
-def why_not() -> str | None:
-    """Why the plugin fills nothing in this server, or None."""
+def why_not(role: str = "draft-extend") -> str | None:
+    """Why the plugin does not fill this role in this server, or None."""
+    if SPECULATES is (role == DECODE):
+        return "with speculation" if SPECULATES else "without speculation"
     if State.is_patched:
         return PATCHED
     return None if State.graphs else "no graph (CUDA graphs disabled)"
@@ -151,7 +154,9 @@ def record(pid: int) -> dict:
     return {
         "version": "0",
         **first,
-        "in_place": {role: why_not() is None for role in State.roles},
+        "in_place": {
+            role: why_not(role) is None for role in dict.fromkeys(("draft-extend", *State.roles))
+        },
         "roles": roles,
         "tree_mask": "short while the plugin fills verify",
         "pid": pid,
@@ -159,7 +164,7 @@ def record(pid: int) -> dict:
 
 
 def role_record(role: str) -> dict:
-    why_idle = why_not()
+    why_idle = why_not(role)
     checks = State.replays if os.environ.get("SGLANG_NSA_METADATA_CHECK") == "1" else 0
     is_wrong = State.wrong_role in (None, role)
     off = {"switched off in service": State.switched_off} if State.switched_off else {}
@@ -177,6 +182,7 @@ def role_record(role: str) -> dict:
         "fallbacks": {"planted": 1} if State.fault == "fallback" and is_wrong else off,
         "switched_on": State.switched_on,
         "in_place": why_idle is None,
+        "bytes_saved": 0,
     }
 
 
@@ -190,7 +196,8 @@ def probe() -> None:
             of_runner["replays_by_batch_size"] = {"1": State.replays}
             figures = {"pid": pid, "role": "scheduler", **of_runner, "plugin_record": record(pid)}
             figures["stand_ins"] = [] if READS_WIDE else sorted(State.roles)
-            figures["roles"] = {"verify": of_runner, "draft-decode": of_runner}
+            roles = ("verify", "draft-decode") if SPECULATES else (DECODE,)
+            figures["roles"] = dict.fromkeys(roles, of_runner)
             temporary = folder / f"{pid}.tmp"
             temporary.write_text(json.dumps(figures))
             temporary.replace(folder / f"{pid}.json")
