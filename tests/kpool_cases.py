@@ -17,7 +17,9 @@ from sglang_nsa_plugin.kpool_args import INT64_OUTPUTS, KPoolArgs
 INDEX_INPUTS = ("seq_lens", "req_pool_indices", "req_to_token", "accept_lens")
 LEFT_OUT = ("row_seqlens", "kpool_page_table", "kpool_schedule", "write_counts")
 SEGMENT = 256  # k-pools
-MANY = 257  # requests: their rows fill more than one block of the CUDA kernel
+# What fills more than one block of the CUDA kernel: rows of requests, and pages of one request.
+MANY = 257
+MANY_PAGES = (256, 257, 600)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,10 @@ def random_case(rng: Random) -> KPoolCase:
     page_size = k * rng.choice([1, 1, 2, 5])
     page_tokens = page_size * k
     topk = k * rng.choice([1, 3, 16, INT32_MAX // k])
-    pool, tokens = rng.randint(0, 4), max(near(rng, 0, page_tokens, 3 * page_tokens), 0)
+    pool, pages = rng.randint(0, 4), rng.choice([0, 1, 3])
+    if page_tokens <= 64 and happens(rng, 0.05):
+        pages = rng.choice(MANY_PAGES)
+    tokens = max(near(rng, pages * page_tokens), 0)
     dtypes = {name: rng.choice((torch.int32, torch.int64)) for name in INDEX_INPUTS}
     offset = rng.choice([0, n, n, 1, near(rng, INT32_MAX)])
     edges = (0, n, k, page_size, page_tokens, tokens, topk, topk + k, k * rng.randint(0, 3 * page_size))
