@@ -95,13 +95,13 @@ void require_success(int error, const char* what) {
 }
 
 template <typename Bound>
-ffi::Function launcher(int (*launch)(const Bound&, void*), const Bound& bound, int device) {
+ffi::Function launcher(int (*launch)(const Bound&, void*), const Bound& bound, int device,
+                       const char* failed) {
   const auto graphed = std::make_shared<GraphedLaunch>(
       [launch, bound](void* stream) { return launch(bound, stream); });
-  return ffi::Function::FromTyped([graphed, device](int64_t stream) {
+  return ffi::Function::FromTyped([graphed, device, failed](int64_t stream) {
     const ffi::CUDADeviceGuard guard(device);
-    require_success((*graphed)(reinterpret_cast<void*>(stream)),
-                    "draft-extend metadata fill: the kernel launch failed");
+    require_success((*graphed)(reinterpret_cast<void*>(stream)), failed);
   });
 }
 
@@ -109,16 +109,18 @@ ffi::Function bind_on_cuda(const Fill& fill, int device, int64_t max_blocks) {
   int sms = 0;
   require_success(query_sms(device, &sms),
                   "draft-extend metadata fill: the GPU's number of SMs cannot be read");
+  const char* failed = "draft-extend metadata fill: the kernel launch failed";
   if (fill.is_ragged)
-    return launcher(fill_ragged_on_cuda, ragged_fill(fill, sms, max_blocks), device);
-  return launcher(fill_static_on_cuda, static_fill(fill, sms), device);
+    return launcher(fill_ragged_on_cuda, ragged_fill(fill, sms, max_blocks), device, failed);
+  return launcher(fill_static_on_cuda, static_fill(fill, sms), device, failed);
 }
 
 ffi::Function bind_kpool_on_cuda(const KPoolFill& fill, int device) {
   int sms = 0;
   require_success(query_sms(device, &sms),
                   "k-pooling fill: the GPU's number of SMs cannot be read");
-  return launcher(fill_kpool_on_cuda, kpool_launch(fill, sms), device);
+  return launcher(fill_kpool_on_cuda, kpool_launch(fill, sms), device,
+                  "k-pooling fill: the kernel launch failed");
 }
 
 ffi::Function bind_comparison_on_cuda(const Comparison& all, int device) {

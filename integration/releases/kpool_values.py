@@ -39,7 +39,8 @@ def run(batches: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "0"]
-        command += [TEST, "--fuzz-batches", str(batches), f"--junitxml={report}"]
+        command += ["-o", "junit_family=xunit1", f"--junitxml={report}"]
+        command += [TEST, "--fuzz-batches", str(batches)]
         pytest = subprocess.run(command, cwd=result_files.ROOT, check=False)
         roles = roles_of(report.read_text()) if report.is_file() else []
     return {
