@@ -8,6 +8,7 @@
 #include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
+#include <algorithm>
 #include <memory>
 #include <string_view>
 #include <utility>
@@ -103,13 +104,13 @@ void require_success(int error, const char* what) {
 }
 
 template <typename Bound>
-ffi::Function launcher(int (*launch)(const Bound&, void*), const Bound& bound, int device) {
+ffi::Function launcher(int (*launch)(const Bound&, void*), const Bound& bound, int device,
+                       const char* failed) {
   const auto graphed = std::make_shared<GraphedLaunch>(
       [launch, bound](void* stream) { return launch(bound, stream); });
-  return ffi::Function::FromTyped([graphed, device](int64_t stream) {
+  return ffi::Function::FromTyped([graphed, device, failed](int64_t stream) {
     const ffi::CUDADeviceGuard guard(device);
-    require_success((*graphed)(reinterpret_cast<void*>(stream)),
-                    "draft-extend metadata fill: the kernel launch failed");
+    require_success((*graphed)(reinterpret_cast<void*>(stream)), failed);
   });
 }
 
@@ -117,9 +118,18 @@ ffi::Function bind_on_cuda(const Fill& fill, int device, int64_t max_blocks) {
   int sms = 0;
   require_success(query_sms(device, &sms),
                   "draft-extend metadata fill: the GPU's number of SMs cannot be read");
+  const char* failed = "draft-extend metadata fill: the kernel launch failed";
   if (fill.is_ragged)
-    return launcher(fill_ragged_on_cuda, ragged_fill(fill, sms, max_blocks), device);
-  return launcher(fill_static_on_cuda, static_fill(fill, sms), device);
+    return launcher(fill_ragged_on_cuda, ragged_fill(fill, sms, max_blocks), device, failed);
+  return launcher(fill_static_on_cuda, static_fill(fill, sms), device, failed);
+}
+
+ffi::Function bind_kpool_on_cuda(const KPoolFill& fill, int device) {
+  int sms = 0;
+  require_success(query_sms(device, &sms),
+                  "k-pooling fill: the GPU's number of SMs cannot be read");
+  return launcher(fill_kpool_on_cuda, kpool_launch(fill, sms), device,
+                  "k-pooling fill: the kernel launch failed");
 }
 
 ffi::Function bind_comparison_on_cuda(const Comparison& all, int device) {
@@ -134,6 +144,11 @@ constexpr bool kHasCuda = false;
 
 ffi::Function bind_on_cuda(const Fill&, int, int64_t) {
   TVM_FFI_THROW(RuntimeError) << "draft-extend metadata fill: this library was built without CUDA";
+  TVM_FFI_UNREACHABLE();
+}
+
+ffi::Function bind_kpool_on_cuda(const KPoolFill&, int) {
+  TVM_FFI_THROW(RuntimeError) << "k-pooling fill: this library was built without CUDA";
   TVM_FFI_UNREACHABLE();
 }
 
@@ -160,37 +175,51 @@ constexpr std::string_view kParameters[] = {
     "ctx_lens",     "page_table_1",       "real_page_table",   "row_count",
     "mqa_schedule", "mqa_remainder_last", "enabled",
 };
-constexpr int kParameterCount = sizeof(kParameters) / sizeof(kParameters[0]);
 
-constexpr int position_of(std::string_view name) {
-  int position = 0;
-  while (position < kParameterCount && kParameters[position] != name) ++position;
-  return position;
+// The same of `bind_kpool` and KPoolArgs.
+constexpr std::string_view kKPoolParameters[] = {
+    "seq_lens",       "length_offset",      "req_pool_indices",  "req_to_token",
+    "extend_lens",    "accept_lens",        "index_kpool",       "index_topk",
+    "page_size",      "server_page_size",   "nsa_cache_seqlens", "nsa_cu_seqlens_k",
+    "write_requests", "write_start",        "tail_start",        "write_locs",
+    "write_counts",   "row_seqlens",        "kpool_seqlens",     "kpool_page_table",
+    "kpool_schedule", "mqa_remainder_last", "enabled",
+};
+
+template <size_t kCount>
+constexpr int size_of(const std::string_view (&)[kCount]) {
+  return static_cast<int>(kCount);
 }
 
-ffi::Array<ffi::String> parameters() {
-  ffi::Array<ffi::String> names;
-  for (const std::string_view name : kParameters) {
-    names.push_back(ffi::String(name.data(), name.size()));
-  }
-  return names;
+template <size_t kCount>
+ffi::Array<ffi::String> array_of(const std::string_view (&texts)[kCount]) {
+  ffi::Array<ffi::String> array;
+  for (const std::string_view text : texts) array.push_back(ffi::String(text.data(), text.size()));
+  return array;
 }
 
-// The values of kParameters by their names.
+ffi::Array<ffi::String> parameters() { return array_of(kParameters); }
+ffi::Array<ffi::String> kpool_parameters() { return array_of(kKPoolParameters); }
+
+// The values of parameters by their names.
 class Arguments {
  public:
-  explicit Arguments(const ffi::AnyView* values) : values_(values) {}
+  template <size_t kCount>
+  Arguments(const std::string_view (&names)[kCount], const ffi::AnyView* values)
+      : names_(names), count_(kCount), values_(values) {}
 
   const ffi::AnyView& operator[](std::string_view name) const {
-    const int position = position_of(name);
-    if (position == kParameterCount) TVM_FFI_THROW(KeyError) << "no parameter is named " << name;
-    return values_[position];
+    const std::string_view* found = std::find(names_, names_ + count_, name);
+    if (found == names_ + count_) TVM_FFI_THROW(KeyError) << "no parameter is named " << name;
+    return values_[found - names_];
   }
   TensorView tensor(std::string_view name) const { return (*this)[name].cast<TensorView>(); }
   MaybeTensor maybe(std::string_view name) const { return (*this)[name].cast<MaybeTensor>(); }
   int64_t number(std::string_view name) const { return (*this)[name].cast<int64_t>(); }
 
  private:
+  const std::string_view* names_;
+  size_t count_;
   const ffi::AnyView* values_;
 };
 
@@ -236,12 +265,69 @@ Fill pack(const Arguments& arguments) {
 // of the stream to launch on, which the CPU does not use. `max_blocks` limits the grid of a ragged
 // fill; 0 leaves it to the shapes and the GPU.
 ffi::Function bind(const ffi::AnyView* values, int count) {
-  require(count == 1 + kParameterCount, "bind: takes max_blocks and the parameters", count);
-  const Arguments arguments(values + 1);
+  require(count == 1 + size_of(kParameters), "bind: takes max_blocks and the parameters", count);
+  const Arguments arguments(kParameters, values + 1);
   const Fill fill = pack(arguments);
   const DLDevice device = arguments.tensor("seq_lens").device();
   if (device.device_type == kDLCPU) return bind_on_cpu(fill);
   return bind_on_cuda(fill, device.device_id, values[0].cast<int64_t>());
+}
+
+WideVector wide_vector(const TensorView& tensor) {
+  return WideVector{data_of<int64_t>(tensor), tensor.stride(0)};
+}
+
+WideTable wide_table(const TensorView& tensor) {
+  return WideTable{data_of<int64_t>(tensor), tensor.stride(0), tensor.stride(1)};
+}
+
+KPoolFill pack_kpool(const Arguments& arguments) {
+  KPoolFill fill{};
+  const TensorView seq_lens = arguments.tensor("seq_lens");
+  const TensorView write_locs = arguments.tensor("write_locs");
+  const int64_t tokens_per_page = arguments.number("page_size") * arguments.number("index_kpool");
+  fill.seq_lens = length_vector(seq_lens, arguments.number("length_offset"));
+  fill.req_pool_indices = index_vector(arguments.maybe("req_pool_indices"));
+  fill.accept_lens = index_vector(arguments.maybe("accept_lens"));
+  fill.req_to_token = index_table(arguments.maybe("req_to_token"));
+  fill.rows_per_request = divisor_of(arguments.number("extend_lens"));
+  fill.index_kpool = divisor_of(arguments.number("index_kpool"));
+  fill.page_size = divisor_of(arguments.number("page_size"));
+  fill.server_page_size = divisor_of(arguments.number("server_page_size"));
+  fill.tokens_per_page = divisor_of(tokens_per_page);
+  fill.pages = static_cast<uint32_t>(ceil_div(fill.req_to_token.columns, tokens_per_page));
+  fill.index_topk = static_cast<uint32_t>(arguments.number("index_topk"));
+  fill.requests = seq_lens.size(0);
+  fill.rows = fill.requests * fill.rows_per_request.value;
+  fill.locs_per_request = static_cast<uint32_t>(write_locs.size(1));
+  fill.nsa_cache_seqlens = output_vector(arguments.maybe("nsa_cache_seqlens"));
+  fill.nsa_cu_seqlens_k = output_vector(arguments.maybe("nsa_cu_seqlens_k"));
+  fill.write_requests = wide_vector(arguments.tensor("write_requests"));
+  fill.write_start = output_vector(arguments.maybe("write_start"));
+  fill.tail_start = output_vector(arguments.maybe("tail_start"));
+  fill.write_locs = wide_table(write_locs);
+  fill.write_counts = output_vector(arguments.maybe("write_counts"));
+  fill.row_seqlens = output_vector(arguments.maybe("row_seqlens"));
+  fill.kpool_seqlens = output_vector(arguments.maybe("kpool_seqlens"));
+  fill.kpool_page_table =
+      page_table(arguments.maybe("kpool_page_table"), tokens_per_page, fill.req_to_token);
+  fill.schedule = schedule_of(arguments.maybe("kpool_schedule"), fill.rows,
+                              arguments["mqa_remainder_last"].cast<bool>());
+  const MaybeTensor enabled = arguments.maybe("enabled");
+  fill.enabled = enabled.has_value() ? data_of<int32_t>(*enabled) : nullptr;
+  return fill;
+}
+
+// Takes the values of kKPoolParameters, and returns what bind does.
+ffi::Function bind_kpool(const ffi::AnyView* values, int count) {
+  require(count == size_of(kKPoolParameters), "bind_kpool: takes the parameters", count);
+  const Arguments arguments(kKPoolParameters, values);
+  const KPoolFill fill = pack_kpool(arguments);
+  const DLDevice device = arguments.tensor("seq_lens").device();
+  if (device.device_type == kDLCPU) {
+    return ffi::Function::FromTyped([fill](int64_t) { fill_kpool_on_cpu(fill); });
+  }
+  return bind_kpool_on_cuda(fill, device.device_id);
 }
 
 Pair pair(const ffi::Tensor& ours, const ffi::Tensor& theirs, int64_t page_size) {
@@ -289,6 +375,7 @@ ffi::String packer_id() { return NSA_PACKER_ID; }
 }  // namespace nsa
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(parameters, nsa::parameters);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kpool_parameters, nsa::kpool_parameters);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind_comparison, nsa::bind_comparison);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_cuda, nsa::has_cuda);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(csrc_id, nsa::csrc_id);
@@ -300,5 +387,13 @@ extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_bind(void*, const TVMFFIAny* args, i
   TVM_FFI_SAFE_CALL_BEGIN();
   *reinterpret_cast<tvm::ffi::Any*>(result) =
       nsa::bind(reinterpret_cast<const tvm::ffi::AnyView*>(args), count);
+  TVM_FFI_SAFE_CALL_END();
+}
+
+extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_bind_kpool(void*, const TVMFFIAny* args, int32_t count,
+                                                       TVMFFIAny* result) {
+  TVM_FFI_SAFE_CALL_BEGIN();
+  *reinterpret_cast<tvm::ffi::Any*>(result) =
+      nsa::bind_kpool(reinterpret_cast<const tvm::ffi::AnyView*>(args), count);
   TVM_FFI_SAFE_CALL_END();
 }

@@ -19,7 +19,7 @@ struct Pair {
   int64_t page_size;  // 0: every column counts; else those whose first token lies before the length
 };
 
-constexpr int kMostPairs = 12;
+constexpr int kMostPairs = 20;
 
 // A place is one number that orders cells by pair, row and column: 7, 28 and 28 bits of an int64_t.
 constexpr int kPlaceBits = 28;

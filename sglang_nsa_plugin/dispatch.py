@@ -15,9 +15,12 @@ import torch
 
 from sglang_nsa_plugin import self_test
 from sglang_nsa_plugin.fill_args import FillArgs
+from sglang_nsa_plugin.kpool_args import KPoolArgs
 
 CANDIDATES = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
 BACKENDS = ("auto", "cuda", "cpu", "triton", "torch")
+# Where an implementation has the second fill of models that pool the keys of their index.
+KPOOL_MODULES = {"cuda": "kpool_compiled", "cpu": "kpool_compiled", "torch": "kpool_torch"}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -29,16 +32,20 @@ class Choice:
     """An implementation, and why it was chosen.
 
     ``refused`` maps each candidate that was tried before it to the reason why it cannot run here.
+    ``bind_kpool`` is its k-pooling fill, where one was asked for.
     """
 
     name: str
     bind: Callable[[FillArgs], Callable[[], None]]
     reason: str
     refused: dict[str, str]
+    bind_kpool: Callable[[KPoolArgs], Callable[[], None]] | None = None
 
 
-def choose(backend: str, device: torch.device) -> Choice:
+def choose(backend: str, device: torch.device, with_kpool: bool = False) -> Choice:
     """The implementation for tensors on ``device``. ``backend`` is one of :data:`BACKENDS`.
+
+    With ``with_kpool`` it has a k-pooling fill, too.
 
     Raises:
         ValueError: ``backend`` is not one of them, or there is no implementation for the device.
@@ -49,32 +56,42 @@ def choose(backend: str, device: torch.device) -> Choice:
     if device.type not in CANDIDATES:
         known = " or ".join(CANDIDATES)
         raise ValueError(f"device: a fill runs on {known} tensors, got {device}")
-    return _choose(backend, device.type, device.index)
+    return _choose(backend, device.type, device.index, with_kpool)
 
 
 @functools.cache
-def _choose(backend: str, device_type: str, index: int | None) -> Choice:
+def _choose(backend: str, device_type: str, index: int | None, with_kpool: bool) -> Choice:
     device = torch.device(device_type, index) if index is not None else torch.device(device_type)
     candidates = CANDIDATES[device_type]
     if backend != "auto":
-        return _named(backend, device)
+        return _named(backend, device, with_kpool)
     refused: dict[str, str] = {}
     for name in candidates:
-        why_not = why_unavailable(name, device)
+        why_not = _why_not(name, device, with_kpool)
         if why_not is None:
-            return Choice(name, _bind_of(name), _reason(name, refused), refused)
+            return _choice(name, _reason(name, refused), refused, with_kpool)
         refused[name] = why_not
     raise BackendUnavailableError(f"no implementation can run on {device}: {_listed(refused)}")
 
 
-def _named(backend: str, device: torch.device) -> Choice:
-    why_not = why_unavailable(backend, device)
+def _named(backend: str, device: torch.device, with_kpool: bool) -> Choice:
+    why_not = _why_not(backend, device, with_kpool)
     if why_not is not None:
         raise BackendUnavailableError(
             f"the metadata backend {backend!r} was asked for by name and cannot run: {why_not}. "
             "Use 'auto' to let another implementation step in, or 'off' for SGLang's own fill"
         )
-    return Choice(backend, _bind_of(backend), "asked for by name", {})
+    return _choice(backend, "asked for by name", {}, with_kpool)
+
+
+def _choice(name: str, reason: str, refused: dict[str, str], with_kpool: bool) -> Choice:
+    bind_kpool = _module(KPOOL_MODULES[name]).bind if with_kpool else None
+    return Choice(name, _bind_of(name), reason, refused, bind_kpool)
+
+
+def _why_not(name: str, device: torch.device, with_kpool: bool) -> str | None:
+    why_not = why_unavailable(name, device)
+    return why_kpool_unavailable(name, device) if why_not is None and with_kpool else why_not
 
 
 def _reason(name: str, refused: dict[str, str]) -> str:
@@ -124,3 +141,15 @@ def why_wrong_by_request(name: str, device: torch.device) -> str | None:
 def _errors_of(module: object) -> tuple[type[Exception], ...]:
     errors: tuple[type[Exception], ...] = getattr(module, "ERRORS", ())
     return errors
+
+
+@functools.cache
+def why_kpool_unavailable(name: str, device: torch.device) -> str | None:
+    """The same of the k-pooling fill of an implementation that can serve other fills."""
+    if name not in KPOOL_MODULES:
+        return "it has no k-pooling fill"
+    return (
+        None
+        if name == "torch"
+        else self_test.why_kpool_failed(_module(KPOOL_MODULES[name]).bind, device)
+    )

@@ -6,7 +6,7 @@ import itertools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -118,7 +118,7 @@ class FillArgs:
         _validate_shapes(self)
         _validate_tables(self)
         _validate_schedule(self)
-        _validate_overlap(self)
+        validate_overlap(self)
 
     @classmethod
     def unvalidated(cls, **tensors: Any) -> FillArgs:
@@ -191,35 +191,35 @@ def _present(args: FillArgs, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
 def _take_numbers(args: FillArgs) -> None:
     """Validates the numbers and makes each a plain int: the compiled library takes nothing else."""
     numbers = {
-        "index_topk": _number("index_topk", args.index_topk, lowest=1),
-        "page_size": _number("page_size", args.page_size, lowest=1),
-        "length_offset": _number("length_offset", args.length_offset, lowest=0),
+        "index_topk": number("index_topk", args.index_topk, lowest=1),
+        "page_size": number("page_size", args.page_size, lowest=1),
+        "length_offset": number("length_offset", args.length_offset, lowest=0),
     }
     if not isinstance(args.extend_lens, torch.Tensor):
-        numbers["extend_lens"] = _number("extend_lens", args.extend_lens, lowest=0, or_tensor=True)
+        numbers["extend_lens"] = number("extend_lens", args.extend_lens, lowest=0, or_tensor=True)
     vars(args).update(numbers)  # the dataclass is frozen
     if not isinstance(args.mqa_remainder_last, bool):
-        raise TypeError(f"mqa_remainder_last: must be a bool, got {_type_name(args.mqa_remainder_last)}")
+        raise TypeError(f"mqa_remainder_last: must be a bool, got {type_name(args.mqa_remainder_last)}")
 
 
-def _number(name: str, value: Any, lowest: int, or_tensor: bool = False) -> int:
+def number(name: str, value: Any, lowest: int, or_tensor: bool = False) -> int:
     """The number as an int. A tensor is refused: reading it would wait for the device."""
     wrong_type = TypeError(
-        f"{name}: must be an int{' or a tensor' if or_tensor else ''}, got {_type_name(value)}"
+        f"{name}: must be an int{' or a tensor' if or_tensor else ''}, got {type_name(value)}"
     )
     # Older NumPys, as on Python 3.10, take their bool for an index, with a warning.
-    if isinstance(value, (bool, torch.Tensor)) or _type_name(value) in ("numpy.bool", "numpy.bool_"):
+    if isinstance(value, (bool, torch.Tensor)) or type_name(value) in ("numpy.bool", "numpy.bool_"):
         raise wrong_type
     try:
-        number = operator.index(value)
+        as_int = operator.index(value)
     except TypeError:
         raise wrong_type from None
-    if not lowest <= number <= INT32_MAX:
-        raise ValueError(f"{name}: must lie in {lowest} .. {INT32_MAX}, got {number}")
-    return number
+    if not lowest <= as_int <= INT32_MAX:
+        raise ValueError(f"{name}: must lie in {lowest} .. {INT32_MAX}, got {as_int}")
+    return as_int
 
 
-def _type_name(value: object) -> str:
+def type_name(value: object) -> str:
     """The type with its module, so that numpy.bool is not taken for bool."""
     kind = type(value)
     return (
@@ -238,25 +238,42 @@ def _validate_expanded(args: FillArgs) -> None:
 
 
 def _validate_tensors(args: FillArgs) -> None:
-    if isinstance(args.seq_lens, torch.Tensor) and args.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"seq_lens: must be a CPU or CUDA tensor, got one on {args.device}")
+    validate_device(args.seq_lens)
     for name in (*INPUTS, *OUTPUTS):
         value = getattr(args, name)
         if value is None and name not in REQUIRED:
             continue
         if name == "extend_lens" and isinstance(value, int):
             continue
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name}: must be a torch.Tensor, got {_type_name(value)}")
-        if value.layout != torch.strided:
-            raise TypeError(f"{name}: must be a dense tensor, got one of layout {value.layout}")
-        _validate_dtype(name, value)
-        _validate_rank(name, value)
-        if value.device != args.device:
-            raise ValueError(
-                f"{name}: must be on {args.device} like seq_lens, got a tensor on {value.device}"
-            )
-        _validate_memory(name, value)
+        dtypes = INDEX_DTYPES if name in INPUTS and name != "enabled" else (torch.int32,)
+        validate_tensor(name, value, args.seq_lens, dtypes, RANKS.get(name, (1,)))
+
+
+def validate_device(seq_lens: object) -> None:
+    """Refuses tensors that are neither in host nor in CUDA memory; all are where this one is."""
+    if isinstance(seq_lens, torch.Tensor) and seq_lens.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"seq_lens: must be a CPU or CUDA tensor, got one on {seq_lens.device}")
+
+
+def validate_tensor(
+    name: str,
+    value: object,
+    seq_lens: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    ranks: tuple[int, ...],
+) -> None:
+    """Refuses what is no strided tensor of these dtypes and ranks beside ``seq_lens``, the first one."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: must be a torch.Tensor, got {type_name(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: must be a dense tensor, got one of layout {value.layout}")
+    _validate_dtype(name, value, dtypes)
+    _validate_rank(name, value, ranks)
+    if value.device != seq_lens.device:
+        raise ValueError(
+            f"{name}: must be on {seq_lens.device} like seq_lens, got a tensor on {value.device}"
+        )
+    _validate_memory(name, value)
 
 
 def _validate_memory(name: str, tensor: torch.Tensor) -> None:
@@ -272,8 +289,7 @@ def _validate_memory(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{rule}, got one whose address is 0")
 
 
-def _validate_dtype(name: str, tensor: torch.Tensor) -> None:
-    allowed = INDEX_DTYPES if name in INPUTS and name != "enabled" else (torch.int32,)
+def _validate_dtype(name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in allowed:
         rule = " or ".join(_dtype_name(dtype) for dtype in allowed)
         raise TypeError(f"{name}: dtype must be {rule}, got {_dtype_name(tensor.dtype)}")
@@ -283,8 +299,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _validate_rank(name: str, tensor: torch.Tensor) -> None:
-    ranks = RANKS.get(name, (1,))
+def _validate_rank(name: str, tensor: torch.Tensor, ranks: tuple[int, ...]) -> None:
     if tensor.dim() not in ranks:
         rule = " or ".join(map(str, ranks))
         raise ValueError(
@@ -312,7 +327,7 @@ def _validate_shapes(args: FillArgs) -> None:
         "row_count": 1,
         "enabled": 1,
     }.items():
-        _validate_shape(name, getattr(args, name), (size,), f"bs={bs}, rows={rows}")
+        validate_shape(name, getattr(args, name), (size,), f"bs={bs}, rows={rows}")
     _validate_ctx_lens(args)
 
 
@@ -329,7 +344,8 @@ def _validate_ctx_lens(args: FillArgs) -> None:
         )
 
 
-def _validate_shape(name: str, value: object, shape: tuple[int, ...], sizes: str) -> None:
+def validate_shape(name: str, value: object, shape: tuple[int, ...], sizes: str) -> None:
+    """Refuses a tensor of another shape; ``sizes`` says what the shape follows from."""
     if isinstance(value, torch.Tensor) and tuple(value.shape) != shape:
         raise ValueError(f"{name}: shape must be {shape} for {sizes}, got {tuple(value.shape)}")
 
@@ -368,7 +384,17 @@ def longest_row(rows: int) -> int:
     return min(INT32_MAX // max(rows, 1) * SEGMENT, INT32_MAX)
 
 
-def _validate_overlap(args: FillArgs) -> None:
+class Tensors(Protocol):
+    """Arguments that name their tensors."""
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """The input tensors that are not None, by name."""
+
+    def outputs(self) -> dict[str, torch.Tensor]:
+        """The output tensors that are not None, by name."""
+
+
+def validate_overlap(args: Tensors) -> None:
     """Refuses two outputs, or an output and an input, that share memory."""
     outputs = {name: t for name, t in args.outputs().items() if t.numel() > 0}
     for name, tensor in outputs.items():

@@ -106,7 +106,7 @@ def check_of(server_args: object) -> int:
 
 def roles_of(server_args: object) -> tuple[str, ...]:
     """The roles to fill: by the flag, else by the environment, else the default."""
-    return getattr(server_args, ROLES_ATTRIBUTE, None) or _roles_from_environment() or DEFAULT_ROLES
+    return _roles_listed(server_args) or DEFAULT_ROLES
 
 
 def wide_tables_of(server_args: object) -> str:
@@ -117,8 +117,16 @@ def wide_tables_of(server_args: object) -> str:
 
 def names_role(server_args: object, role: str) -> bool:
     """Whether this role was asked for by name. Draft-extend always counts as asked for."""
-    named = getattr(server_args, ROLES_ATTRIBUTE, None) or _roles_from_environment() or (DRAFT_EXTEND,)
-    return role in named
+    return role in (_roles_listed(server_args) or (DRAFT_EXTEND,))
+
+
+def lists_roles(server_args: object) -> bool:
+    """Whether the roles are given, by the flag or in the environment, and not left to the default."""
+    return _roles_listed(server_args) is not None
+
+
+def _roles_listed(server_args: object) -> tuple[str, ...] | None:
+    return getattr(server_args, ROLES_ATTRIBUTE, None) or _roles_from_environment()
 
 
 class _Carried(argparse._StoreAction):  # SGLang's --config takes no flag of another action

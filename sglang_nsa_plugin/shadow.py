@@ -114,7 +114,7 @@ class Comparison:
     """The comparison of the pairs of one batch size, bound once and run many times.
 
     Args:
-        pairs: at most 12.
+        pairs: at most 20.
         lengths: int32 [requests], tokens of each request in SGLang's own fill, for page tables.
         report: where the result goes.
 

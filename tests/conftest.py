@@ -104,7 +104,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fuzz-batches",
         type=int,
         metavar="N",
-        help="random batches for each implementation and test of test_fuzz.py; without it, see there",
+        help="random batches for each implementation and fuzzing test; without it, see test_fuzz.py",
     )
 
     parser.addoption(

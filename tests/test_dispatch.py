@@ -19,8 +19,10 @@ from packaging.requirements import Requirement
 from triton.errors import TritonError
 
 from sglang_nsa_plugin import FillArgs, dispatch, self_test
-from sglang_nsa_plugin.kernels import compiled, cpu, library
+from sglang_nsa_plugin.kernels import compiled, cpu, kpool_compiled, kpool_torch, library
 from sglang_nsa_plugin.kernels import torch as reference
+from sglang_nsa_plugin.kpool_args import OUTPUTS as KPOOL_OUTPUTS
+from sglang_nsa_plugin.kpool_args import KPoolArgs
 
 SOURCES = Path(__file__).resolve().parent.parent
 BY_NAME = (
@@ -32,7 +34,14 @@ BY_NAME = (
 @pytest.fixture(autouse=True)
 def _decide_anew() -> Iterator[None]:
     """Choices are kept for the life of a process; here each test makes its own."""
-    cached = (dispatch._choose, dispatch.why_unavailable, library.load, compiled.binder)
+    cached = (
+        dispatch._choose,
+        dispatch.why_unavailable,
+        dispatch.why_kpool_unavailable,
+        library.load,
+        compiled.binder,
+        compiled.kpool_binder,
+    )
     for function in cached:
         function.cache_clear()
     yield
@@ -472,4 +481,55 @@ def test_every_refusal_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_gpu_has_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_choose", lambda *arguments: arguments)
-    assert dispatch.choose("auto", torch.device("cuda", 1)) == ("auto", "cuda", 1)
+    assert dispatch.choose("auto", torch.device("cuda", 1)) == ("auto", "cuda", 1, False)
+
+
+# The k-pooling fill
+
+
+def broken_kpool(name: str) -> Callable[[KPoolArgs], Callable[[], None]]:
+    """The reference, with one wrong number in one tensor."""
+
+    def bind(args: KPoolArgs) -> Callable[[], None]:
+        def fill() -> None:
+            kpool_torch.fill(args)
+            args.outputs()[name].flatten()[-1:].add_(1)
+
+        return fill
+
+    return bind
+
+
+def test_a_choice_has_a_kpool_fill_where_one_is_asked_for() -> None:
+    assert dispatch.choose("auto", CPU).bind_kpool is None
+    choice = dispatch.choose("auto", CPU, with_kpool=True)
+    assert (choice.name, choice.bind_kpool) == ("cpu", kpool_compiled.bind)
+    assert dispatch.choose("torch", CPU, with_kpool=True).bind_kpool is kpool_torch.bind
+
+
+def test_triton_has_no_kpool_fill() -> None:
+    for device in (CPU, torch.device("cuda", 0)):
+        assert dispatch.why_kpool_unavailable("triton", device) == "it has no k-pooling fill"
+
+
+@pytest.mark.parametrize("name", KPOOL_OUTPUTS)
+def test_a_kpool_fill_with_a_wrong_number_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kpool_compiled, "bind", broken_kpool(name))
+    assert dispatch.choose("auto", CPU).name == "cpu"
+    choice = dispatch.choose("auto", CPU, with_kpool=True)
+    assert choice.name == "torch"
+    assert choice.refused["cpu"].startswith(f"of its k-pooling fill, its self-test filled {name} with")
+    with pytest.raises(dispatch.BackendUnavailableError, match="of its k-pooling fill, its self-test"):
+        dispatch.choose("cpu", CPU, with_kpool=True)
+
+
+def test_a_kpool_fill_that_cannot_run_is_refused() -> None:
+    def bind(args: KPoolArgs) -> Callable[[], None]:
+        raise RuntimeError("no kernel image")
+
+    why_not = self_test.why_kpool_failed(bind, CPU)
+    assert why_not == "of its k-pooling fill, its self-test failed: no kernel image"
+
+
+def test_the_kpool_self_test_fills_every_output() -> None:
+    assert set(self_test.small_kpool_case(CPU, draft_tokens=5).outputs()) == set(KPOOL_OUTPUTS)

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin import dispatch, options
-from sglang_nsa_plugin.adapters import by_request, fields, mqa_schedule
+from sglang_nsa_plugin.adapters import by_request, fields, kpool, mqa_schedule
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
 from sglang_nsa_plugin.adapters.outcome import Outcome
 from sglang_nsa_plugin.adapters.roles import Inputs, Role
 from sglang_nsa_plugin.adapters.shadow_check import ShadowedReplays
 from sglang_nsa_plugin.containment import attempt
 from sglang_nsa_plugin.fill_args import FillArgs
+from sglang_nsa_plugin.kpool_args import KPoolArgs
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # seq_lens, req_pool_indices, req_to_token
 # What a replay on the fast path compares, and then SGLang's metadata, which it serves. Of inputs that
@@ -40,18 +41,25 @@ class GraphFill:
     Attributes:
         metadata: SGLang's object whose tensors are filled.
         args: those tensors, and the inputs whose addresses a graph captures.
-        run: the bound launch.
-        read_done: the event recorded after the launch; None on the CPU, and where nothing asks for it.
+        kpool_args: of a pooled index, the tensors of its second fill.
+        run: the bound launch, or both where the index is pooled.
+        read_done: the event recorded after it; None on the CPU, and where nothing asks for it.
     """
 
     def __init__(
-        self, metadata: Any, args: FillArgs, run: Callable[[], None], has_read_done: bool
+        self,
+        metadata: Any,
+        args: FillArgs,
+        run: Callable[[], None],
+        has_read_done: bool,
+        kpool_args: KPoolArgs | None = None,
     ) -> None:
         # SGLang's graphs have a page table, and a fill of one reads both
         assert args.req_pool_indices is not None
         assert args.req_to_token is not None
         self.metadata = metadata
         self.args = args
+        self.kpool_args = kpool_args
         self.run = run
         self.read_done = _read_done(args.device) if has_read_done else None
         self._inputs = (args.seq_lens, args.req_pool_indices, args.req_to_token)
@@ -75,8 +83,8 @@ def _validate_ctx_lens(ctx_lens: torch.Tensor | None, rows: int, columns: int) -
         )
 
 
-def _validate_fields(metadata: Any) -> None:
-    unknown = fields.unknown_on_device(metadata)
+def _validate_fields(metadata: Any, is_pooled: bool) -> None:
+    unknown = fields.unknown_on_device(metadata, is_pooled)
     if unknown:
         raise ValueError(
             f"{', '.join(unknown)}: {type(metadata).__name__} has tensors here that the plugin does not "
@@ -129,6 +137,9 @@ class BackendFills:
         self.role = role
         (self.mode,) = role.modes()
         self.bind = choice.bind
+        # The second fill of a model that pools the keys of its index.
+        is_pooled = kpool.is_pooled(backend)
+        self.kpool = kpool.KPoolFill(backend, role, choice.bind_kpool) if is_pooled else None
         self.outcome = outcome
         self.drops_wide_tables = drops_wide_tables
         self.columns = by_request.columns_of(backend, role)
@@ -189,11 +200,11 @@ class BackendFills:
         if self.shadowed is not None and self.shadowed.check.failed():
             return self.leave_to_sglang(FallbackReason.DIFFERENCE_FOUND)
         inputs = (batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token)
-        if not self._serves(captured, inputs):
+        if not self._serves(captured, inputs) or not self._serves_kpool(captured, batch):
             return self.leave_to_sglang(FallbackReason.INPUTS_REPLACED)
         if not self.is_enabled:
             self._switch(on=True)
-        if self._skips_validation():
+        if self._skips_validation(captured):
             self.fast_path[batch.batch_size] = self._hit(inputs, captured.metadata)
         return True
 
@@ -211,10 +222,18 @@ class BackendFills:
             self._is_copied = captured.holds(*inputs[:2])
         return self._is_copied
 
-    def _skips_validation(self) -> bool:
+    def _serves_kpool(self, captured: GraphFill, batch: Any) -> bool:
+        """The same of what the second fill reads besides."""
+        if self.kpool is None or captured.kpool_args is None:
+            return True
+        return self.kpool.serves(captured.kpool_args, batch)
+
+    def _skips_validation(self, captured: GraphFill) -> bool:
         """Whether a replay like the last one needs nothing but its metadata."""
         if self.shadowed is not None:
             return False
+        if captured.kpool_args is not None and captured.kpool_args.accept_lens is not None:
+            return False  # the accepted tokens are another object in each replay
         if self.role.inputs is Inputs.COPIED:
             return bool(self._is_copied)
         return not self.backend.enable_auto_select_prefill_impl
@@ -255,8 +274,7 @@ class BackendFills:
         metadata = self.metadata_of(batch)
         captured = self.captured.get(batch.batch_size)
         if captured is None or captured.metadata is not metadata:
-            args = self._args(batch, metadata)
-            captured = GraphFill(metadata, args, self.bind(args), self.role.ends_step)
+            captured = self._bound(batch, metadata)
             if self.shadowed is not None:
                 self.shadowed.prepare(batch.batch_size, metadata)
             if not self.captured:
@@ -264,6 +282,20 @@ class BackendFills:
             self.captured[batch.batch_size] = captured
             self.fast_path.pop(batch.batch_size, None)
         return captured
+
+    def _bound(self, batch: Any, metadata: Any) -> GraphFill:
+        args = self._args(batch, metadata)
+        run = self.bind(args)
+        if self.kpool is None:
+            return GraphFill(metadata, args, run, self.role.ends_step)
+        kpool_args = self.kpool.args(batch, metadata, self.enabled)
+        run_kpool = self.kpool.bind(kpool_args)
+
+        def run_both() -> None:
+            run()
+            run_kpool()  # corrects the lengths of sparse attention, so it comes second
+
+        return GraphFill(metadata, args, run_both, self.role.ends_step, kpool_args)
 
     def _rehearse(self, captured: GraphFill) -> None:
         """Records a graph and drops it: an error inside SGLang's own capture could not be undone."""
@@ -278,7 +310,7 @@ class BackendFills:
     def _args(self, batch: Any, metadata: Any) -> FillArgs:
         backend, draft_tokens = self.backend, self.backend.speculative_num_draft_tokens
         rows = self.role.rows_per_request(draft_tokens)
-        _validate_fields(metadata)
+        _validate_fields(metadata, self.kpool is not None)
         outputs = fields.read(metadata, fields.DSA, fields.DSA)
         # SGLang builds the context lengths as a view of the expanded lengths: one write serves both.
         ctx_lens = outputs["ctx_lens"]
@@ -313,6 +345,8 @@ class BackendFills:
             # Not copied into the old plan: what is captured after this reads the new one.
             plan = backend._build_topk_v2_plan(seqlens_expanded=metadata.dsa_seqlens_expanded)
             object.__setattr__(metadata, "topk_v2_plan", plan)
+        if self.kpool is not None:
+            self.kpool.refresh_derived(metadata)
         if metadata.flashmla_metadata is not None:
             metadata.flashmla_metadata.copy_(
                 backend._compute_flashmla_metadata(

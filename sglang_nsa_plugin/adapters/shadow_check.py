@@ -97,8 +97,9 @@ class Scratch:
 
     def _copy(self, name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
-            parts = {f.name: getattr(value, f.name).clone() for f in dataclasses.fields(value)}
-            return dataclasses.replace(value, **parts)
+            parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            tensors = {name: each for name, each in parts.items() if isinstance(each, torch.Tensor)}
+            return dataclasses.replace(value, **{name: each.clone() for name, each in tensors.items()})
         if name not in fields.TABLES:
             return value.clone()
         room = self._tables.get(name)
@@ -198,13 +199,15 @@ def compare(ours: Any, theirs: Any, names: Mapping[str, str], check: ShadowCheck
 def pairs(ours: Any, theirs: Any, names: Mapping[str, str]) -> Iterator[Pair]:
     """The tensors of two metadata objects that are to be equal, under SGLang's names.
 
-    The top-k plan is left out: SGLang makes it from the lengths, its items come in any order, and a plan
-    for few rows is not written at all.
+    Top-k plans are left out: SGLang makes them from the lengths, their items come in any order, and that
+    of few rows is not written at all.
     """
     for name in (*fields.LENGTHS, "ctx_lens", "mqa_schedule"):
         yield from _pair(names[name], ours, theirs)
     for table in fields.TABLES:
         yield from _table(table, ours, theirs)
+    if getattr(theirs, fields.KPOOL_PLAN, None) is not None:
+        yield from _kpool_pairs(ours, theirs)
     if getattr(theirs, fields.FLASHMLA, None) is not None:
         yield from flashmla_pairs(ours.flashmla_metadata, theirs.flashmla_metadata)
 
@@ -214,6 +217,23 @@ def flashmla_pairs(ours: Any, theirs: Any) -> Iterator[Pair]:
     numbers = [each.flashmla_metadata[:, :FLASHMLA_NUMBERS] for each in (ours, theirs)]
     yield Pair(fields.FLASHMLA, *numbers)
     yield Pair("flashmla num_splits", ours.num_splits, theirs.num_splits)
+
+
+def _kpool_pairs(ours: Any, theirs: Any) -> Iterator[Pair]:
+    """What a model with a pooled index has besides."""
+    for name, paths in fields.KPOOL.items():
+        for path in paths:
+            mine, other = fields.at(ours, path), fields.at(theirs, path)
+            if mine is None or other is None:
+                continue
+            tokens = theirs.pooled_index_kpool * theirs.page_size
+            page_size = tokens if name == "kpool_page_table" else None
+            yield Pair(path, _as_int32(mine), _as_int32(other), page_size)
+
+
+def _as_int32(tensor: torch.Tensor) -> torch.Tensor:
+    """An int64 tensor as twice as many columns, the low and the high half of each number."""
+    return tensor.view(torch.int32) if tensor.dtype == torch.int64 else tensor
 
 
 def _pair(name: str, ours: Any, theirs: Any) -> Iterator[Pair]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin.adapters import hooks
+from sglang_nsa_plugin.adapters import hooks, kpool
 from sglang_nsa_plugin.adapters.hooks import Call
 from sglang_nsa_plugin.adapters.roles import (
     DECODE_ROLE,
@@ -155,8 +155,10 @@ def _why_role_unsupported(backend: Any, model_runner: Any, role: Role) -> str | 
         return "HIP is not supported"
     if getattr(server_args, "enable_multi_layer_eagle", False):
         return "the multi-layer EAGLE runner is not supported"
-    if getattr(backend, "dsa_index_kpool", 1) > 1:
-        return f"index k-pooling ({backend.dsa_index_kpool}) is not supported"
+    if kpool.is_pooled(backend):
+        why_not = kpool.why_unsupported(backend, server_args, role)
+        if why_not is not None:
+            return why_not
     graphs = getattr(server_args, "cuda_graph_config", None)
     if graphs is not None and graphs.decode.backend not in ("full", "disabled"):
         return f"{graphs.decode.backend} CUDA graphs are not supported, only full ones"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin import dispatch
-from sglang_nsa_plugin.adapters import by_request, fields, wide_tables
+from sglang_nsa_plugin.adapters import by_request, fields, kpool, wide_tables
 from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Request, Takeover
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills, CaptureError, is_capturing
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
@@ -47,7 +47,7 @@ def consider(
     request = takeover.request
     if request is None:
         return
-    why_not = why_unsupported(owner, model_runner)
+    why_not = why_unsupported(owner, model_runner) or kpool.why_untried(backend, request)
     if why_not is None:
         why_not = by_request.why_not_named(backend, role, request.is_named)
     if why_not is None:
@@ -60,7 +60,8 @@ def _take_over(owner: Any, backend: Any, request: Request, role: Role, takeover:
     # Without speculation SGLang itself leaves a wide table out that nothing reads.
     may_drop = role is not DECODE_ROLE and wide_tables.can_be_dropped()
     try:
-        choice = dispatch.choose(request.backend, backend.req_to_token.device)
+        device = backend.req_to_token.device
+        choice = dispatch.choose(request.backend, device, with_kpool=kpool.is_pooled(backend))
         fills = BackendFills(
             backend,
             role,

@@ -66,6 +66,7 @@ class HarnessBackend(ABC):
             decode_impl,
             index_kpool,
         )
+        self.index_kpool = index_kpool
         with self.stub_process():
             self.backend = self._make_backend()
 

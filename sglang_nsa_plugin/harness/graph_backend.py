@@ -3,9 +3,9 @@
 All of 0.5.15 and later. Of 0.5.13 and 0.5.14 those of draft-decode and verify, which need the
 lengths on the host, too.
 
-On CUDA tensors everything is real. On CPU tensors SGLang takes its torch path: Triton's interpreter runs
-the one kernel that it needs, and the DeepGEMM schedule, the top-k plan and the FlashMLA metadata stay
-None.
+On CUDA tensors everything is real. On CPU tensors SGLang takes its torch path, also where the index is
+pooled: Triton's interpreter runs the few kernels that it needs, and the DeepGEMM schedule, the top-k
+plan and the FlashMLA metadata stay None.
 """
 
 from __future__ import annotations
@@ -69,6 +69,15 @@ class GraphBackend(HarnessBackend):
 
     def _make_backend(self) -> Any:
         """As SGLang makes the backend of this role's graphs."""
+        if self.index_kpool == 1 or self.device.type != "cpu":
+            return self._made_by_sglang()
+        with process_stubs.kpool_fusion():
+            made = self._made_by_sglang()
+        for backend in getattr(made, "attn_backends", [made]):
+            backend.experimental_kpool_metadata_fusion = False
+        return made
+
+    def _made_by_sglang(self) -> Any:
         if self.role in (VERIFY, DECODE):
             self.model_runner.is_draft_worker = False
             return _target_backend(self.model_runner)
@@ -114,7 +123,7 @@ class GraphBackend(HarnessBackend):
             extend_seq_lens=self._per_request(bs),
             extend_seq_lens_cpu=[self.draft_tokens] * bs,
             positions=self._tokens(bs),
-            spec_info=self._spec_info(bs),
+            spec_info=self._spec_info(self.inputs.accept_lens[:bs]),
         )
 
     def replay_view(self, bs: int) -> SimpleNamespace:
@@ -122,7 +131,8 @@ class GraphBackend(HarnessBackend):
 
         It has no lengths on the host where SGLang needs none.
         Draft-extend's runner passes its whole static buffers, verify's and decode's new slices of them
-        each time, and draft-decode's the batch's own tensors, which it has copied into its buffers.
+        each time, and draft-decode's the batch's own tensors, which it has copied into its buffers, as
+        draft-extend's has how many tokens are accepted.
         """
         self._validate_bs(bs)
         seq_lens, indices = self.inputs.seq_lens, self.inputs.req_pool_indices
@@ -141,7 +151,7 @@ class GraphBackend(HarnessBackend):
             encoder_lens=None,
             out_cache_loc=self._tokens(bs),
             out_cache_loc_dsv4=None,
-            spec_info=self._spec_info(bs),
+            spec_info=self._spec_info(self.inputs.accept_lens[:bs].clone()),
         )
 
     def replay(self, bs: int) -> None:
@@ -206,12 +216,12 @@ class GraphBackend(HarnessBackend):
     def _per_request(self, bs: int) -> torch.Tensor:
         return torch.full((bs,), self.draft_tokens, dtype=torch.int32, device=self.device)
 
-    def _spec_info(self, bs: int) -> SimpleNamespace | None:
+    def _spec_info(self, accept_lens: torch.Tensor) -> SimpleNamespace | None:
         if self.role == DECODE:
             return None
         return SimpleNamespace(
-            num_accept_tokens=self._per_request(bs),
-            num_correct_drafts=self._per_request(bs),
+            num_accept_tokens=accept_lens,
+            num_correct_drafts=accept_lens - 1,
             num_tokens_per_req=self.draft_tokens,
         )
 

@@ -48,8 +48,11 @@ class GraphPair(BackendPair[GraphBackend]):
 
     def step(self, bs: int, diff: Diff) -> None:
         """One replay of the taken-over backend and one fill by SGLang of the batch in ``inputs``."""
-        lengths = fields.read(self.metadata(bs), fields.DSA, (*fields.LENGTHS, "ctx_lens"))
-        for tensor in lengths.values():
+        metadata = self.metadata(bs)
+        tensors = fields.read(metadata, fields.DSA, (*fields.LENGTHS, "ctx_lens"))
+        if self.fills().kpool is not None:
+            tensors |= fields.read_kpool(metadata)
+        for tensor in tensors.values():
             if tensor is not None:
                 tensor.fill_(POISON)
         self.replay(bs)

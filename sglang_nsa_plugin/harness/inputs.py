@@ -15,12 +15,14 @@ class Inputs:
     """The static buffers that a draft-extend graph reads, for up to max_bs requests.
 
     seq_lens: int64 [max_bs]; req_pool_indices: int64 [max_bs]; req_to_token: int32 [pool_size,
-    width]. Padded entries point at row 0 of req_to_token, which is all zeros.
+    width]; accept_lens: int32 [max_bs], of draft-extend's tokens those that are accepted. Padded
+    entries point at row 0 of req_to_token, which is all zeros.
     """
 
     seq_lens: torch.Tensor
     req_pool_indices: torch.Tensor
     req_to_token: torch.Tensor
+    accept_lens: torch.Tensor
     page_size: int
 
     @property
@@ -37,6 +39,7 @@ def make_inputs(
         seq_lens=torch.full((max_bs,), PADDED_SEQ_LEN, dtype=torch.int64, device=device),
         req_pool_indices=torch.zeros(max_bs, dtype=torch.int64, device=device),
         req_to_token=torch.zeros((pool_size, width), dtype=torch.int32, device=device),
+        accept_lens=torch.ones(max_bs, dtype=torch.int32, device=device),
         page_size=page_size,
     )
 
@@ -75,8 +78,10 @@ def random_step(
     if raw_bs != bs:
         inputs.seq_lens.fill_(PADDED_SEQ_LEN)
         inputs.req_pool_indices.zero_()
+        inputs.accept_lens.fill_(draft_tokens)
     inputs.seq_lens[:raw_bs].copy_(_random_lengths(rng, raw_bs, draft_tokens, max_len))
     inputs.req_pool_indices[:raw_bs].copy_(_draw(rng, 1, rows, raw_bs))
+    inputs.accept_lens[:raw_bs].copy_(inputs.seq_lens[:raw_bs] % draft_tokens + 1)
 
 
 def _draw(rng: torch.Generator, low: int, high: int, *shape: int) -> torch.Tensor:

@@ -125,7 +125,38 @@ def stub_process(device: torch.device) -> Iterator[None]:
             launcher = on_cpu(dsa_backend.seqlens_expand_triton)
             stack.enter_context(mock.patch.object(dsa_backend, "seqlens_expand_triton", launcher))
             stack.enter_context(without_copy_kernels())
+            stack.enter_context(kpool_plans())
         yield
+
+
+@contextlib.contextmanager
+def kpool_plans() -> Iterator[None]:
+    """SGLang's functions for a pooled index run, which ask for CUDA, in releases that have them."""
+    plan = "sglang.srt.layers.attention.dsa.kpool_plan"
+    if plan not in sys.modules:  # imported with the backend
+        yield
+        return
+    with mock.patch.object(sys.modules[plan], "is_cuda", return_value=True):
+        yield
+
+
+@contextlib.contextmanager
+def kpool_fusion() -> Iterator[None]:
+    """The constructor of a backend with a pooled index chooses SGLang's fused kernels, as on CUDA.
+
+    Triton's interpreter takes a second for each of them, so where it is not asked to, by
+    :func:`launch_fused_on_cpu`, SGLang fills by torch.
+    """
+    manager = "sglang.srt.layers.attention.dsa.dsa_metadata_manager"
+    with mock.patch.object(importlib.import_module(manager), "is_cuda", return_value=True):
+        yield
+
+
+def launch_fused_on_cpu(backend: Any) -> None:
+    """Triton's interpreter runs the fused kernels that this backend has chosen."""
+    backend.experimental_kpool_metadata_fusion = True
+    for name in ("_fused_decode_metadata", "_fused_verify_metadata", "_fused_draft_extend_metadata"):
+        setattr(backend, name, on_cpu(getattr(backend, name)))
 
 
 @contextlib.contextmanager
@@ -224,6 +255,7 @@ def model_runner(
             dsa_kv_cache_store_fp8=fp8,
             nsa_kv_cache_store_fp8=fp8,  # up to 0.5.12
             kv_cache_dim=656 if fp8 else 576,
+            index_page_size=page_size // index_kpool,  # since 0.5.22
         ),
         req_to_token_pool=SimpleNamespace(
             size=inputs.req_to_token.shape[0] - 1, req_to_token=inputs.req_to_token

@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.kernels import library
+from sglang_nsa_plugin.kpool_args import KPoolArgs
 
 
 class Binder:
@@ -31,6 +32,25 @@ class Binder:
         """
         launch: Callable[[int], None] = self._bind(max_blocks, *self._values(args))
         return launch
+
+
+class KPoolBinder:
+    """The same of k-pooling fills."""
+
+    def __init__(self, module: Any) -> None:
+        self._bind = module["bind_kpool"]
+        self._values = operator.attrgetter(*module["kpool_parameters"]())
+
+    def __call__(self, args: KPoolArgs) -> Callable[[int], None]:
+        """Packs ``args`` and returns a function of the address of the stream to launch on."""
+        launch: Callable[[int], None] = self._bind(*self._values(args))
+        return launch
+
+
+@functools.cache
+def kpool_binder() -> KPoolBinder:
+    """The binder of the installed library, as :func:`binder`."""
+    return KPoolBinder(library.load())
 
 
 @functools.cache

@@ -38,9 +38,9 @@ def fill(args: FillArgs) -> None:
 
     write = functools.partial(_write, args.enabled)
     write(args.cache_seqlens, length)
-    write(args.cu_seqlens_k, _running_sums(length))
+    write(args.cu_seqlens_k, running_sums(length))
     write(args.nsa_cache_seqlens, clamped)
-    write(args.nsa_cu_seqlens_k, _running_sums(clamped))
+    write(args.nsa_cu_seqlens_k, running_sums(clamped))
     if args.seqlens_expanded is not None:
         write(args.seqlens_expanded, expanded)
     if args.ctx_lens is not None:
@@ -49,9 +49,9 @@ def fill(args: FillArgs) -> None:
     if args.row_count is not None:
         write(args.row_count, q.sum().clamp(max=args.rows).view(1))
     if args.mqa_schedule is not None:
-        write(
-            args.mqa_schedule, _schedule(args, length.clamp(min=0) if args.is_by_request else expanded)
-        )
+        items, rows_of_item = _items(args, length, expanded)
+        processors, last = args.mqa_schedule.shape[0] - 1, args.mqa_remainder_last
+        write(args.mqa_schedule, schedule(items, processors, last, rows_of_item))
     if args.page_table_1 is not None:
         _write_table(args, write, args.page_table_1, 1, request, in_use, length)
     if args.real_page_table is not None:
@@ -64,25 +64,33 @@ def _rows_per_request(args: FillArgs) -> torch.Tensor:
     return args.extend_lens.to(torch.int64).clamp(0, INT32_MAX)
 
 
-def _running_sums(values: torch.Tensor) -> torch.Tensor:
+def _items(args: FillArgs, length: torch.Tensor, expanded: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The lengths of what the schedule deals out, rows or requests, and how many rows each has."""
+    if not args.is_by_request or args.bs == 0:
+        return expanded, 1
+    return length.clamp(min=0), args.rows // args.bs
+
+
+def running_sums(values: torch.Tensor) -> torch.Tensor:
+    """0, then the sums up to each value."""
     return torch.cat([values.new_zeros(1), torch.cumsum(values, dim=0)])
 
 
-def _schedule(args: FillArgs, lengths: torch.Tensor) -> torch.Tensor:
+def schedule(
+    lengths: torch.Tensor, processors: int, remainder_last: bool, rows: int = 1
+) -> torch.Tensor:
     """The row and segment where each processor begins, and the end of all segments.
 
-    ``lengths`` are those of the items that are dealt out: rows or, by request, requests.
+    ``lengths`` are those of the items that are dealt out: rows or, with so many ``rows`` each, requests.
     """
-    assert args.mqa_schedule is not None
-    items, processors = lengths.shape[0], args.mqa_schedule.shape[0] - 1
-    rows = args.rows // items if args.is_by_request and items else 1  # of an item
-    segments = rows * ((lengths.clamp(max=longest_row(args.rows)) + SEGMENT - 1) // SEGMENT)
-    ends = _running_sums(segments)
+    items = lengths.shape[0]
+    segments = rows * ((lengths.clamp(max=longest_row(items * rows)) + SEGMENT - 1) // SEGMENT)
+    ends = running_sums(segments)
     total = ends[-1]
     p = torch.arange(processors + 1, device=lengths.device)
     longer = total % processors
     longer_before = (
-        (p - processors + longer).clamp(min=0) if args.mqa_remainder_last else torch.minimum(p, longer)
+        (p - processors + longer).clamp(min=0) if remainder_last else torch.minimum(p, longer)
     )
     begin = p * (total // processors) + longer_before
     item = torch.searchsorted(ends[1:].contiguous(), begin, right=True)

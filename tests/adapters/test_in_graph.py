@@ -98,8 +98,8 @@ def test_accepted_tokens_do_not_change_the_metadata(pair, monkeypatch):
 
     Capture and replay read one tensor of accepted tokens, as the runner's do.
     """
-    shared = pair.ours._spec_info(BATCH_SIZES[-1])
-    monkeypatch.setattr(pair.ours, "_spec_info", lambda bs: shared)
+    shared = pair.ours._spec_info(pair.inputs.accept_lens)
+    monkeypatch.setattr(pair.ours, "_spec_info", lambda accept_lens: shared)
     recapture(pair)
     bs = random_batch(pair, torch.Generator().manual_seed(4), raw_bs=4)
     for accepted in (1, 4):

@@ -21,13 +21,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("csrc", "sglang_nsa_plugin", "tests", "pyproject.toml")
-TESTS = ("tests/test_values.py", "tests/test_fuzz.py", "tests/test_shadow.py")
+TESTS = ("tests/test_values.py", "tests/test_fuzz.py", "tests/test_shadow.py", "tests/test_kpool.py")
 # test_sglangs_own_kernel interprets Triton, which takes longer than all others together.
 PYTEST = (
     "-q",
     "-x",
     "-k",
-    "(cpu:cpu or test_shadow) and not sglangs_own_kernel",
+    "(cpu:cpu or test_shadow or (test_kpool and cpu)) and not sglangs_own_kernel",
     "--fuzz-batches",
     "2000",
 )
@@ -39,7 +39,8 @@ SURVIVORS = {
 
 
 class Mutant(NamedTuple):
-    """One change of csrc: ``pattern``, a regular expression, must match exactly once in all its files.
+    """One change of csrc: ``pattern``, a regular expression, must match exactly once in all its files,
+    or in the one that is named.
 
     A blank in the pattern matches any white space, so that a formatter does not break it.
     """
@@ -47,6 +48,7 @@ class Mutant(NamedTuple):
     name: str
     pattern: str
     replacement: str
+    file: str | None = None
 
 
 class NotApplicableError(RuntimeError):
@@ -65,7 +67,7 @@ MUTANTS = (
     Mutant("the first row is one too short", r"(request\.length - request\.\w+) \+ 1;", r"\1;"),
     Mutant("the expanded length may be negative", r"tokens > (\w+) \? tokens - \1 : 0", r"tokens - \1"),
     Mutant("a negative length counts", r"length < 0 \? 0 : static_cast<uint32_t>\(length\)", "static_cast<uint32_t>(length)"),
-    Mutant("a row is followed by one more", r"(request\.\w+) - 1 - j\b", r"\1 - j"),
+    Mutant("a row is followed by one more", r"(request\.\w+) - 1 - j\b", r"\1 - j", file="fill.h"),
     # Sums over rows and requests
     Mutant("the closed form starts below -n", r"clamp\(request\.first, -n, topk\)", "minimum(request.first, topk)"),
     Mutant("the closed form starts over topk", r"clamp\(request\.first, -n, topk\)", "maximum(request.first, -n)"),
@@ -78,7 +80,7 @@ MUTANTS = (
     Mutant("row sums do not add up", r"a\.clamped \+ b\.clamped", "b.clamped"),
     Mutant("sums of lengths saturate", r"a\.lengths \+ b\.lengths", "static_cast<uint32_t>(minimum(int64_t{a.lengths} + b.lengths, INT32_MAX))"),
     Mutant("lengths over topk are kept", r"minimum\(expanded, fill\.index_topk\)", "expanded"),
-    Mutant("running sums begin at the row", r"(store\(fill\.nsa_cu_seqlens_k, row) \+ 1,", r"\1,"),
+    Mutant("running sums begin at the row", r"(store\(fill\.nsa_cu_seqlens_k, row) \+ 1,", r"\1,", file="fill.h"),
     Mutant("rows after the last add to the sums", r"(store_row\(fill, row, 0, before\.clamped)\)", r"\1 + 1)"),
     # Divisions
     Mutant("the multiplier is rounded down", r"\(\(uint64_t\{1\} << shift\) \+ value - 1\) / value", "(uint64_t{1} << shift) / value"),
@@ -88,8 +90,8 @@ MUTANTS = (
     Mutant("a started page is not live", r"divide_up\((length < 0 \? 0 : length, table\.page_size)\)", r"divide(\1)"),
     Mutant("live columns are not bounded", r"below < table\.columns \? below : table\.columns", "below"),
     Mutant("the last column is never live", r"below < table\.columns \? below : table\.columns", "below < table.columns ? below : table.columns - 1"),
-    Mutant("outside the pool is row 0", r"(index < fill\.req_to_token\.rows \? index :) -1", r"\1 0"),
-    Mutant("the request after the pool is read", r"index < fill\.req_to_token\.rows", "index <= fill.req_to_token.rows"),
+    Mutant("outside the pool is row 0", r"(index < fill\.req_to_token\.rows \? index :) -1", r"\1 0", file="fill.h"),
+    Mutant("the request after the pool is read", r"index < fill\.req_to_token\.rows", "index <= fill.req_to_token.rows", file="fill.h"),
     Mutant("a negative slot is rounded to 0", r"token < 0 \? -1 : 0;", "0;"),
     Mutant("a page begins one token late", r"return column \* table\.page_size\.value;", "return column * table.page_size.value + (table.page_size.value > 1);"),
     # DeepGEMM's schedule
@@ -105,6 +107,24 @@ MUTANTS = (
     Mutant("a request has its segments once", r"return static_cast<uint32_t>\(rows\) \* segments_of", "return segments_of"),
     Mutant("an item has the segments of its first row", r"q - 1 - \(row \+ rows - 1\) % q", "q - 1 - row % q"),
     Mutant("a segment is not divided by the rows that share it", r"\(start - before\) / static_cast<uint32_t>\(rows\)", "(start - before)"),
+    # A k-pooling fill
+    Mutant("a forward starts one token late", r"add\(length, 0u - fill\.rows_per_request\.value\)", "add(length, 1u - fill.rows_per_request.value)"),
+    Mutant("tokens after the last k-pool are not kept", r"(fill\.index_topk\)) \+ \(seen - whole\)", r"\1"),
+    Mutant("the tail counts in the top-k", r"\(whole < fill\.index_topk \? whole : fill\.index_topk\) \+ \(seen - whole\)", "(seen < fill.index_topk ? seen : fill.index_topk)"),
+    Mutant("a start before 0 is rounded down", r"return -static_cast<int32_t>\(divide\(0u - static_cast<uint32_t>\(x\), by\)\);", "return ~static_cast<int32_t>(divide(static_cast<uint32_t>(~x), by));"),
+    Mutant("row j has one token less", r"(add\(start_of\(fill, length\), j) \+ 1\)", r"\1)"),
+    Mutant("a row without k-pools has no segment", r"(maximum\(kpools_of_row\(fill, length, j\),) 1\)", r"\1 0)"),
+    Mutant("pages after req_to_token are live", r"return below < fill\.pages \? below : fill\.pages;", "return below;"),
+    Mutant("a started page of the index is not live", r"divide_up\((length < 0 \? 0 : length, fill\.tokens_per_page)\)", r"divide(\1)"),
+    Mutant("index pages are numbered by their own size", r"fill\.server_page_size\);", "fill.page_size);"),
+    Mutant("a page of the index has page_size tokens", r"int64_t\{column\} \* fill\.tokens_per_page\.value", "int64_t{column} * fill.page_size.value"),
+    Mutant("a page before 0 is not page 0", r"column < 0 \? 0 : column;", "column;"),
+    Mutant("a location is cut to int32", r"live_column\) \* page_size \+ cell", "live_column) * static_cast<int32_t>(page_size) + cell"),
+    Mutant("a request's index is cut to int32", r"= load\(fill\.req_pool_indices, r\); store", "= static_cast<int32_t>(load(fill.req_pool_indices, r)); store"),
+    Mutant("outside the pool is row 0 of k-pools", r"(index < fill\.req_to_token\.rows \? index :) -1", r"\1 0", file="kpool.h"),
+    Mutant("running sums of k-pooling begin at the row", r"(store\(fill\.nsa_cu_seqlens_k, row) \+ 1,", r"\1,", file="kpool.h"),
+    Mutant("write_locs has no stride of columns", r"p \* fill\.write_locs\.column_stride", "p"),
+    Mutant("the last row of a request has no pages", r"(row < \(r \+ 1\) \* n);", r"\1 - 1;"),
     # The comparison of the shadow check
     Mutant("a row belongs to the request after", r"all\.lengths\[row \* all\.requests / pair\.rows\]", "all.lengths[minimum((row + 1) * all.requests / pair.rows, all.requests - 1)]"),
     Mutant("all columns are compared", r"if \(pair\.page_size == 0\) return pair\.columns;", "return pair.columns;"),
@@ -121,7 +141,11 @@ def mutate(csrc: Path, mutant: Mutant) -> tuple[Path, str]:
         NotApplicableError: the pattern does not match exactly once.
     """
     pattern = re.compile(mutant.pattern.replace(" ", r"\s+"))
-    sources = {path: path.read_text() for path in sorted(csrc.iterdir()) if path.suffix in (".h", ".cc")}
+    sources = {
+        path: path.read_text()
+        for path in sorted(csrc.iterdir())
+        if path.suffix in (".h", ".cc") and mutant.file in (None, path.name)
+    }
     places = [path for path, text in sources.items() for _ in pattern.finditer(text)]
     if len(places) != 1:
         found = ", ".join(path.name for path in places) or "nowhere"
