@@ -66,6 +66,15 @@ OutputVector output_vector(const MaybeTensor& tensor) {
   return OutputVector{data_of<int32_t>(*tensor), (*tensor).stride(0)};
 }
 
+// [bs, q] of more than one column: a fill by request.
+bool has_columns(const MaybeTensor& ctx_lens) {
+  return ctx_lens.has_value() && (*ctx_lens).ndim() == 2 && (*ctx_lens).size(1) > 1;
+}
+
+OutputTable output_table(const TensorView& t) {
+  return OutputTable{data_of<int32_t>(t), t.stride(0), t.stride(1)};
+}
+
 PageTable page_table(const MaybeTensor& tensor, int64_t page_size, const IndexTable& tokens) {
   PageTable table{};
   table.page_size = divisor_of(page_size);
@@ -235,7 +244,12 @@ Fill pack(const Arguments& arguments) {
   fill.seqlens_expanded = output_vector(arguments.maybe("seqlens_expanded"));
   fill.nsa_cache_seqlens = output_vector(nsa_cache_seqlens);
   fill.nsa_cu_seqlens_k = output_vector(arguments.tensor("nsa_cu_seqlens_k"));
-  fill.ctx_lens = output_vector(arguments.maybe("ctx_lens"));
+  const MaybeTensor ctx_lens = arguments.maybe("ctx_lens");
+  if (has_columns(ctx_lens)) {
+    fill.ctx_lens_by_request = output_table(*ctx_lens);
+  } else {
+    fill.ctx_lens = output_vector(ctx_lens);
+  }
   fill.row_count = output_vector(arguments.maybe("row_count"));
   fill.page_table_1 = page_table(arguments.maybe("page_table_1"), 1, fill.req_to_token);
   fill.real_page_table = page_table(arguments.maybe("real_page_table"),

@@ -105,6 +105,16 @@ NSA_INLINE void store_live_row(const Fill& fill, int64_t row, const Request& req
             before.clamped + clamped_sum(request, j + 1, fill.index_topk));
 }
 
+// Whether ctx_lens and the schedule go by requests, not by rows. Of an empty batch it does not
+// matter: it has no address, and its schedule is the same.
+NSA_INLINE bool is_by_request(const Fill& fill) { return fill.ctx_lens_by_request.data != nullptr; }
+
+// ctx_lens of row j of request r, by request.
+NSA_INLINE void store_context(const Fill& fill, int64_t r, int64_t j, int32_t length) {
+  const OutputTable& out = fill.ctx_lens_by_request;
+  out.data[r * out.row_stride + j * out.column_stride] = length;
+}
+
 NSA_INLINE void store_sum_starts(const Fill& fill) {
   store(fill.cu_seqlens_k, 0, 0);
   store(fill.nsa_cu_seqlens_k, 0, 0);
@@ -164,6 +174,11 @@ inline uint32_t longest_row(int64_t rows) {
 NSA_INLINE uint32_t segments_of(const Schedule& schedule, uint32_t expanded_length) {
   const uint32_t length = expanded_length < schedule.longest ? expanded_length : schedule.longest;
   return (length + kSegment - 1) / kSegment;
+}
+
+// The same of a request whose q rows all have the segments of its last one.
+NSA_INLINE uint32_t segments_of_request(const Schedule& schedule, int32_t length, uint32_t q) {
+  return q * segments_of(schedule, expanded_length(length, 0));
 }
 
 // The first of the `total` segments that is processor p's. total % processors of the processors get

@@ -20,24 +20,31 @@ void copy_table(const Fill& fill, const PageTable& table, int64_t r, int64_t fir
   }
 }
 
-uint32_t segments_of_row(const Fill& fill, int64_t row) {
+// Of the `rows` rows from `row` on, which all have the segments of the last one.
+uint32_t segments_of_item(const Fill& fill, int64_t row, int64_t rows) {
   const int64_t q = fill.rows_per_request;
-  const uint32_t rows_after = static_cast<uint32_t>(q - 1 - row % q);
-  return segments_of(fill.schedule, expanded_length(length_of(fill, row / q), rows_after));
+  const uint32_t rows_after = static_cast<uint32_t>(q - 1 - (row + rows - 1) % q);
+  const int32_t length = length_of(fill, row / q);
+  return static_cast<uint32_t>(rows) *
+         segments_of(fill.schedule, expanded_length(length, rows_after));
 }
 
+// A processor begins with a segment of an item, all of whose rows it takes there: a row or, by
+// request, a request.
 void fill_schedule(const Fill& fill) {
   const Schedule& schedule = fill.schedule;
+  const int64_t rows = is_by_request(fill) ? fill.rows_per_request : 1;
   uint32_t total = 0;
-  for (int64_t row = 0; row < fill.rows; ++row) total += segments_of_row(fill, row);
+  for (int64_t row = 0; row < fill.rows; row += rows) total += segments_of_item(fill, row, rows);
   int64_t row = 0;
   uint32_t before = 0;
   for (uint32_t p = 0; p <= schedule.processors.value; ++p) {
     const uint32_t start = schedule_start(schedule, total, p);
-    for (; row < fill.rows && before + segments_of_row(fill, row) <= start; ++row) {
-      before += segments_of_row(fill, row);
+    for (; row < fill.rows && before + segments_of_item(fill, row, rows) <= start; row += rows) {
+      before += segments_of_item(fill, row, rows);
     }
-    store_schedule(schedule, p, row, row < fill.rows ? start - before : 0);
+    const uint32_t segment = (start - before) / static_cast<uint32_t>(rows);
+    store_schedule(schedule, p, row, row < fill.rows ? segment : 0);
   }
 }
 
@@ -53,6 +60,7 @@ void fill_on_cpu(const Fill& fill) {
     store_request(fill, r, request.length, after.lengths);
     for (int64_t row = before.row; row < after.row; ++row) {
       store_live_row(fill, row, request, before);
+      if (is_by_request(fill)) store_context(fill, r, row - before.row, request.length);
     }
     copy_table(fill, fill.real_page_table, r, before.row, after.row);
     copy_table(fill, fill.page_table_1, r, before.row, after.row);

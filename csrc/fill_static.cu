@@ -79,6 +79,7 @@ __device__ void fill_requests(const Fill& fill, uint32_t block) {
   }
 }
 
+template <bool kByRequest>
 __device__ void fill_rows(const StaticFill& launch, uint32_t block) {
   const Fill& fill = launch.fill;
   const Divisor q = launch.rows_per_request;
@@ -101,13 +102,24 @@ __device__ void fill_rows(const StaticFill& launch, uint32_t block) {
     }
   });
   const uint32_t sum = scan_block(min(expanded, topk), before);
-  if (enabled && row < fill.rows) store_row(fill, row, expanded, sum);
+  if (enabled && row < fill.rows) {
+    store_row(fill, row, expanded, sum);
+    if constexpr (kByRequest) store_context(fill, r, row - r * q.value, length_of(fill, r));
+  }
+}
+
+// Segments up to the end of each thread's requests. One array for both kinds of schedule.
+__device__ auto& schedule_ends() {
+  __shared__ uint32_t ends[kThreads];
+  return ends;
 }
 
 // Each thread adds up the segments of `per_thread` neighbouring requests. Then each processor finds
-// the thread whose requests hold its first segment, and walks through their rows.
+// the thread whose requests hold its first segment, and walks through their rows or, by request,
+// through the requests.
+template <bool kByRequest>
 __device__ void fill_schedule(const StaticFill& launch) {
-  __shared__ uint32_t ends[kThreads];
+  auto& ends = schedule_ends();
   const Fill& fill = launch.fill;
   const Schedule& schedule = fill.schedule;
   const uint32_t q = static_cast<uint32_t>(fill.rows_per_request);
@@ -118,8 +130,12 @@ __device__ void fill_schedule(const StaticFill& launch) {
   for (uint32_t i = 0; i < per_thread; ++i) {
     const uint32_t r = threadIdx.x * per_thread + i;
     const int32_t length = r < fill.requests ? length_of(fill, r) : 0;
-    for (uint32_t rows_after = 0; rows_after < q; ++rows_after) {
-      own += segments_of(schedule, expanded_length(length, rows_after));
+    if constexpr (kByRequest) {
+      own += segments_of_request(schedule, length, q);
+    } else {
+      for (uint32_t rows_after = 0; rows_after < q; ++rows_after) {
+        own += segments_of(schedule, expanded_length(length, rows_after));
+      }
     }
   }
   ends[threadIdx.x] = scan_block(own, 0);
@@ -136,14 +152,23 @@ __device__ void fill_schedule(const StaticFill& launch) {
     const uint32_t holder = find_by_thread<true>(start, [&](uint32_t i) { return ends[i]; });
     uint32_t skipped = start - (holder == 0 ? 0 : ends[holder - 1]);
     uint32_t row = holder * per_thread * q;
-    for (bool found = false; !found;) {
-      const int32_t length = length_of(fill, divide(row, launch.rows_per_request));
-      for (uint32_t rows_after = q; rows_after > 0 && !found;) {
-        const uint32_t segments = segments_of(schedule, expanded_length(length, --rows_after));
-        found = skipped < segments;
-        if (found) break;
+    if constexpr (kByRequest) {
+      for (uint32_t r = holder * per_thread;; ++r, row += q) {
+        const uint32_t segments = segments_of_request(schedule, length_of(fill, r), q);
+        if (skipped < segments) break;
         skipped -= segments;
-        ++row;
+      }
+      skipped = divide(skipped, launch.rows_per_request);
+    } else {
+      for (bool found = false; !found;) {
+        const int32_t length = length_of(fill, divide(row, launch.rows_per_request));
+        for (uint32_t rows_after = q; rows_after > 0 && !found;) {
+          const uint32_t segments = segments_of(schedule, expanded_length(length, --rows_after));
+          found = skipped < segments;
+          if (found) break;
+          skipped -= segments;
+          ++row;
+        }
       }
     }
     store_schedule(schedule, p, row, skipped);
@@ -219,7 +244,7 @@ __device__ void fill_tables(const StaticFill& launch, int block) {
 }
 
 // Table blocks are the most, so they are asked for first, by one comparison.
-template <TokenCopyMode kMode>
+template <TokenCopyMode kMode, bool kByRequest>
 static __global__ void __launch_bounds__(kThreads, kMode == TokenCopyMode::kSharedChunks
                                                        ? kResidentSharingBlocksPerSm
                                                        : kResidentBlocksPerSm)
@@ -230,22 +255,23 @@ static __global__ void __launch_bounds__(kThreads, kMode == TokenCopyMode::kShar
   } else if (block < launch.rows_begin) {
     fill_requests(launch.fill, block);
   } else if (block < launch.schedule_begin) {
-    fill_rows(launch, block - launch.rows_begin);
+    fill_rows<kByRequest>(launch, block - launch.rows_begin);
   } else {
-    fill_schedule(launch);
+    fill_schedule<kByRequest>(launch);
   }
 }
 
+template <bool kByRequest>
 auto kernel_of(TokenCopyMode mode) {
   switch (mode) {
     case TokenCopyMode::kNone:
-      return fill_static_kernel<TokenCopyMode::kNone>;
+      return fill_static_kernel<TokenCopyMode::kNone, kByRequest>;
     case TokenCopyMode::kSmallChunks:
-      return fill_static_kernel<TokenCopyMode::kSmallChunks>;
+      return fill_static_kernel<TokenCopyMode::kSmallChunks, kByRequest>;
     case TokenCopyMode::kChunks:
-      return fill_static_kernel<TokenCopyMode::kChunks>;
+      return fill_static_kernel<TokenCopyMode::kChunks, kByRequest>;
     default:
-      return fill_static_kernel<TokenCopyMode::kSharedChunks>;
+      return fill_static_kernel<TokenCopyMode::kSharedChunks, kByRequest>;
   }
 }
 
@@ -315,7 +341,8 @@ StaticFill static_fill(const Fill& fill, int sms) {
 }
 
 int fill_static_on_cuda(const StaticFill& launch, void* stream) {
-  const auto kernel = kernel_of(launch.token_copy_mode);
+  const TokenCopyMode mode = launch.token_copy_mode;
+  const auto kernel = is_by_request(launch.fill) ? kernel_of<true>(mode) : kernel_of<false>(mode);
   kernel<<<launch.blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch);
   return cudaGetLastError();
 }

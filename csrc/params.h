@@ -43,6 +43,12 @@ struct OutputVector {
   int64_t stride;
 };
 
+struct OutputTable {
+  int32_t* data;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
 // How a GPU copies page_table_1. Pages of more than one token are always copied one by one.
 enum class CopyWidth : int {
   kCells,          // one by one
@@ -92,6 +98,8 @@ struct Fill {
   OutputVector nsa_cu_seqlens_k;
   OutputVector ctx_lens;
   OutputVector row_count;
+  // ctx_lens [bs, q] of a fill by request, see is_by_request; then the vector above is left out.
+  OutputTable ctx_lens_by_request;
 };
 
 // How page_table_1 is copied in a uniform batch. Each mode has a kernel of its own, so that the

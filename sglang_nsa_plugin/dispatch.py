@@ -126,7 +126,21 @@ def why_unavailable(name: str, device: torch.device) -> str | None:
         why_not: str | None = module.why_unavailable()
         if why_not is not None:
             return why_not
-    return self_test.why_failed(module.bind, device, getattr(module, "ERRORS", ()))
+    return self_test.why_failed(module.bind, device, _errors_of(module))
+
+
+def why_wrong_by_request(name: str, device: torch.device) -> str | None:
+    """How an implementation that runs on ``device`` differs from the reference by request, or None.
+
+    Not asked by :func:`choose`: no other fill runs that code.
+    """
+    module = _module(name)
+    return self_test.why_failed(module.bind, device, _errors_of(module), by_request=True)
+
+
+def _errors_of(module: object) -> tuple[type[Exception], ...]:
+    errors: tuple[type[Exception], ...] = getattr(module, "ERRORS", ())
+    return errors
 
 
 @functools.cache

@@ -30,6 +30,7 @@ class FillArgs:
     nsa_cache_seqlens   [rows]                min(seqlens_expanded, index_topk)
     nsa_cu_seqlens_k    [rows + 1]            0, then running sums of nsa_cache_seqlens
     ctx_lens            [rows] or [rows, 1]   seqlens_expanded
+    ctx_lens            [bs, q], q > 1        L in each column: the fill is *by request*
     page_table_1        [rows, columns]       req_to_token[req_pool_indices[r], c] for c < L
     real_page_table     [rows, pages]         req_to_token[..., p * page] // page for p * page < L
     row_count           [1]                   rows in use: min(sum of q, rows)
@@ -70,6 +71,11 @@ class FillArgs:
     after the first ``p * (n // P) + min(p, n % P)`` segments; with ``mqa_remainder_last`` the last
     processors take the remainder, not the first: ``p * (n // P) + max(p - P + n % P, 0)``. The end of
     the segments is ``(rows, 0)``. Of a row at most ``256 * ((2**31 - 1) // rows)`` tokens count.
+
+    By request, each of a request's q rows has the ``s = ceil(max(L, 0) / 256)`` segments of its last
+    one, and the processor that takes a segment takes it of all q rows. So a processor that begins after
+    the first b of a request's ``q * s`` segments has ``(first(r), b // q)`` in the schedule. This is
+    what DeepGEMM does on SM100 where it is given [bs, q] lengths.
 
     Rows: a uniform batch has exactly ``bs * extend_lens`` rows. For a ragged batch the outputs decide
     how many there are: rows after those of the last request get length 0, and requests that do not fit
@@ -139,6 +145,11 @@ class FillArgs:
     def rows(self) -> int:
         """Number of rows of the outputs."""
         return self.bs if self.seqlens_expanded is None else self.seqlens_expanded.shape[0]
+
+    @property
+    def is_by_request(self) -> bool:
+        """Whether ``ctx_lens`` and ``mqa_schedule`` go by requests, not by rows."""
+        return self.ctx_lens is not None and self.ctx_lens.dim() == 2 and self.ctx_lens.shape[1] > 1
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The input tensors that are not None, by name."""
@@ -317,9 +328,20 @@ def _validate_shapes(args: FillArgs) -> None:
         "enabled": 1,
     }.items():
         validate_shape(name, getattr(args, name), (size,), f"bs={bs}, rows={rows}")
-    if args.ctx_lens is not None:
-        shape = (rows,) if args.ctx_lens.dim() == 1 else (rows, 1)
-        validate_shape("ctx_lens", args.ctx_lens, shape, f"bs={bs}, rows={rows}")
+    _validate_ctx_lens(args)
+
+
+def _validate_ctx_lens(args: FillArgs) -> None:
+    if args.ctx_lens is None:
+        return
+    shapes = [(args.rows,) if args.ctx_lens.dim() == 1 else (args.rows, 1)]
+    if args.ctx_lens.dim() == 2 and isinstance(args.extend_lens, int) and args.extend_lens > 1:
+        shapes.append((args.bs, args.extend_lens))
+    if tuple(args.ctx_lens.shape) not in shapes:
+        raise ValueError(
+            f"ctx_lens: shape must be {' or '.join(map(str, shapes))} for bs={args.bs}, "
+            f"rows={args.rows}, got {tuple(args.ctx_lens.shape)}"
+        )
 
 
 def validate_shape(name: str, value: object, shape: tuple[int, ...], sizes: str) -> None:

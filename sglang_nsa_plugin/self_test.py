@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,13 +24,15 @@ def why_failed(
     bind: Callable[[FillArgs], Callable[[], None]],
     device: torch.device,
     errors: tuple[type[Exception], ...],
+    by_request: bool = False,
 ) -> str | None:
     """How an implementation differs from the reference or cannot run, or None.
 
+    ``by_request`` tests such fills alone; an implementation that fails them fills all others.
     ``errors`` are the implementation's own exceptions, besides RuntimeError, that mean it cannot run.
     """
-    for ragged, times in ((False, 1), (True, 1), (False, MANY), (True, MANY)):
-        actual, expected = (small_case(device, ragged, times) for _ in range(2))
+    for times, ragged in itertools.product((1, MANY), (False,) if by_request else (False, True)):
+        actual, expected = (small_case(device, ragged, times, by_request) for _ in range(2))
         reference.fill(expected)
         why_not = _why_unlike(actual, expected, bind, errors)
         if why_not is not None:
@@ -69,7 +72,7 @@ def _why_unlike(
     return None
 
 
-def small_case(device: torch.device, ragged: bool, times: int = 1) -> FillArgs:
+def small_case(device: torch.device, ragged: bool, times: int = 1, by_request: bool = False) -> FillArgs:
     """Four requests with the edges that matter, all outputs poisoned.
 
     L < q, L = 0, L over the top-k, L over the table, a request outside the pool and, in a ragged batch,
@@ -92,6 +95,9 @@ def small_case(device: torch.device, ragged: bool, times: int = 1) -> FillArgs:
         mqa_schedule=torch.full((6, 2), POISON, dtype=torch.int32, device=device),
         mqa_remainder_last=times > 1,
     )
+    if by_request:
+        lengths = torch.full((requests, 3), POISON, dtype=torch.int32, device=device)
+        return replace(args, ctx_lens=lengths)
     if not ragged:
         return args
     row_count = torch.full((1,), POISON, dtype=torch.int32, device=device)

@@ -49,6 +49,7 @@ class Case:
     rows: int | None = None  # of a ragged batch; None: as many as it needs
     expanded: bool = True  # whether seqlens_expanded is filled
     ctx_dims: int = 0
+    by_request: bool = False  # whether ctx_lens is [bs, q], whatever ctx_dims is
     row_count: bool = False
     processors: int | None = None  # of mqa_schedule
     remainder_last: bool = False
@@ -98,7 +99,9 @@ class Case:
         }
         if self.expanded:
             shapes["seqlens_expanded"] = (rows,)
-        if self.ctx_dims:
+        if self.by_request and isinstance(self.extend_lens, int):
+            shapes["ctx_lens"] = (bs, self.extend_lens)
+        elif self.ctx_dims:
             shapes["ctx_lens"] = (rows,) if self.ctx_dims == 1 else (rows, 1)
         if self.width is not None:
             shapes["page_table_1"] = (rows, self.width)
@@ -220,6 +223,7 @@ def expect(args: FillArgs) -> dict[str, np.ndarray]:
     if args.enabled is not None and int(args.enabled) == 0:
         return out
     row = sum_of_lengths = sum_of_clamped = 0
+    by_request = "ctx_lens" in out and out["ctx_lens"].ndim == 2 and out["ctx_lens"].shape[1] > 1
     lengths_of_rows: list[int] = []
     out["cu_seqlens_k"][0] = out["nsa_cu_seqlens_k"][0] = 0
     for r, (length, q) in enumerate(_requests(args)):
@@ -231,7 +235,11 @@ def expect(args: FillArgs) -> dict[str, np.ndarray]:
             expanded = max(length - q + 1 + j, 0)
             sum_of_clamped += min(expanded, args.index_topk)
             _set_row(out, row, expanded, args.index_topk, sum_of_clamped)
-            lengths_of_rows.append(expanded)
+            if by_request:
+                out["ctx_lens"][r, j] = length
+            elif "ctx_lens" in out:
+                out["ctx_lens"][row] = expanded
+            lengths_of_rows.append(max(length, 0) if by_request else expanded)
             _copy_pages(out.get("page_table_1"), row, slots, length, 1)
             _copy_pages(out.get("real_page_table"), row, slots, length, args.page_size)
             row += 1
@@ -239,13 +247,23 @@ def expect(args: FillArgs) -> dict[str, np.ndarray]:
         out["row_count"][0] = row
     for rest in range(row, args.rows):
         _set_row(out, rest, 0, args.index_topk, sum_of_clamped)
+        if "ctx_lens" in out:
+            out["ctx_lens"][rest] = 0
     if "mqa_schedule" in out:
-        _set_schedule(out["mqa_schedule"], lengths_of_rows, args.mqa_remainder_last)
+        together = args.extend_lens if by_request else 1
+        assert isinstance(together, int)
+        _set_schedule(out["mqa_schedule"], lengths_of_rows, args.mqa_remainder_last, together)
     return out
 
 
-def _set_schedule(schedule: np.ndarray, lengths: Sequence[int], remainder_last: bool) -> None:
-    """Deals the segments out one by one: each processor is given its share, and begins at its first."""
+def _set_schedule(
+    schedule: np.ndarray, lengths: Sequence[int], remainder_last: bool, together: int
+) -> None:
+    """Deals the segments out one by one: each processor is given its share, and begins at its first.
+
+    ``together`` neighbouring rows of one length are dealt out side by side: first segment 0 of each of
+    them, then segment 1. A processor that begins amid them begins with the segment anew.
+    """
     rows = len(lengths)
     longest = (2**31 - 1) // max(rows, 1) * 256
     segments = [-(-min(length, longest) // 256) for length in lengths]
@@ -253,10 +271,10 @@ def _set_schedule(schedule: np.ndarray, lengths: Sequence[int], remainder_last: 
     share, longer = divmod(sum(segments), processors)
     row = segment = 0
     for p in range(processors + 1):
-        while row < rows and segment >= segments[row]:
-            segment -= segments[row]
-            row += 1
-        schedule[p] = (row, segment if row < rows else 0)
+        while row < rows and segment >= together * segments[row]:
+            segment -= together * segments[row]
+            row += together
+        schedule[p] = (row, segment // together if row < rows else 0)
         takes_more = p >= processors - longer if remainder_last else p < longer
         segment += share + takes_more
 
@@ -277,9 +295,8 @@ def _requests(args: FillArgs) -> list[tuple[int, int]]:
 def _set_row(out: dict[str, np.ndarray], row: int, expanded: int, topk: int, sums: int) -> None:
     out["nsa_cache_seqlens"][row] = min(expanded, topk)
     out["nsa_cu_seqlens_k"][row + 1] = to_int32(sums)
-    for name in ("seqlens_expanded", "ctx_lens"):
-        if name in out:
-            out[name][row] = expanded
+    if "seqlens_expanded" in out:
+        out["seqlens_expanded"][row] = expanded
 
 
 def _slots_of(args: FillArgs, r: int) -> np.ndarray:

@@ -81,6 +81,7 @@ def random_case(rng: Random, scale: Scale) -> Case:
         shared=shared,
         processors=rng.choice([None, 1, 2, 78, 132, 300]) if uniform else None,
         remainder_last=happens(rng, 0.5),
+        by_request=uniform and q > 1 and happens(rng, 0.3),
         **_optional_vectors(rng, scale),
     )
 

@@ -345,6 +345,18 @@ def test_shape_of_ctx_lens(valid: dict, shape: tuple) -> None:
     refused(ValueError, message, valid | {"ctx_lens": int32(*shape)})
 
 
+def test_context_lengths_by_request_have_a_column_for_each_row(valid: dict) -> None:
+    uniform = valid | {"extend_lens": 3}
+    for shape, by_request in {(2, 3): True, (6, 1): False, (6,): False}.items():
+        assert FillArgs(**uniform | {"ctx_lens": int32(*shape)}).is_by_request is by_request
+    assert not FillArgs(**uniform).is_by_request
+    for wrong in ((2, 2), (2, 4), (3, 3), (6, 3)):
+        message = f"ctx_lens: shape must be (6, 1) or (2, 3) for bs=2, rows=6, got {wrong}"
+        refused(ValueError, message, uniform | {"ctx_lens": int32(*wrong)})
+    message = "ctx_lens: shape must be (6, 1) for bs=2, rows=6, got (2, 3)"
+    refused(ValueError, message, valid | {"ctx_lens": int32(2, 3)})  # ragged
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (0, 2), (3, 1), (3, 3)])
 def test_shape_of_mqa_schedule(valid: dict, shape: tuple) -> None:
     uniform = valid | {"extend_lens": 3}

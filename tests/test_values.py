@@ -603,3 +603,67 @@ def test_schedules_of_many_requests(fill_backend: Backend, tile: int) -> None:
 def test_schedules_of_extreme_lengths(fill_backend: Backend, length: int) -> None:
     for lengths in ([length], [length, 300, length], [length] * 70):
         fill_backend.check(Case(seq_lens=lengths, extend_lens=4, processors=132))
+
+
+# By request: lengths [bs, q], as DeepGEMM's kernels for several tokens of a request take them (SM100)
+
+
+@pytest.mark.parametrize("q", range(2, 9))
+def test_context_lengths_by_request(fill_backend: Backend, q: int) -> None:
+    """Verify of q draft tokens: each column is the length with all of them, not that of its row."""
+    case = Case(seq_lens=[18, 0, -q, 300, -q - 1], length_offset=q, extend_lens=q, by_request=True)
+    out = values_of(fill_backend.check(replace(case, row_count=True, **BOTH_TABLES)))
+    assert out["ctx_lens"] == [[18 + q] * q, [q] * q, [0] * q, [300 + q] * q, [-1] * q]
+    assert out["cache_seqlens"] == [18 + q, q, 0, 300 + q, -1]
+    assert out["seqlens_expanded"][: 2 * q] == [*range(19, 19 + q), *range(1, 1 + q)]
+
+
+@pytest.mark.parametrize("remainder_last", [False, True])
+@pytest.mark.parametrize("processors", [1, 2, 7, 148, 300])
+@pytest.mark.parametrize("q", [2, 3, 4, 7])
+def test_schedules_by_request(
+    fill_backend: Backend, q: int, processors: int, remainder_last: bool
+) -> None:
+    lengths = [0, 1, 255, 256, 257, 0, 40_000, 512, 513, -3, 0]
+    case = Case(seq_lens=lengths, extend_lens=q, by_request=True)
+    fill_backend.check(replace(case, processors=processors, remainder_last=remainder_last))
+
+
+def test_a_schedule_by_request_begins_where_all_rows_do(fill_backend: Backend) -> None:
+    """2, 0 and 3 segments, each of 2 rows: 10 for four processors, 3, 3, 2 and 2."""
+    case = Case(seq_lens=[300, 0, 600], extend_lens=2, by_request=True, processors=4)
+    # the second begins with the second row of segment 1, so with segment 1; the third amid segment 1
+    starts = [[0, 0], [0, 1], [4, 1], [4, 2], [6, 0]]
+    assert values_of(fill_backend.check(case))["mqa_schedule"] == starts
+    last = replace(case, remainder_last=True)  # 2, 2, 3 and 3
+    assert values_of(fill_backend.check(last))["mqa_schedule"] == [
+        [0, 0],
+        [0, 1],
+        [4, 0],
+        [4, 1],
+        [6, 0],
+    ]
+
+
+def test_schedules_by_request_of_many_requests(fill_backend: Backend, tile: int) -> None:
+    lengths = [(r * 7919) % 3000 * (r % 5 > 0) for r in range(2 * tile + 3)]
+    case = Case(seq_lens=lengths, extend_lens=3, by_request=True, processors=132)
+    fill_backend.check(case)
+
+
+@pytest.mark.parametrize("length", [INT32_MAX, INT32_MIN, -1])
+def test_schedules_by_request_of_extreme_lengths(fill_backend: Backend, length: int) -> None:
+    case = Case(seq_lens=[length, 5, length], extend_lens=4, by_request=True, processors=7)
+    fill_backend.check(case)
+
+
+@pytest.mark.parametrize("layout", [Layout(offset=1, step=2, gap=3), Layout(offset=3, gap=1)])
+def test_context_lengths_by_request_with_strides(fill_backend: Backend, layout: Layout) -> None:
+    case = Case(seq_lens=[9, 30, 4], extend_lens=4, by_request=True, processors=3, enabled=1)
+    fill_backend.check(replace(case, layouts={"ctx_lens": layout, "mqa_schedule": layout}))
+
+
+def test_a_disabled_fill_by_request_writes_nothing(fill_backend: Backend) -> None:
+    case = Case(seq_lens=[9, 30], extend_lens=4, by_request=True, processors=3, enabled=0)
+    out = values_of(fill_backend.check(case))
+    assert {cell for row in out["ctx_lens"] for cell in row} == {POISON}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin import dispatch, options
-from sglang_nsa_plugin.adapters import fields, kpool, mqa_schedule
+from sglang_nsa_plugin.adapters import by_request, fields, kpool, mqa_schedule
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
 from sglang_nsa_plugin.adapters.outcome import Outcome
 from sglang_nsa_plugin.adapters.roles import Inputs, Role
@@ -74,11 +74,12 @@ class GraphFill:
         return all(map(torch.equal, (seq_lens, req_pool_indices), self._inputs[:2]))
 
 
-def _validate_ctx_lens(ctx_lens: torch.Tensor | None, rows: int) -> None:
-    if ctx_lens is not None and ctx_lens.shape != (rows, 1):
+def _validate_ctx_lens(ctx_lens: torch.Tensor | None, rows: int, columns: int) -> None:
+    wanted = (rows // columns, columns)
+    if ctx_lens is not None and ctx_lens.shape != wanted:
         raise ValueError(
-            f"paged_mqa_ctx_lens_2d: must be [{rows}, 1], got {list(ctx_lens.shape)}; the plugin does "
-            "not fill the context lengths of DeepGEMM's multi-token kernels (SM100's target-verify)"
+            f"paged_mqa_ctx_lens_2d: must be {list(wanted)}, as SGLang laid it out at the start, got "
+            f"{list(ctx_lens.shape)}"
         )
 
 
@@ -118,6 +119,7 @@ class BackendFills:
             asking the mode costs more.
         fast_path: by batch size, the inputs that were validated last. A replay with the same ones skips
             validation. Empty while the fill is switched off, and where each replay has more to do.
+        columns: of DeepGEMM's context lengths; more than one where they go by requests.
         remainder_last: of DeepGEMM's schedule; None leaves the schedule to DeepGEMM.
         drops_wide_tables: whether graphs do without the wide page table where nothing reads it.
     """
@@ -140,7 +142,8 @@ class BackendFills:
         self.kpool = kpool.KPoolFill(backend, role, choice.bind_kpool) if is_pooled else None
         self.outcome = outcome
         self.drops_wide_tables = drops_wide_tables
-        self.remainder_last = mqa_schedule.remainder_last(backend, choice.bind)
+        self.columns = by_request.columns_of(backend, role)
+        self.remainder_last = by_request.remainder_last(backend, self.columns, choice)
         self.captured: dict[int, GraphFill] = {}
         self.fast_path: dict[int, Hit] = {}
         self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
@@ -311,7 +314,7 @@ class BackendFills:
         outputs = fields.read(metadata, fields.DSA, fields.DSA)
         # SGLang builds the context lengths as a view of the expanded lengths: one write serves both.
         ctx_lens = outputs["ctx_lens"]
-        _validate_ctx_lens(ctx_lens, rows * batch.batch_size)
+        _validate_ctx_lens(ctx_lens, rows * batch.batch_size, self.columns)
         if ctx_lens is not None and ctx_lens.data_ptr() == outputs["seqlens_expanded"].data_ptr():
             outputs["ctx_lens"] = None
         if outputs["seqlens_expanded"] is outputs["cache_seqlens"]:  # with one row per request

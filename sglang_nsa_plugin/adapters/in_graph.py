@@ -252,6 +252,10 @@ _NEEDS = (
     Sets(_BACKEND, ("decode_cuda_graph_metadata",)),
     Sets(_RUNNER, ("draft_extend_attn_backend", "model_runner", "bs")),
 )
+_LAYS_OUT = Call(
+    f"{_BACKEND}._build_paged_mqa_schedule_2d_ctx_lens",
+    ("self", "forward_mode", "cache_seqlens_int32", "seqlens_expanded", "batch_size"),
+)
 # SGLang 0.5.13 and 0.5.14 have graphs of draft-decode and verify, and none of draft-extend, which the
 # eager adapter fills. Its hook on the backend's constructor calls `consider_target`.
 BEFORE_0_5_15 = {
@@ -259,6 +263,7 @@ BEFORE_0_5_15 = {
         _STEP_HOOKS,
         (
             Call(f"{_FORWARD_BATCH}.ForwardMode.is_target_verify", ("self",)),
+            _LAYS_OUT,
             Sets(_BACKEND, ("decode_cuda_graph_metadata",)),
         ),
     ),
@@ -270,7 +275,7 @@ ADAPTER = Adapter(
     Parts(_HOOKS, _NEEDS),
     TAKEOVERS,
     why_unfilled,
-    parts={DRAFT_DECODE: draft_decode.PARTS},
+    parts={DRAFT_DECODE: draft_decode.PARTS, VERIFY: Parts(needs=(_LAYS_OUT,))},
     untried=(DECODE,),  # no server on a GPU has filled it yet
 )
 

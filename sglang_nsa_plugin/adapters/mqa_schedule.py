@@ -17,16 +17,20 @@ LONGEST = 163_840
 ROWS = (30, 512)  # of the ragged batches; DeepGEMM compiles one kernel for each 32 rows
 
 
-def remainder_last(backend: Any, bind: Callable[[FillArgs], Callable[[], None]]) -> bool | None:
+def remainder_last(
+    backend: Any, bind: Callable[[FillArgs], Callable[[], None]], columns: int = 1
+) -> bool | None:
     """The ``mqa_remainder_last`` with which ``bind`` writes what the installed DeepGEMM writes.
 
     Which processors take the segments that do not divide evenly depends on DeepGEMM's release and on the
     architecture. None where neither way gives DeepGEMM's schedule, and on the CPU, where SGLang makes
-    none: then the schedule is left to DeepGEMM.
+    none: then the schedule is left to DeepGEMM. ``columns`` are those of the context lengths; more than
+    one, and the schedule goes by requests, which SGLang asks for on a GPU alone.
     """
-    if backend.req_to_token.device.type != "cuda":
+    if columns == 1 and backend.req_to_token.device.type != "cuda":
         return None
-    theirs = [(lengths, _of_deep_gemm(backend, lengths)) for lengths in _batches(backend)]
+    batches = [lengths.view(-1, 1).expand(-1, columns).contiguous() for lengths in _batches(backend)]
+    theirs = [(lengths, _of_deep_gemm(backend, lengths)) for lengths in batches]
     for last in (True, False):
         if all(torch.equal(_of_fill(bind, lengths, like, last), like) for lengths, like in theirs):
             return last
@@ -59,7 +63,7 @@ def _batches(backend: Any) -> list[torch.Tensor]:
 def _of_deep_gemm(backend: Any, lengths: torch.Tensor) -> torch.Tensor:
     """The schedule by SGLang's own call, which sets it on an object that has none."""
     metadata = SimpleNamespace(paged_mqa_schedule_metadata=None)
-    refresh(backend, metadata, lengths.view(-1, 1))
+    refresh(backend, metadata, lengths)
     schedule: torch.Tensor = metadata.paged_mqa_schedule_metadata
     return schedule
 
@@ -73,19 +77,21 @@ def _of_fill(
     def output(size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, device=lengths.device)
 
-    rows = lengths.shape[0]
+    bs, columns = lengths.shape
+    rows = bs * columns
     args = FillArgs(
-        seq_lens=lengths,
+        seq_lens=lengths[:, 0],
         req_pool_indices=None,
         req_to_token=None,
-        extend_lens=1,
+        extend_lens=columns,
         index_topk=1,
         page_size=PAGE_SIZE,
-        cache_seqlens=output(rows),
-        cu_seqlens_k=output(rows + 1),
+        cache_seqlens=output(bs),
+        cu_seqlens_k=output(bs + 1),
         seqlens_expanded=output(rows),
         nsa_cache_seqlens=output(rows),
         nsa_cu_seqlens_k=output(rows + 1),
+        ctx_lens=torch.empty_like(lengths),
         mqa_schedule=torch.full_like(like, -1),
         mqa_remainder_last=last,
     )

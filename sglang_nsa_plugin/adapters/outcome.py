@@ -69,12 +69,18 @@ class Outcome:
         if self.phase is Phase.IDLE:
             self._set(Phase.IDLE, WAITING, adapter)
 
-    def report_active(self, adapter: str, choice: Choice, makes_schedule: bool | None = None) -> None:
+    def report_active(
+        self,
+        adapter: str,
+        choice: Choice,
+        makes_schedule: bool | None = None,
+        warning: str | None = None,
+    ) -> None:
         """The plugin fills a backend's metadata from now on.
 
         ``makes_schedule`` says whether the same launch makes DeepGEMM's schedule, or DeepGEMM itself;
-        None where no fill ever does. A server may have several such backends, of adaptive speculation
-        for example: the first is logged.
+        None where no fill ever does. ``warning`` is logged, too. A server may have several such
+        backends, of adaptive speculation for example: the first is logged.
         """
         if self.phase is not Phase.IDLE:
             return
@@ -92,6 +98,8 @@ class Outcome:
             choice.reason,
             schedule,
         )
+        if warning is not None:
+            logger.warning("sglang-nsa-plugin %s: %s", VERSION, warning)
 
     def why_not_switchable(self, on: bool) -> str | None:
         """Why the fill cannot be switched in service, or None. Only an active fill can."""

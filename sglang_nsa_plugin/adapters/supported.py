@@ -37,6 +37,7 @@ ONE_STEP = "with one speculative step SGLang has no draft-decode graph"
 # recorded, and right after it records the event that frees req_to_token, which the scheduler waits for
 # (0.5.18 l. 1155-1156, 0.5.19 l. 1190-1191, 0.5.20 l. 1148-1149, 0.5.21 l. 1180-1181, 0.5.22 l.
 # 1273-1274, 0.5.23 l. 638-639). 0.5.14 to 0.5.17 record it before the replay (0.5.17 l. 1230-1231).
+# Without external events 0.5.18 to 0.5.21 would do so, too; each torch that they take has them for CUDA.
 READ_ENDS = Call(
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.shared_read_ends", ("self", "fm")
 )

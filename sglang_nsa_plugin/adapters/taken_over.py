@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin import dispatch
-from sglang_nsa_plugin.adapters import fields, kpool, wide_tables
+from sglang_nsa_plugin.adapters import by_request, fields, kpool, wide_tables
 from sglang_nsa_plugin.adapters.adapter import SET_UP_ERRORS, Request, Takeover
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills, CaptureError, is_capturing
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
@@ -49,6 +49,8 @@ def consider(
         return
     why_not = why_unsupported(owner, model_runner) or kpool.why_untried(backend, request)
     if why_not is None:
+        why_not = by_request.why_not_named(backend, role, request.is_named)
+    if why_not is None:
         _take_over(owner, backend, request, role, takeover)
     else:
         takeover.outcome.step_aside(request.asked_for, why_not)
@@ -74,7 +76,8 @@ def _take_over(owner: Any, backend: Any, request: Request, role: Role, takeover:
     setattr(owner, ATTRIBUTE, fills)
     setattr(owner, FAST_PATH, fills.fast_path)
     takeover.add(owner)
-    takeover.outcome.report_active(NAME, choice, fills.remainder_last is not None)
+    warning = by_request.warning(fills.columns, role)
+    takeover.outcome.report_active(NAME, choice, fills.remainder_last is not None, warning)
 
 
 def hand_back(owner: Any) -> None:

@@ -44,14 +44,14 @@ def fill(args: FillArgs) -> None:
     if args.seqlens_expanded is not None:
         write(args.seqlens_expanded, expanded)
     if args.ctx_lens is not None:
-        write(args.ctx_lens, expanded.view(args.ctx_lens.shape))
+        of_requests = length[:, None].expand(args.bs, args.ctx_lens.shape[-1])
+        write(args.ctx_lens, of_requests if args.is_by_request else expanded.view(args.ctx_lens.shape))
     if args.row_count is not None:
         write(args.row_count, q.sum().clamp(max=args.rows).view(1))
     if args.mqa_schedule is not None:
-        write(
-            args.mqa_schedule,
-            schedule(expanded, args.mqa_schedule.shape[0] - 1, args.mqa_remainder_last),
-        )
+        items, rows_of_item = _items(args, length, expanded)
+        processors, last = args.mqa_schedule.shape[0] - 1, args.mqa_remainder_last
+        write(args.mqa_schedule, schedule(items, processors, last, rows_of_item))
     if args.page_table_1 is not None:
         _write_table(args, write, args.page_table_1, 1, request, in_use, length)
     if args.real_page_table is not None:
@@ -64,15 +64,27 @@ def _rows_per_request(args: FillArgs) -> torch.Tensor:
     return args.extend_lens.to(torch.int64).clamp(0, INT32_MAX)
 
 
+def _items(args: FillArgs, length: torch.Tensor, expanded: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The lengths of what the schedule deals out, rows or requests, and how many rows each has."""
+    if not args.is_by_request or args.bs == 0:
+        return expanded, 1
+    return length.clamp(min=0), args.rows // args.bs
+
+
 def running_sums(values: torch.Tensor) -> torch.Tensor:
     """0, then the sums up to each value."""
     return torch.cat([values.new_zeros(1), torch.cumsum(values, dim=0)])
 
 
-def schedule(lengths: torch.Tensor, processors: int, remainder_last: bool) -> torch.Tensor:
-    """The row and segment where each processor begins, and the end of all segments."""
-    rows = lengths.shape[0]
-    segments = (lengths.clamp(max=longest_row(rows)) + SEGMENT - 1) // SEGMENT
+def schedule(
+    lengths: torch.Tensor, processors: int, remainder_last: bool, rows: int = 1
+) -> torch.Tensor:
+    """The row and segment where each processor begins, and the end of all segments.
+
+    ``lengths`` are those of the items that are dealt out: rows or, with so many ``rows`` each, requests.
+    """
+    items = lengths.shape[0]
+    segments = rows * ((lengths.clamp(max=longest_row(items * rows)) + SEGMENT - 1) // SEGMENT)
     ends = running_sums(segments)
     total = ends[-1]
     p = torch.arange(processors + 1, device=lengths.device)
@@ -81,9 +93,9 @@ def schedule(lengths: torch.Tensor, processors: int, remainder_last: bool) -> to
         (p - processors + longer).clamp(min=0) if remainder_last else torch.minimum(p, longer)
     )
     begin = p * (total // processors) + longer_before
-    row = torch.searchsorted(ends[1:].contiguous(), begin, right=True)
-    segment = torch.where(row < rows, begin - ends[row], 0)
-    return torch.stack([row, segment], dim=1)
+    item = torch.searchsorted(ends[1:].contiguous(), begin, right=True)
+    segment = torch.where(item < items, (begin - ends[item]) // rows, 0)
+    return torch.stack([item * rows, segment], dim=1)
 
 
 def _write(enabled: torch.Tensor | None, out: torch.Tensor, values: torch.Tensor) -> None:

@@ -32,7 +32,7 @@ _NOT_SPECIALIZED = [
     "seq_lens_stride", "extend_lens_stride", "index_stride",
     "tokens_stride_0", "tokens_stride_1",
     "cache_seqlens_stride", "cu_seqlens_k_stride", "expanded_stride", "clamped_stride",
-    "clamped_sums_stride", "ctx_lens_stride",
+    "clamped_sums_stride", "ctx_lens_stride", "ctx_lens_stride_1",
     "page_table_1_stride_0", "page_table_1_stride_1",
     "real_page_table_stride_0", "real_page_table_stride_1",
     "schedule_stride_0", "schedule_stride_1", "processors", "longest",
@@ -79,9 +79,9 @@ def _fill_lengths(
     bs, rows, index_topk,
     cache_seqlens, cache_seqlens_stride, cu_seqlens_k, cu_seqlens_k_stride,
     seqlens_expanded, expanded_stride, nsa_cache_seqlens, clamped_stride,
-    nsa_cu_seqlens_k, clamped_sums_stride, ctx_lens, ctx_lens_stride, row_count,
+    nsa_cu_seqlens_k, clamped_sums_stride, ctx_lens, ctx_lens_stride, ctx_lens_stride_1, row_count,
     RAGGED: tl.constexpr, HAS_EXPANDED: tl.constexpr, HAS_CTX_LENS: tl.constexpr,
-    HAS_ROW_COUNT: tl.constexpr, TILE: tl.constexpr,
+    BY_REQUEST: tl.constexpr, HAS_ROW_COUNT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tl.store(cu_seqlens_k, 0)
     tl.store(nsa_cu_seqlens_k, 0)
@@ -114,7 +114,11 @@ def _fill_lengths(
             tl.store(nsa_cache_seqlens + t * clamped_stride, clamped.to(tl.int32), mask=live)
             running = sum_of + _clamped_sum(first, j + tl.full((TILE,), 1, tl.int64), topk)
             tl.store(nsa_cu_seqlens_k + (t + 1) * clamped_sums_stride, running.to(tl.int32), mask=live)
-            if HAS_CTX_LENS:
+            if BY_REQUEST:
+                column = (j + tl.zeros((TILE,), tl.int64)) * ctx_lens_stride_1
+                context = ctx_lens + r64 * ctx_lens_stride + column
+                tl.store(context, length.to(tl.int32), mask=live)
+            elif HAS_CTX_LENS:
                 tl.store(ctx_lens + t * ctx_lens_stride, expanded.to(tl.int32), mask=live)
         row += tl.sum(q, 0)
         lengths += tl.sum(length, 0)
@@ -136,28 +140,34 @@ def _fill_lengths(
 
 
 @triton.jit
-def _segments(seq_lens, seq_lens_stride, length_offset, q, t, rows, longest):
-    # of the rows t; 0 after the last row
-    mask = t < rows
-    r = t // q
-    length = _length(seq_lens, seq_lens_stride, length_offset, r, mask)
-    rows_after = q - 1 - (t - r * q)
-    expanded = tl.maximum(tl.maximum(length, 0) - rows_after, 0)
-    return tl.where(mask, (tl.minimum(expanded, longest.to(tl.int64)) + 255) // 256, 0)
+def _segments(seq_lens, seq_lens_stride, length_offset, q, t, items, longest, BY_REQUEST: tl.constexpr):
+    # of the items t, which are rows or requests; 0 after the last one
+    mask = t < items
+    if BY_REQUEST:
+        length = _length(seq_lens, seq_lens_stride, length_offset, t, mask)
+        expanded = tl.maximum(length, 0)
+        rows = q
+    else:
+        r = t // q
+        length = _length(seq_lens, seq_lens_stride, length_offset, r, mask)
+        rows_after = q - 1 - (t - r * q)
+        expanded = tl.maximum(tl.maximum(length, 0) - rows_after, 0)
+        rows = tl.full((), 1, tl.int64)
+    return tl.where(mask, rows * ((tl.minimum(expanded, longest.to(tl.int64)) + 255) // 256), 0)
 
 
 @triton.jit
 def _fill_schedule(
-    seq_lens, seq_lens_stride, length_offset, rows_per_request, rows,
+    seq_lens, seq_lens_stride, length_offset, rows_per_request, items,
     mqa_schedule, stride_0, stride_1, processors, longest,
-    REMAINDER_LAST: tl.constexpr, TILE: tl.constexpr,
+    BY_REQUEST: tl.constexpr, REMAINDER_LAST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     local = tl.arange(0, TILE)
     q = rows_per_request.to(tl.int64)
     total = tl.zeros((), tl.int64)
-    for start in tl.range(0, rows, TILE):
+    for start in tl.range(0, items, TILE):
         t = start + local
-        segments = _segments(seq_lens, seq_lens_stride, length_offset, q, t, rows, longest)
+        segments = _segments(seq_lens, seq_lens_stride, length_offset, q, t, items, longest, BY_REQUEST)
         total += tl.sum(segments, 0)
     each = total // processors
     longer = total - each * processors
@@ -167,21 +177,26 @@ def _fill_schedule(
             begin = p * each + tl.maximum(p - (processors - longer), 0)
         else:
             begin = p * each + tl.minimum(p, longer)
-        row = tl.zeros((TILE,), tl.int32)
+        item = tl.zeros((TILE,), tl.int32)
         before = tl.zeros((TILE,), tl.int64)
         sums = tl.zeros((), tl.int64)
-        for start in tl.range(0, rows, TILE):
+        for start in tl.range(0, items, TILE):
             t = start + local
-            segments = _segments(seq_lens, seq_lens_stride, length_offset, q, t, rows, longest)
+            segments = _segments(
+                seq_lens, seq_lens_stride, length_offset, q, t, items, longest, BY_REQUEST
+            )
             ends = sums + tl.cumsum(segments, 0)
-            passed = (ends[None, :] <= begin[:, None]) & (t < rows)[None, :]
-            row += tl.sum(passed.to(tl.int32), 1)
+            passed = (ends[None, :] <= begin[:, None]) & (t < items)[None, :]
+            item += tl.sum(passed.to(tl.int32), 1)
             before = tl.maximum(before, tl.max(tl.where(passed, ends[None, :], 0), 1))
             sums += tl.sum(segments, 0)
         mask = p <= processors
         out = mqa_schedule + p * stride_0
-        tl.store(out, row, mask=mask)
-        segment = tl.where(row < rows, begin - before, 0)
+        segment = tl.where(item < items, begin - before, 0)
+        if BY_REQUEST:
+            item = (item * q).to(tl.int32)
+            segment = segment // q
+        tl.store(out, item, mask=mask)
         tl.store(out + stride_1, segment.to(tl.int32), mask=mask)
 
 
@@ -239,13 +254,13 @@ def _fill_kernel(
     page_table_1_columns, real_page_table_columns,
     seq_lens_stride, extend_lens_stride, index_stride, tokens_stride_0, tokens_stride_1,
     cache_seqlens_stride, cu_seqlens_k_stride, expanded_stride, clamped_stride,
-    clamped_sums_stride, ctx_lens_stride,
+    clamped_sums_stride, ctx_lens_stride, ctx_lens_stride_1,
     page_table_1_stride_0, page_table_1_stride_1, real_page_table_stride_0, real_page_table_stride_1,
     schedule_stride_0, schedule_stride_1, processors, longest,
     RAGGED: tl.constexpr, HAS_EXPANDED: tl.constexpr, HAS_CTX_LENS: tl.constexpr,
-    HAS_ROW_COUNT: tl.constexpr, HAS_SCHEDULE: tl.constexpr, REMAINDER_LAST: tl.constexpr,
-    HAS_PAGE_TABLE_1: tl.constexpr, HAS_REAL_PAGE_TABLE: tl.constexpr, HAS_SWITCH: tl.constexpr,
-    TILE: tl.constexpr, COLUMNS: tl.constexpr,
+    BY_REQUEST: tl.constexpr, HAS_ROW_COUNT: tl.constexpr, HAS_SCHEDULE: tl.constexpr,
+    REMAINDER_LAST: tl.constexpr, HAS_PAGE_TABLE_1: tl.constexpr, HAS_REAL_PAGE_TABLE: tl.constexpr,
+    HAS_SWITCH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     if HAS_SWITCH:
         if tl.load(enabled) == 0:
@@ -257,16 +272,17 @@ def _fill_kernel(
             bs, rows, index_topk,
             cache_seqlens, cache_seqlens_stride, cu_seqlens_k, cu_seqlens_k_stride,
             seqlens_expanded, expanded_stride, nsa_cache_seqlens, clamped_stride,
-            nsa_cu_seqlens_k, clamped_sums_stride, ctx_lens, ctx_lens_stride, row_count,
-            RAGGED, HAS_EXPANDED, HAS_CTX_LENS, HAS_ROW_COUNT, TILE,
+            nsa_cu_seqlens_k, clamped_sums_stride, ctx_lens, ctx_lens_stride, ctx_lens_stride_1,
+            row_count, RAGGED, HAS_EXPANDED, HAS_CTX_LENS, BY_REQUEST, HAS_ROW_COUNT, TILE,
         )  # fmt: skip
         return
     if HAS_SCHEDULE:
         if program == 1:
             _fill_schedule(
-                seq_lens, seq_lens_stride, length_offset, rows_per_request, rows,
+                seq_lens, seq_lens_stride, length_offset, rows_per_request,
+                bs if BY_REQUEST else rows,
                 mqa_schedule, schedule_stride_0, schedule_stride_1, processors, longest,
-                REMAINDER_LAST, TILE,
+                BY_REQUEST, REMAINDER_LAST, TILE,
             )  # fmt: skip
             return
     before: tl.constexpr = 2 if HAS_SCHEDULE else 1
@@ -301,6 +317,7 @@ def bind(args: FillArgs) -> Callable[[], None]:
         "RAGGED": isinstance(args.extend_lens, torch.Tensor),
         "HAS_EXPANDED": args.seqlens_expanded is not None,
         "HAS_CTX_LENS": args.ctx_lens is not None,
+        "BY_REQUEST": args.is_by_request,
         "HAS_ROW_COUNT": args.row_count is not None,
         "HAS_SCHEDULE": has_schedule,
         "REMAINDER_LAST": args.mqa_remainder_last,
@@ -354,6 +371,7 @@ def _strides(args: FillArgs) -> list[int]:
         *(stride for vector in vectors for stride in strides(vector, 1)),
         *strides(args.req_to_token, 2),
         *(stride for vector in outputs for stride in strides(vector, 1)),
+        strides(args.ctx_lens, 2)[1] if args.is_by_request else 0,
         *strides(args.page_table_1, 2),
         *strides(args.real_page_table, 2),
         *strides(args.mqa_schedule, 2),

@@ -66,6 +66,13 @@ def test_the_first_backend_that_is_filled_is_logged(outcome, state, caplog, make
     ]
 
 
+def test_a_warning_is_logged_with_the_first_backend_alone(outcome, caplog):
+    for warning in ("untried", "untried, too"):
+        outcome.report_active("in-graph", CHOICE, warning=warning)
+    assert caplog.messages[1:] == [f"{PLUGIN}: untried"]
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+
+
 def test_idle_is_logged_once_for_each_reason(outcome, state, caplog):
     outcome.report_active("in-graph", CHOICE)
     state.captures.add(4)

@@ -31,7 +31,10 @@ DEVICE = torch.device("cuda", 0)
 def case(
     bs: int, columns: int, q: int, ragged: bool, both_tables: bool, generator: torch.Generator
 ) -> FillArgs:
-    """A random batch over tables of ``columns`` tokens, with lengths from below 0 to more than that."""
+    """A random batch over tables of ``columns`` tokens, with lengths from below 0 to more than that.
+
+    Uniform ones over both tables go by requests.
+    """
     rows = bs * q + (5 if ragged else 0)
     pages = -(-columns // 64)
 
@@ -54,7 +57,8 @@ def case(
         seqlens_expanded=output(rows) if ragged or q > 1 else None,
         nsa_cache_seqlens=output(rows),
         nsa_cu_seqlens_k=output(rows + 1),
-        ctx_lens=output(rows, 1),
+        ctx_lens=output(bs, q) if both_tables and not ragged else output(rows, 1),
+        mqa_schedule=None if ragged else output(133, 2),
         page_table_1=output(rows, columns) if both_tables else None,
         real_page_table=output(rows, pages),
         row_count=output(1),
@@ -103,7 +107,8 @@ def main() -> int:
     if "--planted" in sys.argv[1:]:
         plant(generator)
         return 0
-    cases = [small_case(DEVICE, ragged) for ragged in (False, True)]
+    kinds_of_small = ((False, False), (True, False), (False, True))
+    cases = [small_case(DEVICE, ragged, by_request=way) for ragged, way in kinds_of_small]
     kinds = itertools.product(BATCHES, COLUMNS, (1, 4), (False, True), (False, True))
     cases += [case(*kind, generator=generator) for kind in kinds]
     wrong = sum(not is_correct(args) for args in cases)

@@ -100,6 +100,13 @@ MUTANTS = (
     Mutant("the longest row is twice as long", r"INT32_MAX / maximum\(rows, 1\) \* kSegment", "INT32_MAX / maximum(rows, 1) * 2 * kSegment"),
     Mutant("the first processors take too little", r"p < longer \? p : longer", "p < longer ? p : longer - 1"),
     Mutant("the last processors begin too early", r"p > shorter \? p - shorter : 0", "p >= shorter ? p - shorter + 1 : 0"),
+    # By request
+    Mutant("a fill by request counts by rows", r"return fill\.ctx_lens_by_request\.data != nullptr;", "return false && fill.ctx_lens_by_request.data;"),
+    Mutant("a context length is that of its row", r"(store_context\(fill, r, row - before\.row,) request\.length\)", r"\1 request.length - (before.row + request.rows - 1 - row))"),
+    Mutant("columns of context lengths lie side by side", r"r \* out\.row_stride \+ j \* out\.column_stride", "r * out.row_stride + j"),
+    Mutant("a request has its segments once", r"return static_cast<uint32_t>\(rows\) \* segments_of", "return segments_of"),
+    Mutant("an item has the segments of its first row", r"q - 1 - \(row \+ rows - 1\) % q", "q - 1 - row % q"),
+    Mutant("a segment is not divided by the rows that share it", r"\(start - before\) / static_cast<uint32_t>\(rows\)", "(start - before)"),
     # A k-pooling fill
     Mutant("a forward starts one token late", r"add\(length, 0u - fill\.rows_per_request\.value\)", "add(length, 1u - fill.rows_per_request.value)"),
     Mutant("tokens after the last k-pool are not kept", r"(fill\.index_topk\)) \+ \(seen - whole\)", r"\1"),
