@@ -1,6 +1,9 @@
 """Replays of captured graphs of one role on changing random batches, every one shadow-checked.
 
     python -m integration.gpu.soak [--role verify] [--replays 1000000] [--processes 8] [--json FILE]
+    python -m integration.gpu.soak --index-kpool 4 --role verify --replays 100000
+
+The second is of a model with a pooled index, from SGLang 0.5.20 on; no GPU has run it yet.
 
 Each process takes over SGLang's own backend object, captures a graph for each batch size and replays
 them. For each replay SGLang's own fill runs, too, and every live value is compared on the device. A run
@@ -35,6 +38,7 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=1_000_000, help="of all processes together")
     parser.add_argument("--processes", type=int, default=2 * len(SETTINGS))
     parser.add_argument("--role", choices=ROLES, default=ROLES[0])
+    parser.add_argument("--index-kpool", type=int, default=1, help="tokens of an index key (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the batches of the first process")
     parser.add_argument("--time-limit-s", type=float, default=500.0, help="longer is a hang, and fails")
     parser.add_argument("--json", metavar="FILE")
@@ -43,12 +47,13 @@ def main() -> int:
     each = -(-arguments.replays // arguments.processes)
     with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
         jobs = [
-            (number, each, arguments.role, arguments.seed + number)
+            (number, each, arguments.role, arguments.seed + number, arguments.index_kpool)
             for number in range(arguments.processes)
         ]
         runs = pool.starmap_async(soak, jobs).get(arguments.time_limit_s)
     found = {
         "role": arguments.role,
+        "index_kpool": arguments.index_kpool,
         "passed": all(run["passed"] for run in runs),
         "replays": sum(run["record"]["replays"] for run in runs),
         "checks": sum(run["record"]["checks"] for run in runs),
@@ -63,7 +68,7 @@ def main() -> int:
     return 0 if found["passed"] else 1
 
 
-def soak(number: int, replays: int, role: str, seed: int) -> dict[str, Any]:
+def soak(number: int, replays: int, role: str, seed: int, index_kpool: int = 1) -> dict[str, Any]:
     """One process's replays, on random batches drawn on the device."""
     import torch
 
@@ -73,7 +78,7 @@ def soak(number: int, replays: int, role: str, seed: int) -> dict[str, Any]:
     from sglang_nsa_plugin.state import record
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    settings = settings_of(role, number)
+    settings = settings_of(role, number, index_kpool)
     draft_tokens = int(str(settings["draft_tokens"]))
     pair = GraphPair(device, BATCH_SIZES, role=role, check_every=1, pool_size=POOL, **settings)
     on_device = torch.Generator(device).manual_seed(seed)
@@ -108,13 +113,19 @@ def soak(number: int, replays: int, role: str, seed: int) -> dict[str, Any]:
     }
 
 
-def settings_of(role: str, number: int) -> dict[str, Any]:
+def settings_of(role: str, number: int, index_kpool: int = 1) -> dict[str, Any]:
     """Those of one process. With 2 draft tokens there is one draft step, and no draft-decode: 5 then,
-    with which SGLang leaves schedules as they were captured.
+    with which SGLang leaves schedules as they were captured. With a pooled index no server decodes by
+    flashmla_kv.
     """
     settings: dict[str, Any] = dict(SETTINGS[number % len(SETTINGS)])
     if role == "draft-decode" and settings["draft_tokens"] == 2:
         settings["draft_tokens"] = 5
+    if index_kpool > 1:
+        from sglang_nsa_plugin.harness.graph_backend import page_size_of
+
+        settings |= {"index_kpool": index_kpool, "page_size": page_size_of(index_kpool)}
+        settings["decode_impl"] = "flashmla_sparse"
     return settings
 
 

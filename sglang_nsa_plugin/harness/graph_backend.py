@@ -226,6 +226,14 @@ class GraphBackend(HarnessBackend):
         )
 
 
+def page_size_of(index_kpool: int) -> int:
+    """The size of a server's page with 64 index keys, in tokens or, up to 0.5.21, in keys."""
+    from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
+
+    in_tokens = hasattr(DeepseekSparseAttnBackend, "_kpool_index_page_size")
+    return 64 * index_kpool if in_tokens else 64
+
+
 def _target_backend(model_runner: Any) -> Any:
     from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend
 

@@ -69,8 +69,9 @@ def numbers_server_pages() -> bool:
 
 
 def settings(index_kpool: int = 4, **harness: object) -> dict[str, object]:
-    page_size = PAGE * index_kpool if numbers_server_pages() else PAGE
-    sizes = {"context_len": 256, "index_topk": 128, "page_size": page_size}
+    from sglang_nsa_plugin.harness.graph_backend import page_size_of
+
+    sizes = {"context_len": 256, "index_topk": 128, "page_size": page_size_of(index_kpool)}
     return {**sizes, "index_kpool": index_kpool, **harness}
 
 
@@ -204,8 +205,7 @@ def test_without_sglangs_fused_metadata_it_is_declined(role, state):
 def test_a_geometry_that_sglang_does_not_fuse_is_declined(index_kpool, state):
     """3 tokens divide no page, and 130 of sparse attention are no multiple of 4."""
     activate(roles=("draft-extend",))
-    page_size = PAGE * index_kpool if numbers_server_pages() else PAGE
-    harness_backend(index_kpool=index_kpool, page_size=page_size, index_topk=130)
+    harness_backend(index_kpool=index_kpool, index_topk=130)
     assert "is not supported without SGLang's fused metadata" in STATES["draft-extend"].reason
 
 
@@ -434,6 +434,20 @@ def test_what_the_fill_does_not_write_is_made_by_sglangs_functions_in_place(role
     assert schedule.unique().tolist() == [5]
     assert topk_plan.unique().tolist() == [7 if has_plan else 0]
     assert "kpool_schedule" not in captured_args(pair, bs).outputs()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_top_k_plans_of_k_pools_are_compared_on_a_gpu(role, state):
+    """By demo and the tests; here by plans that are made up."""
+    pair = make(role)
+    path = fields.KPOOL_TOPK_PLAN[role != "draft-decode"]
+    for backend, item in ((pair.ours, 3), (pair.theirs, 4)):
+        for metadata in backend.metadata(1):
+            owner = metadata if role == "draft-decode" else metadata.kpool_write_plan
+            plan = torch.tensor([[7, 1], [0, item]] + [[0, 0]] * 40, dtype=torch.int32)
+            object.__setattr__(owner, path.rsplit(".", 1)[-1], plan)
+    with pytest.raises(AssertionError, match="topk_v2_plan"):
+        step_and_expect_equal(pair, 1)
 
 
 @pytest.mark.parametrize("name", ["cpu", "torch"])

@@ -39,6 +39,29 @@ def random_batch(pair, generator, longest=None):
     return bs
 
 
+@pytest.mark.parametrize("role", ["draft-extend", "draft-decode", "verify"])
+@pytest.mark.parametrize("draft_tokens", [4, 6])
+def test_every_value_of_a_pooled_index_equals_sglangs_fill(draft_tokens, role):
+    """Its schedule and top-k plan, too, which the CPU does not have."""
+    pytest.importorskip("sglang.srt.layers.attention.dsa.kpool_plan")
+    from sglang_nsa_plugin.harness.diff import Diff
+    from sglang_nsa_plugin.harness.graph_backend import page_size_of
+
+    pooled = {"index_kpool": 4, "page_size": page_size_of(4)}
+    pair = pair_for_installed("flashmla_sparse", role=role, draft_tokens=draft_tokens, **pooled)
+    state = pair.fills().role.state
+    result, replays = Diff(), state.replays
+    generator = torch.Generator().manual_seed(1)
+    # SGLang looks up where the last draft token's key goes
+    longest = pair.ours.longest - (draft_tokens if role == "verify" else 0)
+    for _ in range(200):
+        pair.step(random_batch(pair, generator, longest), result)
+    assert result.first is None, result.first
+    assert state.replays - replays == 200
+    assert not state.fallbacks
+    assert pair.metadata(1).page_table_1 is not None
+
+
 @pytest.mark.parametrize("wide_tables", ["auto", "keep"])
 @pytest.mark.parametrize(
     ("role", "draft_tokens"),
