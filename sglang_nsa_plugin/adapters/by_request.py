@@ -24,7 +24,9 @@ def columns_of(backend: Any, role: Role) -> int:
     (mode,) = role.modes()
     rows = role.rows_per_request(backend.speculative_num_draft_tokens)
     lengths = torch.ones(rows, dtype=torch.int32, device=backend.req_to_token.device)
-    laid_out = backend._build_paged_mqa_schedule_2d_ctx_lens(mode, lengths[:1], lengths, 1)
+    laid_out = backend._build_paged_mqa_schedule_2d_ctx_lens(
+        forward_mode=mode, cache_seqlens_int32=lengths[:1], seqlens_expanded=lengths, batch_size=1
+    )
     return int(laid_out.shape[1])
 
 

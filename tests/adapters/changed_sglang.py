@@ -29,7 +29,7 @@ from cpu_pair import (
 from sglang_nsa_plugin.adapters import taken_over
 from sglang_nsa_plugin.harness import process_stubs
 from sglang_nsa_plugin.harness.graph_backend import GraphBackend
-from sglang_nsa_plugin.state import STATES
+from sglang_nsa_plugin.state import ROLES, STATES
 
 REPLAYS = 6
 TABLE = "decode_cuda_graph_metadata"
@@ -210,7 +210,8 @@ class _Staged(ast.NodeTransformer):
 def serve_without_values() -> dict[str, tuple[int, int, int, str]]:
     """The same without replays, for what the harness itself cannot replay."""
     found = {}
-    for role, state in STATES.items():
+    for role in ROLES:
+        state = STATES[role]
         process_stubs.activate_plugin("auto", 0, role)
         ours = GraphBackend(CPU, role=role, draft_tokens=DRAFT_TOKENS)
         ours.init_state()
@@ -222,13 +223,14 @@ def serve_without_values() -> dict[str, tuple[int, int, int, str]]:
 
 
 def serve(check_every: int = 0) -> dict[str, tuple[int, int, int, str]]:
-    """Replays of every role: how many the plugin filled and how many SGLang, mismatches, the reason.
+    """Replays of each role of a speculative step: by the plugin, by SGLang, mismatches, the reason.
 
     Raises:
         AssertionError: a value differs from SGLang's own fill.
     """
     found = {}
-    for role, state in STATES.items():
+    for role in ROLES:
+        state = STATES[role]
         pair = make_pair(role=role, check_every=check_every)
         generator = torch.Generator().manual_seed(1)
         for _ in range(REPLAYS):

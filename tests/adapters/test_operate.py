@@ -22,7 +22,7 @@ import pytest
 from isolated import run
 from test_metrics import SCHEDULER, SPARSE, labels
 
-from sglang_nsa_plugin.state import ROLES
+from sglang_nsa_plugin.state import ALL_ROLES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OPERATE = ROOT / "docs" / "operate"
@@ -328,7 +328,7 @@ def test_every_panel_shows_data(prometheus):
         found = ask(prometheus, "query", query=query)["result"]
         assert found, place
         roles = {series["metric"].get("role") for series in found} - {None}
-        assert roles in (set(), set(ROLES)), place
+        assert roles in (set(), set(ALL_ROLES)), place
     (instance,) = ask(prometheus, "label/instance/values")
     assert instance == urllib.parse.urlsplit(f"//{instance}").netloc
 
