@@ -5,7 +5,7 @@ VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
 # The tests that need no SGLang, and build nothing.
 WITHOUT_SGLANG := $(addprefix tests/test_,$(addsuffix .py,values fuzz fill_args api dispatch shadow graph_launch \
-	cli verify bench ab))
+	cli verify bench ab kpool))
 # Tests run in this many processes, each of one thread.
 JOBS   ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(JOBS)
@@ -65,7 +65,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cuh csrc/*.cc csrc/*.cu tests/*.cc)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cuh csrc/*.cc csrc/*.cu tests/*.cc tests/*.h)
 	$(VENV)/bin/cmake --log-level=WARNING -S csrc -B build/lint -DNSA_WERROR=ON \
 		-DCMAKE_CUDA_ARCHITECTURES=90 -DPython_EXECUTABLE=$(abspath $(VENV)/bin/python)
 	$(VENV)/bin/cmake --build build/lint --parallel

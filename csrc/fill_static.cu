@@ -20,8 +20,9 @@
 //             together; those copy pages too, and there are no blocks for pages.
 //
 // The grid is fixed when the fill is bound. So the launch can be captured in a CUDA graph and
-// replayed while lengths change, and the host reads nothing back. docs/kernel.md has the reasons
-// and the measurements behind each constant.
+// replayed while lengths change, and the host reads nothing back. Fills by request, see fill.h,
+// have kernels of their own. docs/kernel.md has the reasons and the measurements behind each
+// constant.
 #include "host.h"
 #include "pages.cuh"
 #include "tables.cuh"
@@ -108,7 +109,8 @@ __device__ void fill_rows(const StaticFill& launch, uint32_t block) {
   }
 }
 
-// Segments up to the end of each thread's requests. One array for both kinds of schedule.
+// Segments up to the end of each thread's requests. Outside the template, or the array would lie
+// elsewhere in shared memory and change the other kernels' code.
 __device__ auto& schedule_ends() {
   __shared__ uint32_t ends[kThreads];
   return ends;

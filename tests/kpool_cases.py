@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import CPU, INT32_MAX, POISON, Guarded, Layout, place, to_int32
+from cases import CPU, INT32_MAX, INT32_MIN, POISON, Guarded, Layout, place, to_int32
 from random_cases import ends, happens, near
 
 from sglang_nsa_plugin.kpool_args import INT64_OUTPUTS, KPoolArgs
@@ -179,10 +179,11 @@ def random_index(rng: Random, most: int, dtype: torch.dtype) -> int:
 
 
 def random_slots(rng: Random, pool: int, tokens: int, dtype: torch.dtype) -> np.ndarray:
-    """Also negative ones, and where there is room for them, ones of more than 32 bits."""
+    """Also negative ones, the ends of int32, and in int64 ones of more than 32 bits."""
     bits = 35 if dtype == torch.int64 else 31
-    draw = np.random.default_rng(rng.randrange(2**32))
-    return draw.integers(-(2**bits), 2**bits, (pool, tokens))
+    slots = np.random.default_rng(rng.randrange(2**32)).integers(-(2**bits), 2**bits, (pool, tokens))
+    slots[:, :: rng.randint(2, 5)] = rng.choice([0, INT32_MIN, INT32_MIN + 70, INT32_MAX])
+    return slots
 
 
 def output_shapes(rng: Random, bs: int, n: int, k: int, pages: int) -> dict[str, tuple[int, ...]]:

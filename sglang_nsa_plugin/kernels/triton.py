@@ -3,7 +3,7 @@
 One launch over a fixed grid. Program 0 writes lengths and sums; the others share the live columns of
 the page tables. Nothing that changes from batch to batch is a compile-time constant, so one compile
 serves every batch size, table and stride. A batch compiles anew only if other tensors are None, an index
-dtype is another, or it is ragged instead of uniform.
+dtype is another, or it is ragged or by request.
 """
 
 from __future__ import annotations

@@ -47,9 +47,9 @@ def test_the_schedule_is_deepgemms_where_sglang_has_no_method_for_it(monkeypatch
 
 def test_its_method_is_called_where_there_is_one():
     seen = []
-    backend = SimpleNamespace(_refresh_paged_mqa_schedule_metadata=lambda *args: seen.append(args))
+    backend = SimpleNamespace(_refresh_paged_mqa_schedule_metadata=lambda **named: seen.append(named))
     mqa_schedule.refresh(backend, "metadata", "lengths")
-    assert seen == [("metadata", "lengths")]
+    assert seen == [{"metadata": "metadata", "seqlens_32_2d": "lengths"}]
 
 
 @only_before

@@ -62,16 +62,28 @@ def deep_gemms(lengths: torch.Tensor, block: int, processors: int) -> torch.Tens
         for segment in range(-(-length // 256))
         for _ in range(n)
     ]
-    share, longer = divmod(len(units), processors)
-    shares = [share + (p < longer) for p in range(processors)]
-    starts = itertools.accumulate(shares, initial=0)
-    units.append((requests * n, 0))
-    return torch.tensor([units[start] for start in starts], dtype=torch.int32)
+    return deal([*units, (requests * n, 0)], processors)
 
 
 def deep_gemms_by_pairs(lengths: torch.Tensor, block: int, processors: int) -> torch.Tensor:
-    """Its rule before 0.1.4, here for its result alone: it counts pairs of tokens, not tokens."""
-    return deep_gemms(lengths, block, processors) // torch.tensor([2, 1], dtype=torch.int32)
+    """Its rule before 0.1.4: segments of one pair of tokens after the other, rows that are pairs."""
+    requests, n = lengths.shape
+    pairs = -(-n // 2)
+    units = [
+        (r * pairs + pair, segment)
+        for r, length in enumerate(lengths[:, -1].tolist())
+        for pair in range(pairs)
+        for segment in range(-(-length // 256))
+    ]
+    return deal([*units, (requests * pairs, 0)], processors)
+
+
+def deal(units: list[tuple[int, int]], processors: int) -> torch.Tensor:
+    """Where each processor begins in these units of work; the last one stands for the end."""
+    share, longer = divmod(len(units) - 1, processors)
+    shares = [share + (p < longer) for p in range(processors)]
+    starts = itertools.accumulate(shares, initial=0)
+    return torch.tensor([units[start] for start in starts], dtype=torch.int32)
 
 
 @pytest.fixture
