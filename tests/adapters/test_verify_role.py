@@ -304,7 +304,6 @@ def test_an_error_of_verify_in_service_leaves_draft_extend(state, monkeypatch):
         ({}, {"enable_pdmux": True}, "PD multiplexing (enable_pdmux) is not supported"),
         ({}, {"enable_hisparse": True}, "HiSparse (enable_hisparse) is not supported"),
         ({}, {"dcp_size": 2}, "decode context parallelism (dcp_size 2) is not supported"),
-        ({"dsa_index_kpool": 4}, {}, "index k-pooling (4) is not supported"),
         ({}, {"enable_multi_layer_eagle": True}, "the multi-layer EAGLE runner is not supported"),
         (
             {},
