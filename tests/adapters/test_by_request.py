@@ -201,7 +201,7 @@ def test_the_roles_that_the_log_names_are_all_of_them():
         SimpleNamespace(
             speculative_num_draft_tokens=3,
             req_to_token=torch.zeros(1),
-            _build_paged_mqa_schedule_2d_ctx_lens=lambda *given: torch.zeros(1, 3),
+            _build_paged_mqa_schedule_2d_ctx_lens=lambda **given: torch.zeros(1, 3),
         ),
         VERIFY_ROLE,
         is_named=False,
