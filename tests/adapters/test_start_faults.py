@@ -27,8 +27,8 @@ def fail_in_bind(patch, error):
 
     choose = dispatch.choose  # whose choices are kept for the life of the process
 
-    def chosen(*asked):
-        choice = choose(*asked)
+    def chosen(*asked, **more):
+        choice = choose(*asked, **more)
 
         def failing(args):
             if args.bs == LAST:
