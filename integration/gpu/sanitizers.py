@@ -25,6 +25,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 KERNELS = (
     "fill_static_kernel",
     "fill_ragged_kernel",
+    "fill_kpool_kernel",
     "fill_kernel",
     "compare_kernel",
     "conclude_kernel",

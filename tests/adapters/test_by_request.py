@@ -24,6 +24,7 @@ from cpu_pair import (
     on_the_cpu,
     plant_error,
     random_batch,
+    skip_unless_captured,
     step_and_expect_equal,
 )
 from test_switch import ask
@@ -84,6 +85,11 @@ def deal(units: list[tuple[int, int]], processors: int) -> torch.Tensor:
     shares = [share + (p < longer) for p in range(processors)]
     starts = itertools.accumulate(shares, initial=0)
     return torch.tensor([units[start] for start in starts], dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True)
+def _needs_graphs_of_verify():
+    skip_unless_captured(VERIFY_ROLE.name)
 
 
 @pytest.fixture

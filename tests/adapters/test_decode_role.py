@@ -137,9 +137,9 @@ def test_only_the_targets_backend_is_taken_over(pair):
 def test_the_wide_table_is_sglangs_decision_and_no_saving_of_the_plugins(
     wide_tables, state, monkeypatch
 ):
+    pair = make_decode(wide_tables=wide_tables)
     from sglang.srt.layers.attention import dsa_backend
 
-    pair = make_decode(wide_tables=wide_tables)
     assert pair.metadata(2).page_table_1 is not None  # on the CPU SGLang keeps it
     backend = pair.ours.backend
     monkeypatch.setattr(type(backend.dsa_topk_backend), "should_use_topk_v2", lambda _: True)

@@ -772,8 +772,9 @@ def test_sglangs_own_parser_takes_the_flags_of_every_setup():
     assert len({setup.name for setup in setups}) == len(setups) > 10
     for setup in setups:
         parsed = parser.parse_args(["--model-path", "none", *setup.args])
-        assert parsed.speculative_num_draft_tokens == setup.draft_tokens
-        assert parsed.speculative_num_steps == setup.draft_tokens - 1
+        drafts = setup.draft_tokens or None  # None where the servers do not speculate
+        assert parsed.speculative_num_draft_tokens == drafts
+        assert parsed.speculative_num_steps == (drafts and drafts - 1)
         assert parsed.max_total_tokens == int(SHARED_GPU_ARGS[SHARED_GPU_ARGS.index("200000")])
         if "--mem-fraction-static" in setup.flags:
             own = setup.flags[setup.flags.index("--mem-fraction-static") + 1]
