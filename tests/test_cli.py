@@ -211,7 +211,7 @@ def test_demo_compares_every_role(tmp_path):
     filled = {role: part for role, part in found["roles"].items() if "declined" not in part}
     assert set(ROLES) <= set(filled)
     for role in set(found["roles"]) - set(filled):  # decode, up to 0.5.17
-        assert "0.5.18 and later alone" in found["roles"][role]["declined"]
+        assert "from SGLang 0.5.18 on" in found["roles"][role]["declined"]
     assert all(sum(part["compared"].values()) > 300 for part in filled.values())
     replays = {role: state["replays"] for role, state in found["state"]["roles"].items()}
     assert {role: replays[role] for role in filled} == dict.fromkeys(filled, 2)

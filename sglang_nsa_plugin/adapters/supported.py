@@ -42,8 +42,8 @@ READ_ENDS = Call(
     "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.shared_read_ends", ("self", "fm")
 )
 NO_DECODE_FENCE = (
-    "decode is filled with SGLang 0.5.18 and later alone: they free req_to_token behind the fill in the "
-    "graph, earlier releases before the graph runs or by no event"
+    "decode is filled from SGLang 0.5.18 on. With earlier releases the scheduler may overwrite "
+    "req_to_token before a fill in the graph has read it"
 )
 
 _DECLINED_ARGUMENTS = {

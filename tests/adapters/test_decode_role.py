@@ -242,9 +242,9 @@ def test_a_release_that_frees_req_to_token_before_the_replay_says_so(state, monk
         unknown = "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.none"
         monkeypatch.setattr(supported, "READ_ENDS", supported.Call(unknown, ("self",)))
     process_stubs.activate_plugin("auto", 0, DECODE)
-    assert DECODE_STATE.reason.startswith("decode is filled with SGLang 0.5.18 and later alone")
+    assert DECODE_STATE.reason.startswith("decode is filled from SGLang 0.5.18 on")
     assert taken_over.TAKEOVERS[DECODE].request is None
-    with pytest.raises(BackendUnavailableError, match=r"0\.5\.18 and later alone"):
+    with pytest.raises(BackendUnavailableError, match=r"from SGLang 0\.5\.18 on"):
         process_stubs.activate_plugin("torch", 0, DECODE)
 
 
