@@ -153,11 +153,11 @@ class FillArgs:
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The input tensors that are not None, by name."""
-        return _present(self, INPUTS)
+        return present(self, INPUTS)
 
     def outputs(self) -> dict[str, torch.Tensor]:
         """The output tensors that are not None, by name."""
-        return _present(self, OUTPUTS)
+        return present(self, OUTPUTS)
 
 
 INPUTS = ("seq_lens", "req_pool_indices", "req_to_token", "extend_lens", "enabled")
@@ -183,7 +183,8 @@ RANKS = {
 }
 
 
-def _present(args: FillArgs, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+def present(args: object, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The tensors of these names that a fill has."""
     tensors = {name: getattr(args, name) for name in names}
     return {name: t for name, t in tensors.items() if isinstance(t, torch.Tensor)}
 
@@ -198,17 +199,16 @@ def _take_numbers(args: FillArgs) -> None:
     if not isinstance(args.extend_lens, torch.Tensor):
         numbers["extend_lens"] = number("extend_lens", args.extend_lens, lowest=0, or_tensor=True)
     vars(args).update(numbers)  # the dataclass is frozen
-    if not isinstance(args.mqa_remainder_last, bool):
-        raise TypeError(f"mqa_remainder_last: must be a bool, got {type_name(args.mqa_remainder_last)}")
+    validate_bool("mqa_remainder_last", args.mqa_remainder_last)
 
 
 def number(name: str, value: Any, lowest: int, or_tensor: bool = False) -> int:
     """The number as an int. A tensor is refused: reading it would wait for the device."""
     wrong_type = TypeError(
-        f"{name}: must be an int{' or a tensor' if or_tensor else ''}, got {type_name(value)}"
+        f"{name}: must be an int{' or a tensor' if or_tensor else ''}, got {_type_name(value)}"
     )
     # Older NumPys, as on Python 3.10, take their bool for an index, with a warning.
-    if isinstance(value, (bool, torch.Tensor)) or type_name(value) in ("numpy.bool", "numpy.bool_"):
+    if isinstance(value, (bool, torch.Tensor)) or _type_name(value) in ("numpy.bool", "numpy.bool_"):
         raise wrong_type
     try:
         as_int = operator.index(value)
@@ -219,7 +219,13 @@ def number(name: str, value: Any, lowest: int, or_tensor: bool = False) -> int:
     return as_int
 
 
-def type_name(value: object) -> str:
+def validate_bool(name: str, value: object) -> None:
+    """Refuses what is neither True nor False: the compiled library takes nothing else."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: must be a bool, got {_type_name(value)}")
+
+
+def _type_name(value: object) -> str:
     """The type with its module, so that numpy.bool is not taken for bool."""
     kind = type(value)
     return (
@@ -264,7 +270,7 @@ def validate_tensor(
 ) -> None:
     """Refuses what is no strided tensor of these dtypes and ranks beside ``seq_lens``, the first one."""
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: must be a torch.Tensor, got {type_name(value)}")
+        raise TypeError(f"{name}: must be a torch.Tensor, got {_type_name(value)}")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: must be a dense tensor, got one of layout {value.layout}")
     _validate_dtype(name, value, dtypes)
@@ -351,7 +357,7 @@ def validate_shape(name: str, value: object, shape: tuple[int, ...], sizes: str)
 
 
 def _validate_tables(args: FillArgs) -> None:
-    tables = _present(args, ("page_table_1", "real_page_table"))
+    tables = present(args, ("page_table_1", "real_page_table"))
     if "real_page_table" in tables and args.page_size == 1:
         raise ValueError(
             "real_page_table: must be None when page_size is 1: it would equal page_table_1"
@@ -370,13 +376,18 @@ def _validate_tables(args: FillArgs) -> None:
 def _validate_schedule(args: FillArgs) -> None:
     if args.mqa_schedule is None:
         return
-    if args.mqa_schedule.shape[0] < 2 or args.mqa_schedule.shape[1] != 2:
-        raise ValueError(
-            "mqa_schedule: must have shape (P + 1, 2) for P processors, 1 or more, "
-            f"got {tuple(args.mqa_schedule.shape)}"
-        )
+    validate_schedule_shape("mqa_schedule", args.mqa_schedule)
     if isinstance(args.extend_lens, torch.Tensor):
         raise TypeError("mqa_schedule: must be None when extend_lens is a tensor")
+
+
+def validate_schedule_shape(name: str, schedule: torch.Tensor) -> None:
+    """Refuses a schedule that is not of one processor or more, with a line for the end."""
+    if schedule.shape[0] < 2 or schedule.shape[1] != 2:
+        raise ValueError(
+            f"{name}: must have shape (P + 1, 2) for P processors, 1 or more, "
+            f"got {tuple(schedule.shape)}"
+        )
 
 
 def longest_row(rows: int) -> int:

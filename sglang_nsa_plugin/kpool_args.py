@@ -10,9 +10,11 @@ from sglang_nsa_plugin.fill_args import (
     INDEX_DTYPES,
     INT32_MAX,
     number,
-    type_name,
+    present,
+    validate_bool,
     validate_device,
     validate_overlap,
+    validate_schedule_shape,
     validate_shape,
     validate_tensor,
 )
@@ -141,11 +143,11 @@ class KPoolArgs:
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """The input tensors that are not None, by name."""
-        return _present(self, INPUTS)
+        return present(self, INPUTS)
 
     def outputs(self) -> dict[str, torch.Tensor]:
         """The output tensors that are not None, by name."""
-        return _present(self, OUTPUTS)
+        return present(self, OUTPUTS)
 
 
 INPUTS = ("seq_lens", "req_pool_indices", "req_to_token", "accept_lens", "enabled")
@@ -174,11 +176,6 @@ MATRICES = ("req_to_token", "write_locs", "kpool_page_table", "kpool_schedule")
 INT64_OUTPUTS = ("write_requests", "write_locs")
 
 
-def _present(args: KPoolArgs, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    tensors = {name: getattr(args, name) for name in names}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
 def _take_numbers(args: KPoolArgs) -> None:
     """Validates the numbers and makes each a plain int: the compiled library takes nothing else."""
     lowest = {
@@ -202,8 +199,7 @@ def _take_numbers(args: KPoolArgs) -> None:
             f"server_page_size: must be {page_size} or {page_size * k} for page_size={page_size}, "
             f"index_kpool={k}, got {args.server_page_size}"
         )
-    if not isinstance(args.mqa_remainder_last, bool):
-        raise TypeError(f"mqa_remainder_last: must be a bool, got {type_name(args.mqa_remainder_last)}")
+    validate_bool("mqa_remainder_last", args.mqa_remainder_last)
 
 
 def _validate_tensors(args: KPoolArgs) -> None:
@@ -247,8 +243,5 @@ def _validate_shapes(args: KPoolArgs) -> None:
     table, schedule = args.kpool_page_table, args.kpool_schedule
     if table is not None and table.shape[0] != rows:
         raise ValueError(f"kpool_page_table: must have {rows} rows, got shape {tuple(table.shape)}")
-    if schedule is not None and (schedule.shape[0] < 2 or schedule.shape[1] != 2):
-        raise ValueError(
-            "kpool_schedule: must have shape (P + 1, 2) for P processors, 1 or more, "
-            f"got {tuple(schedule.shape)}"
-        )
+    if schedule is not None:
+        validate_schedule_shape("kpool_schedule", schedule)

@@ -186,9 +186,10 @@ def random_slots(rng: Random, pool: int, tokens: int, dtype: torch.dtype) -> np.
     return slots
 
 
-def output_shapes(rng: Random, bs: int, n: int, k: int, pages: int) -> dict[str, tuple[int, ...]]:
+def shapes_of(bs: int, n: int, k: int, pages: int, processors: int) -> dict[str, tuple[int, ...]]:
+    """Of every output."""
     rows = bs * n
-    shapes: dict[str, tuple[int, ...]] = {
+    return {
         "nsa_cache_seqlens": (rows,),
         "nsa_cu_seqlens_k": (rows + 1,),
         "write_requests": (bs,),
@@ -198,9 +199,14 @@ def output_shapes(rng: Random, bs: int, n: int, k: int, pages: int) -> dict[str,
         "write_counts": (bs,),
         "row_seqlens": (rows,),
         "kpool_seqlens": (rows,),
-        "kpool_page_table": (rows, max(near(rng, pages, pages + 2), 0)),
-        "kpool_schedule": (rng.choice([1, 2, 78, 132, 300]) + 1, 2),
+        "kpool_page_table": (rows, pages),
+        "kpool_schedule": (processors + 1, 2),
     }
+
+
+def output_shapes(rng: Random, bs: int, n: int, k: int, pages: int) -> dict[str, tuple[int, ...]]:
+    columns = max(near(rng, pages, pages + 2), 0)
+    shapes = shapes_of(bs, n, k, columns, rng.choice([1, 2, 78, 132, 300]))
     left_out = [name for name in LEFT_OUT if happens(rng, 0.2)]
     return {name: shape for name, shape in shapes.items() if name not in left_out}
 

@@ -12,7 +12,7 @@ import functools
 import pytest
 import torch
 from cases import INT32_MAX, INT32_MIN, POISON, Backend, vast_vector
-from kpool_cases import GuardedKPool, KPoolCase, check, expect, random_case
+from kpool_cases import GuardedKPool, KPoolCase, check, expect, random_case, shapes_of
 from test_fuzz import fuzz
 
 from sglang_nsa_plugin.kpool_args import INPUTS, OUTPUTS, KPoolArgs
@@ -45,7 +45,7 @@ def poison(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 def case_of(seq_lens: list[int], *, n: int = 4, offset: int = 0) -> KPoolCase:
     """All outputs, k-pools of four tokens, three pages of the index, slot = 64 * token."""
-    bs, k, rows = len(seq_lens), 4, len(seq_lens) * n
+    bs, k = len(seq_lens), 4
     return KPoolCase(
         inputs={
             "seq_lens": seq_lens,
@@ -60,19 +60,7 @@ def case_of(seq_lens: list[int], *, n: int = 4, offset: int = 0) -> KPoolCase:
             "index_topk": 2 * PAGE,
             "server_page_size": PAGE,
         },
-        outputs={
-            "nsa_cache_seqlens": (rows,),
-            "nsa_cu_seqlens_k": (rows + 1,),
-            "write_requests": (bs,),
-            "write_start": (bs,),
-            "tail_start": (bs,),
-            "write_locs": (bs, -(-n // k)),
-            "write_counts": (bs,),
-            "row_seqlens": (rows,),
-            "kpool_seqlens": (rows,),
-            "kpool_page_table": (rows, 3),
-            "kpool_schedule": (PROCESSORS + 1, 2),
-        },
+        outputs=shapes_of(bs, n, k, 3, PROCESSORS),
         dtypes={},
         layouts={},
     )

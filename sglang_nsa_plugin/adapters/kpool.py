@@ -8,6 +8,7 @@ such a model is filled only on request.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin import options
-from sglang_nsa_plugin.adapters import fields, hooks
+from sglang_nsa_plugin.adapters import fields, hooks, mqa_schedule
 from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Requirement
 from sglang_nsa_plugin.adapters.roles import Role
@@ -24,9 +25,7 @@ from sglang_nsa_plugin.state import DRAFT_DECODE, DRAFT_EXTEND, VERIFY
 
 ROLES_COVERED = (DRAFT_DECODE, VERIFY, DRAFT_EXTEND)
 PAGE_SIZE = 64  # k-pools in a page of the index
-# Of the batches whose schedules are compared with SGLang's at the start.
-LONGEST = 40_960  # k-pools
-ROWS = (30, 512)  # DeepGEMM compiles one kernel for each 32 rows
+LONGEST = 40_960  # k-pools, of a request whose schedule is compared with SGLang's at the start
 
 _ATTENTION = "sglang.srt.layers.attention"
 _METADATA = f"{_ATTENTION}.dsa_backend.DSAMetadata"
@@ -138,7 +137,7 @@ class KPoolFill:
 
     def refresh_derived(self, metadata: Any) -> None:
         """Runs SGLang's own functions for the tables that the fill does not write."""
-        kpool_seqlens = fields.read_kpool(metadata)["kpool_seqlens"]
+        kpool_seqlens = fields.first_of(metadata, fields.KPOOL["kpool_seqlens"])
         schedule = fields.first_of(metadata, fields.KPOOL["kpool_schedule"])
         if schedule is not None and self.remainder_last is None:
             schedule.copy_(_schedule_of_sglang(self._backend, kpool_seqlens))
@@ -152,17 +151,11 @@ def remainder_last(backend: Any, bind: Callable[[KPoolArgs], Callable[[], None]]
 
     None where neither way does, and where SGLang makes none: on the CPU, and without DeepGEMM.
     """
-    device, random = backend.req_to_token.device, torch.Generator().manual_seed(0)
-    ragged = [torch.randint(0, LONGEST, (rows,), generator=random) for rows in ROWS]
-    edges = [[0], [1], [255], [256], [257], [0] * 5]
-    batches = [each.to(device, torch.int32) for each in (*map(torch.tensor, edges), *ragged)]
+    batches = mqa_schedule.probes(backend.req_to_token.device, LONGEST)
     theirs = [(lengths, _schedule_of_sglang(backend, lengths)) for lengths in batches]
     if any(schedule is None for _, schedule in theirs):
         return None
-    for last in (True, False):
-        if all(torch.equal(_schedule(bind, lengths, like, last), like) for lengths, like in theirs):
-            return last
-    return None
+    return mqa_schedule.remainder_of(theirs, functools.partial(_schedule, bind))
 
 
 def _schedule(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,10 +30,25 @@ def remainder_last(
     """
     if columns == 1 and backend.req_to_token.device.type != "cuda":
         return None
-    batches = [lengths.view(-1, 1).expand(-1, columns).contiguous() for lengths in _batches(backend)]
+    batches = [
+        lengths.view(-1, 1).expand(-1, columns).contiguous()
+        for lengths in probes(backend.req_to_token.device, LONGEST)
+    ]
     theirs = [(lengths, _of_deep_gemm(backend, lengths)) for lengths in batches]
+    return remainder_of(theirs, functools.partial(_of_fill, bind))
+
+
+def remainder_of(
+    theirs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    ours: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor],
+) -> bool | None:
+    """The ``mqa_remainder_last`` with which ``ours`` makes all these schedules, or None.
+
+    ``theirs`` has lengths, each with its schedule. ``ours`` takes lengths, a schedule of the shape to
+    make, and the ``mqa_remainder_last`` to try.
+    """
     for last in (True, False):
-        if all(torch.equal(_of_fill(bind, lengths, like, last), like) for lengths, like in theirs):
+        if all(torch.equal(ours(lengths, like, last), like) for lengths, like in theirs):
             return last
     return None
 
@@ -50,14 +66,14 @@ def refresh(backend: Any, metadata: Any, ctx_lens: torch.Tensor) -> None:
         metadata.paged_mqa_schedule_metadata.copy_(schedule)
 
 
-def _batches(backend: Any) -> list[torch.Tensor]:
-    """Lengths around a segment of 256 tokens, and ragged ones."""
+def probes(device: torch.device, longest: int) -> list[torch.Tensor]:
+    """Batches of lengths around a segment of 256, and ragged ones below ``longest``."""
     random = torch.Generator().manual_seed(0)
     edges = [[0], [1], [255], [256], [257], [0] * 5]
-    ragged = [torch.randint(0, LONGEST, (rows,), generator=random) for rows in ROWS]
+    ragged = [torch.randint(0, longest, (rows,), generator=random) for rows in ROWS]
     ragged[-1][::7] = 0
     batches = [*map(torch.tensor, edges), *ragged]
-    return [lengths.to(backend.req_to_token.device, torch.int32) for lengths in batches]
+    return [lengths.to(device, torch.int32) for lengths in batches]
 
 
 def _of_deep_gemm(backend: Any, lengths: torch.Tensor) -> torch.Tensor:
