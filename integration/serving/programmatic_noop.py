@@ -37,12 +37,14 @@ class Setting(NamedTuple):
     """What the probe does; it knows the names of what is launched before each replay."""
 
     before: str = "nothing"
+    only_deepest: bool = False
     coarse_fence: bool = False
 
 
 SETTINGS = {
     "off": Setting(),
     "no-op": Setting("no-op"),
+    "no-op before verify": Setting("no-op", only_deepest=True),
     "8 no-ops": Setting("8 no-ops"),
     "forked graph": Setting("forked graph"),
     "coarse fence": Setting(coarse_fence=True),

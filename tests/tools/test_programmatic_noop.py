@@ -61,8 +61,20 @@ def test_a_prelude_is_asked_for_and_the_steps_since_are_answered(probe, ask):
     assert os.environ[probe.COARSE_FENCE] == "0"
 
 
+def test_the_deepest_graph_is_the_one_that_takes_longest_to_launch(probe, ask):
+    probe.launch_ns.update({1: 9_000, 2: 400_000, 3: 7_000})
+    assert [probe.is_shallow(graph) for graph in (1, 2, 3, 4)] == [True, False, True, True]
+    ask(SETTINGS["no-op before verify"])
+    assert (probe.before, probe.only_deepest) == ("no-op", True)
+    assert probe.launch_ns == {}  # of other batch sizes
+    assert not probe.is_shallow(1)  # the first to be launched, while nothing is known
+    ask(SETTINGS["no-op"])
+    assert (probe.before, probe.only_deepest) == ("no-op", False)
+
+
 def test_the_same_request_is_answered_once(probe, tmp_path):
-    (tmp_path / "ask").write_text(json.dumps({"id": 3, "before": "no-op", "coarse_fence": False}))
+    asked = {"id": 3, **SETTINGS["no-op"]._asdict()}
+    (tmp_path / "ask").write_text(json.dumps(asked))
     assert probe.take(tmp_path, None) == 3
     (tmp_path / "done").unlink()
     assert probe.take(tmp_path, 3) == 3
