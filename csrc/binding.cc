@@ -139,6 +139,14 @@ ffi::Function bind_comparison_on_cuda(const Comparison& all, int device) {
                     "shadow check: the kernel launch failed");
   });
 }
+
+ffi::Function bind_no_op(int64_t device) {
+  return ffi::Function::FromTyped([device](int64_t stream) {
+    const ffi::CUDADeviceGuard guard(static_cast<int>(device));
+    require_success(no_op_on_cuda(reinterpret_cast<void*>(stream)),
+                    "empty kernel before a replay: the kernel launch failed");
+  });
+}
 #else
 constexpr bool kHasCuda = false;
 
@@ -154,6 +162,12 @@ ffi::Function bind_kpool_on_cuda(const KPoolFill&, int) {
 
 ffi::Function bind_comparison_on_cuda(const Comparison&, int) {
   TVM_FFI_THROW(RuntimeError) << "shadow check: this library was built without CUDA";
+  TVM_FFI_UNREACHABLE();
+}
+
+ffi::Function bind_no_op(int64_t) {
+  TVM_FFI_THROW(RuntimeError)
+      << "empty kernel before a replay: this library was built without CUDA";
   TVM_FFI_UNREACHABLE();
 }
 #endif
@@ -377,6 +391,7 @@ ffi::String packer_id() { return NSA_PACKER_ID; }
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(parameters, nsa::parameters);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kpool_parameters, nsa::kpool_parameters);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind_comparison, nsa::bind_comparison);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind_no_op, nsa::bind_no_op);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(has_cuda, nsa::has_cuda);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(csrc_id, nsa::csrc_id);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(packer_id, nsa::packer_id);

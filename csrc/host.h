@@ -26,6 +26,10 @@ int fill_kpool_on_cuda(const KPoolLaunch& launch, void* stream);
 // Two kernel launches on `stream`, on the current device.
 int compare_on_cuda(const Comparison& all, void* stream);
 
+// One launch of an empty kernel on `stream`, on the current device. Unlike the others it is
+// programmatic.
+int no_op_on_cuda(void* stream);
+
 // The number of SMs of a device.
 int query_sms(int device, int* sms);
 const char* cuda_error_text(int error);

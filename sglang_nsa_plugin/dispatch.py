@@ -32,7 +32,8 @@ class Choice:
     """An implementation, and why it was chosen.
 
     ``refused`` maps each candidate that was tried before it to the reason why it cannot run here.
-    ``bind_kpool`` is its k-pooling fill, where one was asked for.
+    ``bind_kpool`` is its k-pooling fill, where one was asked for. ``bind_no_op`` binds the launch of an
+    empty kernel; None where the implementation has none.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Choice:
     reason: str
     refused: dict[str, str]
     bind_kpool: Callable[[KPoolArgs], Callable[[], None]] | None = None
+    bind_no_op: Callable[[torch.device], Callable[[], None]] | None = None
 
 
 def choose(backend: str, device: torch.device, with_kpool: bool = False) -> Choice:
@@ -86,7 +88,8 @@ def _named(backend: str, device: torch.device, with_kpool: bool) -> Choice:
 
 def _choice(name: str, reason: str, refused: dict[str, str], with_kpool: bool) -> Choice:
     bind_kpool = _module(KPOOL_MODULES[name]).bind if with_kpool else None
-    return Choice(name, _bind_of(name), reason, refused, bind_kpool)
+    bind_no_op = getattr(_module(name), "bind_no_op", None)
+    return Choice(name, _bind_of(name), reason, refused, bind_kpool, bind_no_op)
 
 
 def _why_not(name: str, device: torch.device, with_kpool: bool) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,14 +14,18 @@ from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
 from sglang_nsa_plugin.adapters.outcome import Outcome
 from sglang_nsa_plugin.adapters.roles import Inputs, Role
 from sglang_nsa_plugin.adapters.shadow_check import ShadowedReplays
-from sglang_nsa_plugin.containment import attempt
+from sglang_nsa_plugin.containment import attempt, described
 from sglang_nsa_plugin.fill_args import FillArgs
 from sglang_nsa_plugin.kpool_args import KPoolArgs
+from sglang_nsa_plugin.log import logger_of
+
+logger = logger_of(__name__)
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # seq_lens, req_pool_indices, req_to_token
 # What a replay on the fast path compares, and then SGLang's metadata, which it serves. Of inputs that
 # are the same objects or new slices: ForwardMode, seq_lens, req_pool_indices, req_to_token, and of
-# slices the addresses; then also the state that counts. Of copied inputs: the backend, req_to_token.
+# slices the addresses; then also the state that counts, and `no_op`. Of copied inputs: the backend,
+# req_to_token.
 Hit = tuple[Any, ...]
 
 
@@ -119,6 +124,8 @@ class BackendFills:
             asking the mode costs more.
         fast_path: by batch size, the inputs that were validated last. A replay with the same ones skips
             validation. Empty while the fill is switched off, and where each replay has more to do.
+        no_op: launches an empty kernel right before a replay of the target's graph, whose nodes can
+            follow one another more closely then. None for other graphs, and after it failed once.
         columns: of DeepGEMM's context lengths; more than one where they go by requests.
         remainder_last: of DeepGEMM's schedule; None leaves the schedule to DeepGEMM.
         drops_wide_tables: whether graphs do without the wide page table where nothing reads it.
@@ -146,12 +153,31 @@ class BackendFills:
         self.remainder_last = by_request.remainder_last(backend, self.columns, choice)
         self.captured: dict[int, GraphFill] = {}
         self.fast_path: dict[int, Hit] = {}
+        self.no_op = self._no_op(choice)
         self.enabled = torch.ones(1, dtype=torch.int32, device=backend.req_to_token.device)
         self.is_enabled = True
         # Whether the runner copies a batch's inputs; None until a batch has shown it.
         self._is_copied: bool | None = None
         self._bytes_saved = 0
         self.shadowed = ShadowedReplays(backend, check_every, outcome) if check_every else None
+
+    def _no_op(self, choice: dispatch.Choice) -> Callable[[], None] | None:
+        """It is of no use to the values: an error ends it and nothing else."""
+        if choice.bind_no_op is None or not self.role.is_of_target:
+            return None
+        launch = choice.bind_no_op(self.backend.req_to_token.device)
+        return functools.partial(attempt, launch, self._end_no_op)
+
+    def _end_no_op(self, error: Exception) -> None:
+        self.no_op = None
+        self.fast_path.clear()
+        logger.warning(
+            "sglang-nsa-plugin: the empty kernel before each replay of %s's graph failed and is left "
+            "out from now on: %s. Beside another process on the GPU steps may be longer; nothing else "
+            "changes",
+            self.role.name,
+            described(error),
+        )
 
     def forget(self) -> None:
         """SGLang allocates new graph tensors: drops the captured fills of the old ones."""
@@ -244,8 +270,8 @@ class BackendFills:
             return self.backend, req_to_token, metadata
         if self.role.inputs is Inputs.NEW_SLICES:
             addresses = seq_lens.data_ptr(), req_pool_indices.data_ptr()
-            return self.mode, *addresses, req_to_token, metadata, self.role.state
-        return self.mode, seq_lens, req_pool_indices, req_to_token, metadata, self.role.state
+            return self.mode, *addresses, req_to_token, metadata, self.role.state, self.no_op
+        return self.mode, seq_lens, req_pool_indices, req_to_token, metadata, self.role.state, self.no_op
 
     def read_done(self, bs: int) -> torch.cuda.Event | None:
         """To be called after a replay: the event after which nothing of it reads ``req_to_token``.

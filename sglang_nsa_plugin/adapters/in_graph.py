@@ -2,7 +2,8 @@
 
 At capture a runner calls ``init_forward_metadata_in_graph`` on its backend, which DSA leaves empty.
 The fill, and the tables that SGLang derives from it, are recorded there. At replay
-``forward_metadata`` is pointed at the captured tensors; the host launches nothing.
+``forward_metadata`` is pointed at the captured tensors; the host launches nothing for metadata, and one
+empty kernel before the target's graph.
 
 This module has draft-extend, verify and plain decode, whose backends are the same class of SGLang's;
 draft-decode is in :mod:`draft_decode`.
@@ -119,7 +120,7 @@ def _out_graph(
         return original(backend, forward_batch, in_capture=in_capture)
     hit = fast_path.get(forward_batch.batch_size)
     if hit is not None:
-        mode, seq_lens, req_pool_indices, req_to_token, metadata, state = hit
+        mode, seq_lens, req_pool_indices, req_to_token, metadata, state, no_op = hit
         if (
             forward_batch.forward_mode is mode
             and (
@@ -139,6 +140,8 @@ def _out_graph(
         ):
             backend.forward_metadata = metadata
             state.replays += 1
+            if no_op is not None:
+                no_op()
             return None
     return _slow_path(original, backend, forward_batch, in_capture)
 
@@ -173,6 +176,8 @@ def _serve(fills: BackendFills, forward_batch: Any, original: Callable[..., Any]
     if shadowed is not None:
         plan = shadowed.plan if fills.role.ends_step else shadowed.fill_ahead
         attempt(plan, shadowed.check.stop, forward_batch, original)
+    if fills.no_op is not None:
+        fills.no_op()
     return True
 
 

@@ -50,6 +50,7 @@ class Role:
             behind its replay: it publishes the event that frees ``req_to_token``, and checks. A plan
             before it needs no event of its own: its fill comes before the last one's on one stream.
             Nor does plain decode: SGLang records its own in the graph, see :mod:`supported`.
+        is_of_target: whether it is the target model's plan; that graph has nearly all kernels of a step.
         inputs: what a replay passes.
         state: what is reported of it.
     """
@@ -59,6 +60,7 @@ class Role:
     has_row_per_draft: bool
     adds_drafts: bool
     ends_step: bool
+    is_of_target: bool
     inputs: Inputs
     state: State
 
@@ -83,6 +85,7 @@ DRAFT_EXTEND_ROLE = Role(
     has_row_per_draft=True,
     adds_drafts=False,
     ends_step=True,
+    is_of_target=False,
     inputs=Inputs.SAME_OBJECTS,
     state=STATE,
 )
@@ -92,6 +95,7 @@ DRAFT_DECODE_ROLE = Role(
     has_row_per_draft=False,
     adds_drafts=False,
     ends_step=False,
+    is_of_target=False,
     inputs=Inputs.COPIED,
     state=DRAFT_DECODE_STATE,
 )
@@ -101,6 +105,7 @@ VERIFY_ROLE = Role(
     has_row_per_draft=True,
     adds_drafts=True,
     ends_step=False,
+    is_of_target=True,
     inputs=Inputs.NEW_SLICES,
     state=VERIFY_STATE,
 )
@@ -111,6 +116,7 @@ DECODE_ROLE = Role(
     has_row_per_draft=False,
     adds_drafts=False,
     ends_step=False,
+    is_of_target=True,
     inputs=Inputs.NEW_SLICES,
     state=DECODE_STATE,
 )

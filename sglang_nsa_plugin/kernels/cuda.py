@@ -35,3 +35,14 @@ def bind(args: FillArgs, max_blocks: int = 0) -> Callable[[], None]:
         launch(stream_of(device))
 
     return run
+
+
+def bind_no_op(device: torch.device) -> Callable[[], None]:
+    """Returns a function that launches an empty kernel on the stream that is current when it is called.
+
+    The launch is programmatic: right before a deep graph it can bring the graph's nodes closer together,
+    see ``docs/kernel.md``. It ends after what comes before it on the stream.
+    """
+    launch: Callable[[int], None] = library.load()["bind_no_op"](device.index)
+    stream_of, index = torch._C._cuda_getCurrentRawStream, device.index
+    return lambda: launch(stream_of(index))

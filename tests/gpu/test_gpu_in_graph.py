@@ -388,3 +388,28 @@ def test_fence_covers_the_read(event):
     table = backend.decode_cuda_graph_metadata[bs].real_page_table[:, : pages.shape[1]]
     assert overlapped
     assert torch.equal(table, expected) == (event == "in_graph")
+
+
+@pytest.mark.parametrize(("role", "is_launched"), [("verify", True), ("draft-extend", False)])
+def test_an_empty_kernel_is_launched_before_replays_of_the_targets_graph(role, is_launched):
+    pair = pair_for_installed("flashmla_sparse", role=role)
+    assert (pair.fills().no_op is not None) is is_launched
+
+
+def test_the_empty_kernel_runs_on_the_current_stream_and_in_a_graph():
+    """On another stream, and after one that is busy."""
+    from sglang_nsa_plugin.kernels import cuda
+
+    launch = cuda.bind_no_op(torch.device("cuda", 0))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10_000_000)
+        busy = torch.cuda.Event()
+        launch()
+        graph.replay()
+        busy.record()
+        assert not busy.query()  # it waits for what comes before it
+        busy.synchronize()
+    torch.cuda.synchronize()

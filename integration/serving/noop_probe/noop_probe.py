@@ -1,12 +1,13 @@
 """An SGLang plugin that can launch empty kernels with programmatic launch before each graph replay.
 
 In a scheduler process it wraps ``torch.cuda.CUDAGraph.replay``. While ``$NOOP_PROBE_DIR/ask`` says
-``{"id": N, "before": NAME, "only_deepest": BOOL, "coarse_fence": BOOL}``, each replay is preceded by what
-:func:`preludes` has under that name; or only those of the graph that takes longest to launch, which is
-target-verify's. With the coarse fence SGLang's scheduler waits for the whole forward before it writes
-what the forward may read, whatever event was published: SGLang has a variable for that, which it asks in
-every step. A new request is answered in ``$NOOP_PROBE_DIR/done`` with the times between replays of the
-graph that was replayed most often since the request before, which are the times of speculative steps.
+``{"id": N, "before": NAME, "only_deepest": BOOL, "coarse_fence": BOOL}``, each replay is preceded by
+what :func:`preludes` has under that name; or only those of the graph that takes longest to launch,
+which is target-verify's. With the coarse fence SGLang's scheduler waits for the whole forward before it
+writes what the forward may read, whatever event was published: SGLang has a variable for that, which it
+asks in every step. A new request is answered in ``$NOOP_PROBE_DIR/done`` with the times between replays
+of the graph that was replayed most often since the request before, which are the times of speculative
+steps.
 """
 
 from __future__ import annotations
