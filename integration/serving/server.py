@@ -31,6 +31,8 @@ LOG_TAIL_LINES = 60
 REQUEST_LIMIT_S = 60.0
 STOP_LIMIT_S = 10.0
 POLL_S = 0.25
+# SGLang's names of one list: up to 0.5.20, and from 0.5.12.post1 on.
+HISTOGRAMS = ("spec_accept_histogram", "spec_correct_drafts_histogram")
 PORTS = range(20_000, 30_000)
 
 
@@ -59,8 +61,20 @@ class Answer:
 
     @property
     def histogram(self) -> list[int]:
-        """How many steps accepted 0, 1, … drafts, without trailing zeros."""
-        counts = list(self.meta.get("spec_accept_histogram", ()))
+        """How many steps accepted 0, 1, … drafts, without trailing zeros; empty without steps.
+
+        Raises:
+            ServerError: SGLang counted steps, and no drafts under a name that is known.
+        """
+        if not self.steps:
+            return []
+        counts = next((list(self.meta[name]) for name in HISTOGRAMS if name in self.meta), None)
+        if counts is None:
+            raise ServerError(
+                f"meta_info: of {self.steps} speculative steps it must have "
+                f"{' or '.join(HISTOGRAMS)}, got {', '.join(sorted(self.meta))}; this SGLang may have "
+                "another name for it"
+            )
         while counts and counts[-1] == 0:
             counts.pop()
         return counts

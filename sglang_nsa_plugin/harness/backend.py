@@ -42,12 +42,14 @@ class HarnessBackend(ABC):
         self.draft_tokens = draft_tokens
         self.index_topk = index_topk
         self.page_size = page_size
+        self.index_kpool = index_kpool
         process_stubs.validate_device(self.device, decode_impl)
         if inputs is not None and inputs.page_size != page_size:
             raise ValueError(f"inputs: page_size must be {page_size}, got {inputs.page_size}")
         if inputs is None:
             width = table_width(context_len, draft_tokens, page_size)
-            inputs = make_inputs(self.device, max_bs, pool_size, width, page_size)
+            shortest = self._shortest()
+            inputs = make_inputs(self.device, max_bs, pool_size, width, page_size, shortest)
         self.inputs = inputs
         self.max_bs = inputs.max_bs
         self.server_args = process_stubs.publish_server_args(
@@ -66,7 +68,6 @@ class HarnessBackend(ABC):
             decode_impl,
             index_kpool,
         )
-        self.index_kpool = index_kpool
         with self.stub_process():
             self.backend = self._make_backend()
 
@@ -74,6 +75,10 @@ class HarnessBackend(ABC):
     def longest(self) -> int:
         """How many tokens a request may have: as many as ``req_to_token`` has columns."""
         return self.inputs.req_to_token.shape[1]
+
+    def _shortest(self) -> int:
+        """How many tokens a request has at least."""
+        return 1
 
     def _speculation(self) -> dict[str, Any]:
         """The server arguments of speculative decoding."""

@@ -21,7 +21,6 @@ from sglang_nsa_plugin.adapters import draft_decode, fields, in_graph, mqa_sched
 from sglang_nsa_plugin.adapters.eager_names import DSA
 from sglang_nsa_plugin.harness import eager_backend, process_stubs, sglang_kernel
 from sglang_nsa_plugin.harness.backend import HarnessBackend
-from sglang_nsa_plugin.harness.inputs import PADDED_SEQ_LEN
 from sglang_nsa_plugin.state import DECODE, DRAFT_DECODE, DRAFT_EXTEND, VERIFY
 
 
@@ -47,6 +46,11 @@ class GraphBackend(HarnessBackend):
         if in_graph.is_generation():
             return super().longest
         return int(self.model_runner.model_config.context_len)
+
+    def _shortest(self) -> int:
+        """SGLang's top-k plan takes no negative length, and pooled ones are not clamped at 0."""
+        is_pooled_extend = self.role == DRAFT_EXTEND and self.index_kpool > 1
+        return self.draft_tokens if is_pooled_extend else super()._shortest()
 
     def stub_process(self) -> contextlib.AbstractContextManager[None]:
         """To be entered around calls of SGLang's code. On CUDA it changes only the topology."""
@@ -119,7 +123,7 @@ class GraphBackend(HarnessBackend):
             seq_lens=seq_lens,
             out_cache_loc=self._tokens(bs),
             seq_lens_sum=int(seq_lens.sum()),
-            seq_lens_cpu=torch.full((bs,), PADDED_SEQ_LEN, dtype=torch.int64),
+            seq_lens_cpu=torch.full((bs,), self.inputs.shortest, dtype=torch.int64),
             extend_seq_lens=self._per_request(bs),
             extend_seq_lens_cpu=[self.draft_tokens] * bs,
             positions=self._tokens(bs),

@@ -117,8 +117,9 @@ def test_the_newest_bench_is_shown(tmp_path):
 
 
 def test_what_differs_between_servers_is_counted():
-    ours, theirs = (Answer([1, 2], 0.1, {"spec_accept_histogram": [1, 1]}) for _ in range(2))
-    other = Answer([1, 3], 0.1, {"spec_accept_histogram": [1, 1]})
+    meta = {"spec_verify_ct": 2, "spec_accept_histogram": [1, 1]}
+    ours, theirs = (Answer([1, 2], 0.1, meta) for _ in range(2))
+    other = Answer([1, 3], 0.1, meta)
     rows = [compare.comparison(ours, theirs, 10), compare.comparison(other, theirs, 10)]
     many = compare.repeated([[ours, other]], [[theirs, theirs]], [[7], [8]])
     record = {"replays": 12, "fallbacks": {"a reason": 3}}

@@ -230,6 +230,20 @@ def test_planted_differences_are_seen(ours, same_ids, same_drafts, first):
     assert not compare.comparison(ours, answer([1, 2, 3]), length=2_048)["deterministic"]
 
 
+@pytest.mark.parametrize("name", ["spec_accept_histogram", "spec_correct_drafts_histogram"])
+def test_accepted_drafts_are_found_by_each_releases_name(name):
+    found = Answer([1, 2], 1.0, {"spec_verify_ct": 2, name: [1, 1, 0]})
+    assert found.histogram == [1, 1]
+
+
+def test_accepted_drafts_without_a_known_name_are_an_error():
+    """Two empty lists would be alike."""
+    renamed = Answer([1, 2], 1.0, {"spec_verify_ct": 2, "spec_histogram": [1, 1]})
+    with pytest.raises(ServerError, match=r"of 2 speculative steps it must have .*, got spec_histogram"):
+        _ = renamed.histogram
+    assert Answer([1], 1.0, {}).histogram == []  # not a step
+
+
 def test_an_answer_of_another_length_is_a_difference():
     row = compare.comparison(answer([1, 2]), answer([1, 2, 3]), length=10)
     assert not row["same_ids"]
