@@ -128,8 +128,8 @@ def _tokens(serve: dict[str, Any]) -> list[str]:
             f"identical token ids. {len(within)} of them stay within the 2,048 tokens that sparse attention "
             f"keeps; for {same} of those the same number of drafts was accepted at each step. Beyond 2,048 "
             "tokens SGLang's top-k has no fixed order and some prompts give other tokens each time. The "
-            f"{long['kept']} longer prompts were therefore chosen from {long['drawn']} random ones, of which "
-            f"SGLang without the plugin repeated its answer to {long['answered_alike']}. Tokens per step: "
+            f"{long['kept']} longer prompts are those of {long['drawn']} random ones that SGLang without the "
+            f"plugin answered alike {long['answered_alike']} times. Tokens per step: "
             f"{per_step['plugin']:.2f} with the plugin, {per_step['sglang']:.2f} without. "
             f"{record['replays']:,} replays, all in the graph, {sum(record['fallbacks'].values())} fallbacks."
         )

@@ -400,14 +400,20 @@ def test_the_switch_is_shown_with_what_every_rank_found():
 
 
 def test_the_steps_behind_no_ops_are_those_of_the_result_file():
-    """The table of docs/kernel.md, which is written by hand."""
-    rows = load("programmatic-noop-8-h200.json")["rows"]
+    """The tables of docs/kernel.md, which are written by hand."""
+    names = ("off again", "no-op", "8 no-ops", "forked graph")
+    expect_the_table_of("programmatic-noop-8-h200.json", names)
+    names = ("off again", "no-op before verify", "no-op", "8 no-ops")
+    expect_the_table_of("programmatic-noop-plugin-h200.json", names)
+
+
+def expect_the_table_of(file, names):
+    rows = load(file)["rows"]
     page = (ROOT / "docs" / "kernel.md").read_text()
     assert {row["beside"] for row in rows} == {None, "context"}
     for row in rows:
         where = "beside a process that holds a context" if row["beside"] else "alone"
         many = "1 request" if row["requests"] == 1 else f"{row['requests']} requests"
-        names = ("off again", "no-op", "8 no-ops", "forked graph")
         ratios = (f"{row[name]['ratio']['median']:.4f}" for name in names)
         cells = (f"{where}, {many}", f"{row['off']['step_us'] / 1000:.2f}", *ratios)
         assert f"| {' | '.join(cells)} |" in page
