@@ -3,7 +3,7 @@
     python -m integration.gpu.soak [--role verify] [--replays 1000000] [--processes 8] [--json FILE]
     python -m integration.gpu.soak --index-kpool 4 --role verify --replays 100000
 
-The second is of a model with a pooled index, from SGLang 0.5.20 on; no GPU has run it yet.
+The second is of a model with a pooled index, from SGLang 0.5.20 on.
 
 Each process takes over SGLang's own backend object, captures a graph for each batch size and replays
 them. For each replay SGLang's own fill runs, too, and every live value is compared on the device. A run

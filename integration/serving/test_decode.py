@@ -2,8 +2,8 @@
 
     python -m integration.serving.serve_test decode
 
-No GPU has run this slice yet. It needs SGLang 0.5.18 or later and takes one GPU. Replays of the second
-and third setup are all shadow-checked; the third has FlashMLA's other kernel and its metadata.
+This slice has not run to its end yet. It needs SGLang 0.5.18 or later and takes one GPU. Replays of the
+second and third setup are all shadow-checked; the third has FlashMLA's other kernel and its metadata.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Their metadata is filled in two parts: what all models have, and then lengths that count k-pools, the
 plan of the keys that a step writes, and a page table of the index; ``kpool_args.py`` has the formulas.
-The plugin covers what SGLang's own fused kernels cover, in 0.5.20 to 0.5.23. No GPU has run this, so
-such a model is filled only on request.
+The plugin covers what SGLang's own fused kernels cover, in 0.5.20 to 0.5.23. No server has run
+this, so such a model is filled only on request.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def why_untried(backend: Any, request: Request) -> str | None:
     if not is_pooled(backend) or request.is_listed:
         return None
     return (
-        f"index k-pooling ({backend.dsa_index_kpool}): no GPU has run the plugin's fill of such a model "
-        f"yet. To fill it all the same, start with {options.ROLES_FLAG} {','.join(ROLES_COVERED)}"
+        f"index k-pooling ({backend.dsa_index_kpool}): no server has run the plugin's fill of such a "
+        f"model yet. To fill it all the same, start with {options.ROLES_FLAG} {','.join(ROLES_COVERED)}"
     )
 
 

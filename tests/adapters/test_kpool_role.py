@@ -161,7 +161,7 @@ def test_without_request_a_pooled_index_stays_with_sglang(role, state):
     made = harness_backend(role)
     assert taken_over.ATTRIBUTE not in vars(made.backend)
     assert STATES[role].reason == (
-        "index k-pooling (4): no GPU has run the plugin's fill of such a model yet. "
+        "index k-pooling (4): no server has run the plugin's fill of such a model yet. "
         "To fill it all the same, start with --nsa-metadata-roles draft-decode,verify,draft-extend"
     )
 
@@ -181,7 +181,7 @@ def test_a_model_without_pooling_needs_no_request(state):
 
 def test_an_implementation_by_name_is_no_request_for_a_role(state):
     activate(roles=None, backend="torch")
-    with pytest.raises(BackendUnavailableError, match="no GPU has run the plugin's fill"):
+    with pytest.raises(BackendUnavailableError, match="no server has run the plugin's fill"):
         harness_backend()
 
 
@@ -487,4 +487,4 @@ def test_an_untried_model_is_asked_about_only_where_it_is_pooled():
     assert kpool.why_untried(backend, Request("auto", 0, is_listed=False)) is None
     backend.dsa_index_kpool = 4
     assert kpool.why_untried(backend, Request("auto", 0, is_listed=True)) is None
-    assert "no GPU has run" in kpool.why_untried(backend, Request("auto", 0, is_listed=False))
+    assert "no server has run" in kpool.why_untried(backend, Request("auto", 0, is_listed=False))

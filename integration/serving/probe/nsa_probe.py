@@ -248,7 +248,7 @@ class RoleWatch:
 
     def _time_no_op(self, backend: Any) -> None:
         """Of a backend that the plugin has taken over, before its first replay."""
-        fills = getattr(backend, "_nsa_fills", None)
+        fills: Any = getattr(backend, "_nsa_fills", None)
         no_op = getattr(fills, "no_op", None)
         if no_op is None:
             return
