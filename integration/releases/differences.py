@@ -34,6 +34,8 @@ NO_PREFILL_GRAPH: Table[str] = (
     ("0.5.11", "0.5.13.post1", "--disable-piecewise-cuda-graph"),
     ("0.5.14", LATER, "--disable-prefill-cuda-graph"),
 )
+# Whether models with a pooled index (GLM-5.3-Flash) are known.
+HAS_POOLED_INDEX: Table[bool] = (("0.5.11", "0.5.19", False), ("0.5.20", LATER, True))
 # Folders below the home folder with the kernels that a server compiled.
 KERNEL_CACHES: Table[tuple[str, ...]] = (
     ("0.5.11", "0.5.17", (".triton", ".cache/tvm-ffi", ".cache/flashinfer", ".cache/deep_gemm")),

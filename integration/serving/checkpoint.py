@@ -83,6 +83,8 @@ TOKENIZER_CONFIG = {
     "clean_up_tokenization_spaces": False,
 }
 YARN_FACTOR = 40
+COMPRESS_APE = "index_kpool_compress_ape"  # SGLang's name: of each token's place in its k-pool
+IN_FLOAT32 = ("correction_bias", COMPRESS_APE)  # the router's bias and that
 SILU_GATE_RMS = 0.596  # root mean square of silu(a) * b for independent standard normal a, b
 
 
@@ -102,9 +104,18 @@ class Strengths:
 DEFAULTS = Strengths()
 
 
-def model_config() -> dict[str, Any]:
-    """The config.json: real key names, small sizes, no quantization."""
+def model_config(index_kpool: int = 1) -> dict[str, Any]:
+    """The config.json: real key names, small sizes, no quantization.
+
+    With more than one token to an index key, as GLM-5.3-Flash has it; SGLang 0.5.20 and later.
+    """
+    pooled = {
+        "index_kpool": index_kpool,
+        "index_kpool_compress": True,
+        "index_kpool_always_select_tail": True,
+    }
     return {
+        **(pooled if index_kpool > 1 else {}),
         "architectures": ["DeepseekV32ForCausalLM"],
         "model_type": "deepseek_v32",
         "torch_dtype": "bfloat16",
@@ -171,9 +182,10 @@ def successor(seed: int) -> torch.Tensor:
 class _Weights:
     """Builds the tensors by checkpoint name; float32 here, converted when they are written."""
 
-    def __init__(self, seed: int, strengths: Strengths):
+    def __init__(self, seed: int, strengths: Strengths, index_kpool: int = 1):
         self.random = torch.Generator().manual_seed(seed + 1)
         self.strengths = strengths
+        self.index_kpool = index_kpool
         self.basis: torch.Tensor = torch.linalg.qr(self.normal(HIDDEN, strengths.embed_rank))[0]
         self.tensors: dict[str, torch.Tensor] = {}
 
@@ -215,6 +227,15 @@ class _Weights:
             f"{prefix}.indexer.k_norm.weight": torch.ones(INDEX_DIM),
             f"{prefix}.indexer.k_norm.bias": self.normal(INDEX_DIM, std=0.1),
             f"{prefix}.indexer.weights_proj.weight": self.project(INDEX_HEADS, HIDDEN),
+        }
+        if self.index_kpool > 1:
+            self.pooling(f"{prefix}.indexer")
+
+    def pooling(self, prefix: str) -> None:
+        """How much each token of a k-pool has of its key: by its hidden state and its place."""
+        self.tensors |= {
+            f"{prefix}.{COMPRESS_APE}": self.normal(self.index_kpool, INDEX_DIM, std=0.1),
+            f"{prefix}.index_kpool_compress_gate": self.project(INDEX_DIM, HIDDEN),
         }
 
     def ffn(self, prefix: str, width: int, strength: float) -> None:
@@ -264,15 +285,17 @@ class _Weights:
         }
 
 
-def build_weights(seed: int = 0, strengths: Strengths = DEFAULTS) -> dict[str, torch.Tensor]:
-    """All tensors by checkpoint name, bfloat16 except the router's bias (float32)."""
-    weights = _Weights(seed, strengths)
+def build_weights(
+    seed: int = 0, strengths: Strengths = DEFAULTS, index_kpool: int = 1
+) -> dict[str, torch.Tensor]:
+    """All tensors by checkpoint name, bfloat16 except those that SGLang keeps in float32."""
+    weights = _Weights(seed, strengths, index_kpool)
     weights.embeddings(seed)
     weights.layer(0, strengths.first_attention, dense=True)
     weights.layer(1, strengths.second_attention, dense=False)
     weights.draft()
     return {
-        name: tensor.float() if name.endswith("correction_bias") else tensor.bfloat16()
+        name: tensor.float() if name.endswith(IN_FLOAT32) else tensor.bfloat16()
         for name, tensor in weights.tensors.items()
     }
 
@@ -288,7 +311,9 @@ def tokenizer() -> Tokenizer:
     return model
 
 
-def write_checkpoint(path: str | Path, *, seed: int = 0, strengths: Strengths = DEFAULTS) -> Path:
+def write_checkpoint(
+    path: str | Path, *, seed: int = 0, strengths: Strengths = DEFAULTS, index_kpool: int = 1
+) -> Path:
     """Write config.json, tokenizer and model.safetensors (172 MB) into the folder ``path``.
 
     The same seed and strengths give the same bytes with the same torch release. Returns the
@@ -305,11 +330,12 @@ def write_checkpoint(path: str | Path, *, seed: int = 0, strengths: Strengths = 
         )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(model_config(), indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(model_config(index_kpool), indent=1) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS}) + "\n")
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=1) + "\n")
     tokenizer().save(str(folder / "tokenizer.json"))
-    weights = {name: t.contiguous() for name, t in build_weights(seed, strengths).items()}
+    built = build_weights(seed, strengths, index_kpool)
+    weights = {name: tensor.contiguous() for name, tensor in built.items()}
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
     return folder
 

@@ -25,6 +25,7 @@ SLICES: dict[str, tuple[str, ...]] = {
     "dropped": ("test_dropped.py", "--servers=8"),
     "roles": ("test_roles.py", "--servers=6"),
     "decode": ("test_decode.py", "--servers=6"),
+    "kpool": ("test_kpool.py", "--servers=4"),
     "profile": ("test_profile.py",),
     "tables": ("test_tables.py",),
     "widths": ("test_widths.py", "--servers=6"),

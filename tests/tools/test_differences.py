@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from integration.releases import differences, matrix
+from integration.releases.differences import HAS_POOLED_INDEX
 from integration.serving.ab_servers import serve_args
 
 
@@ -31,9 +32,16 @@ def test_options_are_spelled_as_the_release_spells_them(monkeypatch, release, ex
 @pytest.mark.parametrize("release", [*matrix.tested_releases(), "0.6.0"])
 def test_every_release_and_those_to_come_have_each_of_them(release):
     tables = [value for value in vars(differences).values() if isinstance(value, tuple)]
-    assert len(tables) == 6
+    assert len(tables) == 7
     for table in tables:
-        assert differences.of(table, release)
+        assert differences.of(table, release) not in (None, "", ())
+
+
+def test_a_pooled_index_is_known_from_0_5_20_on():
+    known = [
+        release for release in matrix.tested_releases() if differences.of(HAS_POOLED_INDEX, release)
+    ]
+    assert known == ["0.5.20", "0.5.21", "0.5.22", "0.5.23"]
 
 
 def test_a_release_that_is_too_old_is_named():

@@ -181,6 +181,42 @@ def test_the_checkpoint_is_the_same_each_time(model, tmp_path):
     assert [digest(again / name) for name in names] == [digest(model / name) for name in names]
 
 
+def test_a_checkpoint_with_a_pooled_index_has_what_sglang_reads_of_it():
+    """Three keys without a default, and two tensors of each indexer."""
+    config, plain = checkpoint.model_config(index_kpool=4), checkpoint.model_config()
+    assert {key: config[key] for key in config.keys() - plain.keys()} == {
+        "index_kpool": 4,
+        "index_kpool_compress": True,
+        "index_kpool_always_select_tail": True,
+    }
+    weights = checkpoint.build_weights(index_kpool=4)
+    added = weights.keys() - checkpoint.build_weights().keys()
+    assert len(added) == 2 * 3  # two layers and the draft layer
+    for name in added:
+        is_gate = name.endswith("indexer.index_kpool_compress_gate")
+        assert is_gate or name.endswith("indexer.index_kpool_compress_ape")
+        assert weights[name].dtype == (torch.bfloat16 if is_gate else torch.float32)
+        assert tuple(weights[name].shape) == ((128, 1024) if is_gate else (4, 128))
+
+
+def test_the_attention_of_a_pooled_index_gets_columns_of_no_token(monkeypatch):
+    monkeypatch.syspath_prepend(str(SERVING / "kpool_attention"))
+    import kpool_attention
+
+    def attention(backend, q_all, page_table_1, topk_length=None):
+        return backend, page_table_1, topk_length
+
+    table = torch.arange(2 * 2_051, dtype=torch.int32).view(2, 2_051)
+    backend, wide, length = kpool_attention.widened(
+        attention, "backend", "q", page_table_1=table, topk_length=5
+    )
+    assert (backend, length, wide.shape) == ("backend", 5, (2, 2_176))
+    assert torch.equal(wide[:, :2_051], table)
+    assert (wide[:, 2_051:] == kpool_attention.NO_TOKEN).all()
+    assert kpool_attention.widened(attention, "backend", "q", table[:, :2_048])[1].shape == (2, 2_048)
+    assert kpool_attention.as_asked(None, "backend", None, "flashmla_sparse") == "flashmla_sparse"
+
+
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
