@@ -29,6 +29,7 @@ KERNELS = (
     "fill_kernel",
     "compare_kernel",
     "conclude_kernel",
+    "no_op_kernel",
 )
 # A value that an unwatched kernel wrote would count as never written: this one watches all of them.
 UNFILTERED = "initcheck"
