@@ -55,6 +55,11 @@ ENVIRONMENTS: Mapping[str, Environment] = {"plugin": PLUGIN_ENV, "sglang": SGLAN
 NO_PROBE: Environment = {"NSA_PROBE_DIR": None}
 
 
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH with the folders of these plugins ahead of its own."""
+    return os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")]))
+
+
 def serve_args(decode_backend: str = "flashmla_sparse", draft_tokens: int = 4) -> list[str]:
     """The options of a small server, spelled as the installed SGLang spells them.
 
@@ -205,7 +210,7 @@ class Fleet:
         probe_dir = (folder / f"{name}-probe").resolve()
         probe_dir.mkdir(parents=True)
         with_probe = {
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(PROBE), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": python_path(PROBE),
             "NSA_PROBE_DIR": str(probe_dir),
             **setup.environments[name],
         }

@@ -18,7 +18,7 @@ import pytest
 
 from integration import result_files
 from integration.serving import checkpoint
-from integration.serving.ab_servers import AbServer, AbServers
+from integration.serving.ab_servers import ROLES, AbServer, AbServers
 from integration.serving.ab_stats import (
     FAULT,
     Row,
@@ -29,6 +29,7 @@ from integration.serving.ab_stats import (
     verdict,
 )
 from integration.serving.server import Answer, Server
+from sglang_nsa_plugin.options import CHECK_VARIABLE
 
 RECORD_KEY = "nsa_metadata"
 FIRST_ROLE = "draft-extend"  # the one that every adapter fills
@@ -129,13 +130,13 @@ def difference(
     return found
 
 
-def expect_alike_one_at_a_time(servers: AbServers, report: Report, seed: int) -> None:
+def expect_alike_one_at_a_time(servers: AbServers, report: Report, asked: Sequence[list[int]]) -> None:
     """Same tokens and drafts, prompt after prompt; some step accepts every draft."""
-    figures = summary(one_at_a_time(servers, prompts(SHORT_LENGTHS, seed)))
+    figures = summary(one_at_a_time(servers, asked))
     report(f"{servers.setup.name}.one_at_a_time", figures)
     assert mismatches(figures["each"]) == []
     drafts = figures["accepted_drafts"]["sglang"]
-    assert len(drafts) == servers.setup.draft_tokens, "some step should accept all drafts"
+    assert len(drafts) == servers.setup.draft_tokens, f"some step should accept all drafts: {drafts}"
 
 
 def at_once(servers: AbServers, count: int, seed: int) -> Row:
@@ -199,6 +200,13 @@ def assert_alike(rows: Sequence[Row]) -> None:
     assert 2 * repeatable > asked, (
         f"SGLang repeats its answer to {repeatable} of {asked} prompts: too few to compare"
     )
+
+
+def expect_alike_at_once(servers: AbServers, report: Report, counts: Sequence[int], seed: int) -> None:
+    """The same of so many prompts at once, each number with prompts of its own."""
+    rows = [at_once(servers, count, seed + count) for count in counts]
+    report(f"{servers.setup.name}.many_at_once", {"each": rows})
+    assert_alike(rows)
 
 
 def relative(plugin: float, sglang: float) -> float:
@@ -268,6 +276,34 @@ def check_record(servers: AbServers, report: Report) -> None:
             check_replays(role, record["roles"][role], of_role(probe, role))
     else:
         assert record["launches"] == steps
+
+
+def expect_every_role_filled(servers: AbServers, report: Report) -> dict[str, Any]:
+    """Every role is in place, SGLang filled no step, and a check compared some and found nothing.
+
+    Returns the plugin's record.
+    """
+    probe, record = scheduler_figures(servers["plugin"]), read_record(servers["plugin"])
+    sglang = scheduler_figures(servers["sglang"])
+    counted = {role: kept(of_role(probe, role)) for role in ROLES}
+    figures = {"probe": counted, "sglang": {role: kept(of_role(sglang, role)) for role in ROLES}}
+    report(f"{servers.setup.name}.record", {"record": record, **figures})
+    assert record["in_place"] == dict.fromkeys(ROLES, True), record
+    is_checked = servers.setup.environments["plugin"][CHECK_VARIABLE] is not None
+    for role in ROLES:
+        found = record["roles"][role]
+        assert found["backend"] == "cuda", role
+        assert found["fallbacks"] == {}, role
+        check_replays(role, found, counted[role])
+        assert (found["checks"] > 0) == is_checked, role
+        assert found["mismatches"] == 0, role
+    return record
+
+
+def kept(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What the probe counted and timed of one role."""
+    names = ("capture_bs", "replays", "replays_by_batch_size", "fill_us")
+    return {name: figures[name] for name in names}
 
 
 def has_graphs(probe: Mapping[str, Any], role: str) -> bool:

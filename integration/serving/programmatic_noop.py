@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import shlex
 import statistics
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 
 from integration import result_files
 from integration.gpu import node_gaps
-from integration.serving.ab_servers import serve_args
+from integration.serving.ab_servers import python_path, serve_args
 from integration.serving.checkpoint import write_checkpoint
 from integration.serving.server import Server
 
@@ -121,8 +120,7 @@ def serve(name: str, model: Path, asked: argparse.Namespace) -> list[dict[str, A
         args = ["--model-path", str(model), *serve_args(), "--load-format", "dummy", "--sleep-on-idle"]
         if asked.layers > 2:
             args += ["--json-model-override-args", overrides]
-        path = os.pathsep.join(filter(None, [str(PROBE), os.environ.get("PYTHONPATH")]))
-        env = {"PYTHONPATH": path, "NOOP_PROBE_DIR": folder, **SERVERS[name]}
+        env = {"PYTHONPATH": python_path(PROBE), "NOOP_PROBE_DIR": folder, **SERVERS[name]}
         rows = []
         with Server(args, env, log_path=Path(folder) / f"{name}.log", name=name) as server:
             server.wait_ready(START_LIMIT_S)

@@ -14,9 +14,9 @@ from integration.serving.ab_servers import FP8, MANY, PLUGIN_ENV, SGLANG_ENV, Ab
 from integration.serving.compare import (
     SHORT_LENGTHS,
     Report,
-    assert_alike,
-    at_once,
     check_replays,
+    expect_alike_at_once,
+    kept,
     mismatches,
     of_role,
     one_at_a_time,
@@ -25,7 +25,6 @@ from integration.serving.compare import (
     scheduler_figures,
     summary,
 )
-from integration.serving.test_roles import kept
 from integration.serving.test_switch import OFF, switch
 from sglang_nsa_plugin.adapters.supported import NO_DECODE_FENCE
 from sglang_nsa_plugin.state import DECODE
@@ -55,9 +54,7 @@ def test_one_at_a_time(servers: AbServers, report: Report) -> None:
 
 def test_many_at_once(servers: AbServers, report: Report) -> None:
     """Also more than the graphs hold, which SGLang plans without a graph."""
-    rows = [at_once(servers, count, seed=120 + count) for count in (3, 7, 16, 24)]
-    report(f"{servers.setup.name}.many_at_once", {"each": rows})
-    assert_alike(rows)
+    expect_alike_at_once(servers, report, (3, 7, 16, 24), seed=120)
 
 
 def test_record(servers: AbServers, report: Report) -> None:

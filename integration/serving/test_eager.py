@@ -6,9 +6,8 @@ from integration.serving.ab_servers import MANY, AbServers, Setup
 from integration.serving.compare import (
     SHORT_LENGTHS,
     Report,
-    assert_alike,
-    at_once,
     check_record,
+    expect_alike_at_once,
     mismatches,
     one_at_a_time,
     prompts,
@@ -27,9 +26,7 @@ def test_one_at_a_time(servers: AbServers, report: Report) -> None:
 
 
 def test_many_at_once(servers: AbServers, report: Report) -> None:
-    rows = [at_once(servers, count, seed=50 + count) for count in (3, 16)]
-    report(f"{servers.setup.name}.many_at_once", {"each": rows})
-    assert_alike(rows)
+    expect_alike_at_once(servers, report, (3, 16), seed=50)
 
 
 def test_record(servers: AbServers, report: Report) -> None:

@@ -9,7 +9,6 @@ of the second setup are all shadow-checked.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -20,30 +19,23 @@ from integration.serving.ab_servers import (
     ALL_ROLES_ENV,
     MANY,
     PROBE,
-    ROLES,
     AbServers,
     Environment,
     Setup,
+    python_path,
 )
 from integration.serving.compare import (
     SHORT_LENGTHS,
     Report,
-    assert_alike,
-    at_once,
-    check_replays,
-    mismatches,
-    of_role,
-    one_at_a_time,
+    expect_alike_at_once,
+    expect_alike_one_at_a_time,
+    expect_every_role_filled,
     prompts,
-    read_record,
-    scheduler_figures,
-    summary,
 )
-from integration.serving.test_roles import kept
 
 POOL = 4  # tokens of an index key, as GLM-5.3-Flash has them
 ATTENTION = Path(__file__).parent / "kpool_attention"
-PATH = os.pathsep.join(filter(None, [str(ATTENTION), str(PROBE), os.environ.get("PYTHONPATH")]))
+PATH = python_path(ATTENTION, PROBE)
 FILLED: Environment = {**ALL_ROLES_ENV, "PYTHONPATH": PATH}
 CHECKED: Environment = {**FILLED, "SGLANG_NSA_METADATA_CHECK": "1"}
 SGLANG: Environment = {"SGLANG_PLUGINS": "probe,kpool_attention", "PYTHONPATH": PATH}
@@ -68,31 +60,12 @@ def test_one_at_a_time(servers: AbServers, report: Report) -> None:
     """Also two that begin alike, the second with a prefix from the cache."""
     begin, *ends = prompts([SHARED, 40, 41], seed=161)
     asked = [*prompts(LENGTHS, seed=160), *(begin + end for end in ends)]
-    figures = summary(one_at_a_time(servers, asked))
-    report(f"{servers.setup.name}.one_at_a_time", figures)
-    assert mismatches(figures["each"]) == []
-    drafts = figures["accepted_drafts"]["sglang"]
-    assert len(drafts) == servers.setup.draft_tokens, f"some step should accept all drafts: {drafts}"
+    expect_alike_one_at_a_time(servers, report, asked)
 
 
 def test_many_at_once(servers: AbServers, report: Report) -> None:
-    rows = [at_once(servers, count, seed=160 + count) for count in (3, 7, 16)]
-    report(f"{servers.setup.name}.many_at_once", {"each": rows})
-    assert_alike(rows)
+    expect_alike_at_once(servers, report, (3, 7, 16), seed=160)
 
 
 def test_record(servers: AbServers, report: Report) -> None:
-    """Every role is in place, SGLang filled no step, and the check compared some and found nothing."""
-    probe, record = scheduler_figures(servers["plugin"]), read_record(servers["plugin"])
-    sglang = scheduler_figures(servers["sglang"])
-    counted = {role: kept(of_role(probe, role)) for role in ROLES}
-    figures = {"probe": counted, "sglang": {role: kept(of_role(sglang, role)) for role in ROLES}}
-    report(f"{servers.setup.name}.record", {"record": record, **figures})
-    assert record["in_place"] == dict.fromkeys(ROLES, True), record
-    is_checked = servers.setup.environments["plugin"] == CHECKED
-    for role in ROLES:
-        found = record["roles"][role]
-        assert found["fallbacks"] == {}, role
-        check_replays(role, found, counted[role])
-        assert (found["checks"] > 0) == is_checked, role
-        assert found["mismatches"] == 0, role
+    expect_every_role_filled(servers, report)

@@ -6,7 +6,6 @@ ends the start.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from integration.serving.ab_servers import (
     START_LIMIT_S,
     AbServers,
     Setup,
+    python_path,
 )
 from integration.serving.compare import (
     SHORT_LENGTHS,
@@ -32,7 +32,7 @@ from integration.serving.compare import (
 from integration.serving.server import Server, ServerError
 
 FIRST = Path(__file__).parent / "first_plugin"
-PATH = os.pathsep.join(filter(None, [str(FIRST), str(PROBE), os.environ.get("PYTHONPATH")]))
+PATH = python_path(FIRST, PROBE)
 PATCHED = {**PLUGIN_ENV, "PYTHONPATH": PATH}
 SETUP = Setup("other-plugin", MANY, environments={"plugin": PATCHED, "sglang": SGLANG_ENV})
 SETUPS = (SETUP,)

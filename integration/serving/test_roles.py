@@ -12,14 +12,11 @@ tokens are the same.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from integration.serving.ab_servers import (
     ALL_ROLES_ENV,
     MANY,
-    ROLES,
     SGLANG_ENV,
     AbServers,
     Environment,
@@ -30,16 +27,13 @@ from integration.serving.compare import (
     ACCEPTANCE_LIMIT,
     SHORT_LENGTHS,
     Report,
-    assert_alike,
-    at_once,
-    check_replays,
+    expect_alike_at_once,
+    expect_every_role_filled,
     mismatches,
-    of_role,
     one_at_a_time,
     other_answers,
     prompts,
     read_record,
-    scheduler_figures,
     summary,
 )
 
@@ -73,38 +67,10 @@ def test_one_at_a_time(servers: AbServers, report: Report) -> None:
 
 
 def test_many_at_once(servers: AbServers, report: Report) -> None:
-    rows = [at_once(servers, count, seed=50 + count) for count in (3, 7, 16)]
-    report(f"{servers.setup.name}.many_at_once", {"each": rows})
-    assert_alike(rows)
+    expect_alike_at_once(servers, report, (3, 7, 16), seed=50)
 
 
 def test_record(servers: AbServers, report: Report) -> None:
-    """Every role is in place, SGLang filled no step, and the check compared some and found nothing."""
-    probe, record = scheduler_figures(servers["plugin"]), read_record(servers["plugin"])
-    counted = {role: kept(of_role(probe, role)) for role in ROLES}
-    sglang = scheduler_figures(servers["sglang"])
-    report(
-        f"{servers.setup.name}.record",
-        {
-            "record": record,
-            "probe": counted,
-            "sglang": {role: kept(of_role(sglang, role)) for role in ROLES},
-        },
-    )
-    assert record["in_place"] == dict.fromkeys(ROLES, True), record
+    record = expect_every_role_filled(servers, report)
     unless_0_5_15 = ("short while the plugin fills verify", "SGLang's: this SGLang does not fit")
     assert record["tree_mask"].startswith(unless_0_5_15), record
-    is_checked = servers.setup.name == "roles-checked"
-    for role in ROLES:
-        found = record["roles"][role]
-        assert found["backend"] == "cuda", role
-        assert found["fallbacks"] == {}, role
-        check_replays(role, found, counted[role])
-        assert (found["checks"] > 0) == is_checked, role
-        assert found["mismatches"] == 0, role
-
-
-def kept(figures: Any) -> dict[str, Any]:
-    """What the probe counted and timed of one role."""
-    names = ("capture_bs", "replays", "replays_by_batch_size", "fill_us")
-    return {name: figures[name] for name in names}

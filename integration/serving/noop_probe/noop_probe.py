@@ -48,8 +48,9 @@ def register() -> None:
             made[before]()
         begin = time.perf_counter_ns()
         original(graph)
-        launch_ns[id(graph)] = time.perf_counter_ns() - begin
-        replays.setdefault(id(graph), []).append(time.perf_counter_ns())
+        end = time.perf_counter_ns()
+        launch_ns[id(graph)] = end - begin
+        replays.setdefault(id(graph), []).append(end)
 
     torch.cuda.CUDAGraph.replay = replay  # type: ignore[assignment,method-assign]
     threading.Thread(target=follow, args=(Path(os.environ["NOOP_PROBE_DIR"]),), daemon=True).start()

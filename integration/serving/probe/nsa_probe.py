@@ -220,6 +220,18 @@ def marked(role: str, fill: Callable[..., Any]) -> Callable[..., Any]:
     return named
 
 
+def timed(call: Callable[..., Any], samples_ns: list[int]) -> Callable[..., Any]:
+    """The same call, whose time is appended to the samples."""
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        begin = clock()
+        result = call(*args, **kwargs)
+        samples_ns.append(clock() - begin)
+        return result
+
+    return measured
+
+
 class RoleWatch:
     """Times the metadata of a runner other than draft-extend's and counts its replays."""
 
@@ -237,28 +249,14 @@ class RoleWatch:
 
     def _time_fill(self, role: str, backend: Any) -> None:
         fill = marked(role, backend.init_forward_metadata_out_graph)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = clock()
-            result = fill(*args, **kwargs)
-            self.fill_ns.append(clock() - begin)
-            return result
-
-        backend.init_forward_metadata_out_graph = timed
+        backend.init_forward_metadata_out_graph = timed(fill, self.fill_ns)
 
     def _time_no_op(self, backend: Any) -> None:
         """Of a backend that the plugin has taken over, before its first replay."""
         fills: Any = getattr(backend, "_nsa_fills", None)
         no_op = getattr(fills, "no_op", None)
-        if no_op is None:
-            return
-
-        def timed() -> None:
-            begin = clock()
-            no_op()
-            self.no_op_ns.append(clock() - begin)
-
-        fills.no_op = timed
+        if no_op is not None:
+            fills.no_op = timed(no_op, self.no_op_ns)
 
     def _count_replays(self, graphs: Any) -> None:
         replay = graphs.replay
