@@ -11,6 +11,7 @@ import torch
 from sglang_nsa_plugin import dispatch, options
 from sglang_nsa_plugin.adapters import by_request, fields, kpool, mqa_schedule
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
+from sglang_nsa_plugin.adapters.no_op import while_behind
 from sglang_nsa_plugin.adapters.outcome import Outcome
 from sglang_nsa_plugin.adapters.roles import Inputs, Role
 from sglang_nsa_plugin.adapters.shadow_check import ShadowedReplays
@@ -165,7 +166,7 @@ class BackendFills:
         """It is of no use to the values: an error ends it and nothing else."""
         if choice.bind_no_op is None or not self.role.is_of_target:
             return None
-        launch = choice.bind_no_op(self.backend.req_to_token.device)
+        launch = while_behind(choice.bind_no_op(self.backend.req_to_token.device))
         return functools.partial(attempt, launch, self._end_no_op)
 
     def _end_no_op(self, error: Exception) -> None:

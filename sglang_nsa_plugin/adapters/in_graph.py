@@ -20,6 +20,7 @@ from sglang_nsa_plugin.adapters import draft_decode, fields, hooks, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Adapter, Parts
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Sets
+from sglang_nsa_plugin.adapters.no_op import LAST_STEP
 from sglang_nsa_plugin.adapters.roles import DECODE_ROLE, DRAFT_EXTEND_ROLE, VERIFY_ROLE
 from sglang_nsa_plugin.adapters.supported import (
     fence_event,
@@ -205,6 +206,7 @@ def _itself(error: Exception) -> Exception | None:
 def _publish_read_done(runner: Any) -> None:
     fills = getattr(runner.draft_extend_attn_backend, ATTRIBUTE, None)
     read_done = None if fills is None else fills.read_done(runner.bs)
+    LAST_STEP.done = read_done
     if read_done is not None:
         model_runner = runner.model_runner
         # SGLang's KV canary, a debugging aid, reads req_to_token in the graph after the fill.

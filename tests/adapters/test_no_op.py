@@ -6,6 +6,7 @@ A stand-in counts its launches on the CPU; tests/gpu/test_gpu_in_graph.py has th
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cpu_pair import make_pair, on_the_cpu, random_batch, replay_and_expect_equa
 from test_switch import ask
 
 from sglang_nsa_plugin import dispatch
+from sglang_nsa_plugin.adapters.no_op import LastStep, while_behind
 from sglang_nsa_plugin.adapters.roles import (
     DECODE_ROLE,
     DRAFT_DECODE_ROLE,
@@ -93,3 +95,13 @@ def test_one_that_fails_is_left_out_and_the_fills_go_on(check_every, launches, c
     (line,) = [each.message for each in caplog.records if "empty kernel" in each.message]
     assert "before each replay of verify's graph failed and is left out" in line
     assert "planted: the kernel launch failed" in line
+
+
+@pytest.mark.parametrize(("is_done", "count"), [(None, 1), (False, 1), (True, 0)])
+def test_it_is_launched_only_while_the_gpu_is_behind_the_host(is_done, count):
+    """None: the plugin does not fill the graph that ends a step."""
+    launched, last = Launches(), LastStep()
+    launch = while_behind(launched, last)
+    last.done = None if is_done is None else SimpleNamespace(query=lambda: is_done)
+    launch()
+    assert launched.count == count
