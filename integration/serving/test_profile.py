@@ -3,7 +3,8 @@
     python -m integration.serving.serve_test profile
 
 SGLang launches several GPU operations before each replay of its three graphs; the plugin launches none
-for metadata, and one empty kernel before verify's graph (docs/kernel.md).
+for metadata. While the GPU is behind the host it launches one empty kernel before verify's graph
+(docs/kernel.md).
 The profile covers steps of one request and of 16 at once, without a prefill.
 """
 
@@ -55,16 +56,18 @@ def test_nothing_is_launched_for_metadata_between_graphs(
     for role in ROLES:
         ours, theirs = (found[name]["roles"][role] for name in ("plugin", "sglang"))
         assert ours["calls"] >= LEAST_CALLS, role
-        no_ops = {NO_OP: ours["calls"]} if role == VERIFY else {}
-        assert named_alike(ours["operations"]) == no_ops
+        no_ops, others = apart(ours["operations"])
+        assert not others
+        assert no_ops <= (ours["calls"] if role == VERIFY else 0)
         assert theirs["launches"] >= theirs["calls"] >= LEAST_CALLS, role
     assert found["plugin"]["unmarked"] == {}
     assert found["plugin"]["graph_launches"] >= LEAST_CALLS * len(ROLES)
 
 
-def named_alike(operations: Mapping[str, int]) -> dict[str, int]:
-    """The empty kernel by its own name, without namespace and parameters."""
-    return {NO_OP if NO_OP in name else name: count for name, count in operations.items()}
+def apart(operations: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """How often the empty kernel was launched, and what else was."""
+    others = {name: count for name, count in operations.items() if NO_OP not in name}
+    return sum(operations.values()) - sum(others.values()), others
 
 
 def profiled(server: Server, folder: Path, count: int) -> dict[str, Any]:
