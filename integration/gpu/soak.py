@@ -115,18 +115,14 @@ def soak(number: int, replays: int, role: str, seed: int, index_kpool: int = 1) 
 
 def settings_of(role: str, number: int, index_kpool: int = 1) -> dict[str, Any]:
     """Those of one process. With 2 draft tokens there is one draft step, and no draft-decode: 5 then,
-    with which SGLang leaves schedules as they were captured. With a pooled index no server decodes by
-    flashmla_kv.
+    with which SGLang leaves schedules as they were captured.
     """
+    from sglang_nsa_plugin.harness.graph_backend import pooled
+
     settings: dict[str, Any] = dict(SETTINGS[number % len(SETTINGS)])
     if role == "draft-decode" and settings["draft_tokens"] == 2:
         settings["draft_tokens"] = 5
-    if index_kpool > 1:
-        from sglang_nsa_plugin.harness.graph_backend import page_size_of
-
-        settings |= {"index_kpool": index_kpool, "page_size": page_size_of(index_kpool)}
-        settings["decode_impl"] = "flashmla_sparse"
-    return settings
+    return settings | pooled(index_kpool)
 
 
 if __name__ == "__main__":

@@ -316,6 +316,12 @@ def of_role(probe: Mapping[str, Any], role: str) -> Mapping[str, Any]:
     return probe if role == FIRST_ROLE else probe["roles"][role]
 
 
+def median_us_by_role(probe: Mapping[str, Any]) -> dict[str, float]:
+    """The median host time of each role's metadata, in microseconds."""
+    roles = (FIRST_ROLE, *probe.get("roles", {}))
+    return {role: of_role(probe, role)["fill_us"]["median"] for role in roles}
+
+
 def check_replays(role: str, found: Mapping[str, Any], counted: Mapping[str, Any]) -> None:
     """The plugin's record of a role says what the probe counted at that role's runner."""
     assert sorted(found["captures"]) == sorted(counted["capture_bs"]), role

@@ -19,6 +19,7 @@ from integration.serving.ab_servers import (
     ALL_ROLES_ENV,
     MANY,
     PROBE,
+    ROLES,
     AbServers,
     Environment,
     Setup,
@@ -30,7 +31,9 @@ from integration.serving.compare import (
     expect_alike_at_once,
     expect_alike_one_at_a_time,
     expect_every_role_filled,
+    median_us_by_role,
     prompts,
+    scheduler_figures,
 )
 
 POOL = 4  # tokens of an index key, as GLM-5.3-Flash has them
@@ -65,6 +68,14 @@ def test_one_at_a_time(servers: AbServers, report: Report) -> None:
 
 def test_many_at_once(servers: AbServers, report: Report) -> None:
     expect_alike_at_once(servers, report, (3, 7, 16), seed=160)
+
+
+def test_host_time(servers: AbServers, report: Report) -> None:
+    """Beside SGLang's fused kernels."""
+    us = {name: median_us_by_role(scheduler_figures(server)) for name, server in servers.items()}
+    report("host_time", {"median_us_by_role": us})
+    if servers.setup.name == "kpool":  # with nothing checked
+        assert all(us["plugin"][role] <= us["sglang"][role] for role in ROLES), us
 
 
 def test_record(servers: AbServers, report: Report) -> None:

@@ -9,7 +9,6 @@ run in the order of this file; each writes its figures before it asserts, so a f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -17,13 +16,13 @@ import pytest
 from integration.serving.ab_servers import AbServers, Setup
 from integration.serving.ab_stats import total
 from integration.serving.compare import (
-    FIRST_ROLE,
     RECORD_KEY,
     REPEATS,
     Report,
     check_replays,
     difference,
     in_graph,
+    median_us_by_role,
     mismatches,
     of_role,
     one_at_a_time,
@@ -46,7 +45,7 @@ MOST_CANDIDATES = 8
 AT_ONCE_LENGTHS = LENGTHS[:16]  # the greatest captured batch size
 LEAST_STEPS = 1000
 FILL_LIMIT_US = 10.0
-STEP_LIMIT_US = 15.0  # all roles together, without the empty kernel before verify
+STEP_LIMIT_US = 15.0  # all roles together, in steps that the host bounds
 DRAFT_TOKENS = 4
 
 LAUNCHER_LINE = r"sglang-nsa-plugin \S+: metadata backend \S+"
@@ -166,34 +165,21 @@ def test_published_fence_is_the_one_in_the_graph(servers: AbServers, report: Rep
 def test_host_time_of_the_fill(servers: AbServers, report: Report) -> None:
     figures = {name: scheduler_figures(server) for name, server in servers.items()}
     kept = ("fill_us", "before_replay_us", "replays", "replays_by_batch_size", "capture_bs", "fills")
-    step = {name: medians(f) for name, f in figures.items()}
-    no_op = no_op_us(figures["plugin"])
+    step = {name: median_us_by_role(f) for name, f in figures.items()}
     report(
         "host_time",
         {
             **{name: {k: f[k] for k in kept if k in f} for name, f in figures.items()},
             "median_us_by_role": step,
-            "no_op_us": no_op,
         },
     )
     if in_graph(figures["plugin"]):
         assert figures["plugin"]["fill_us"]["median"] <= FILL_LIMIT_US
     in_place = read_record(servers["plugin"])["in_place"]
     if set(in_place) == set(step["plugin"]) and all(in_place.values()):
-        assert sum(step["plugin"].values()) - no_op <= STEP_LIMIT_US, (step, no_op)
+        assert sum(step["plugin"].values()) <= STEP_LIMIT_US, step
         assert all(step["plugin"][role] < step["sglang"][role] for role in in_place), step
     assert figures["plugin"]["fill_us"]["median"] < figures["sglang"]["fill_us"]["median"]
-
-
-def medians(probe: Mapping[str, Any]) -> dict[str, float]:
-    """The median host time of each role's metadata, in microseconds."""
-    roles = (FIRST_ROLE, *probe.get("roles", {}))
-    return {role: of_role(probe, role)["fill_us"]["median"] for role in roles}
-
-
-def no_op_us(probe: Mapping[str, Any]) -> float:
-    """The median host time of the empty kernel before verify's graph; 0 where it has none."""
-    return float(probe.get("roles", {}).get("verify", {}).get("no_op_us", {}).get("median", 0.0))
 
 
 def repeatable_prompts(target: Server) -> tuple[list[list[int]], int]:

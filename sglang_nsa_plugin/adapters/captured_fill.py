@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from sglang_nsa_plugin import dispatch, options
 from sglang_nsa_plugin.adapters import by_request, fields, kpool, mqa_schedule
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason, count_fallback
-from sglang_nsa_plugin.adapters.no_op import while_behind
+from sglang_nsa_plugin.adapters.no_op import NoOp
 from sglang_nsa_plugin.adapters.outcome import Outcome
 from sglang_nsa_plugin.adapters.roles import Inputs, Role
 from sglang_nsa_plugin.adapters.shadow_check import ShadowedReplays
@@ -125,8 +124,8 @@ class BackendFills:
             asking the mode costs more.
         fast_path: by batch size, the inputs that were validated last. A replay with the same ones skips
             validation. Empty while the fill is switched off, and where each replay has more to do.
-        no_op: launches an empty kernel right before a replay of the target's graph, whose nodes can
-            follow one another more closely then. None for other graphs, and after it failed once.
+        no_op: launches an empty kernel right before a replay of the target's graph, while the GPU is
+            behind. None for other graphs, and after it failed once.
         columns: of DeepGEMM's context lengths; more than one where they go by requests.
         remainder_last: of DeepGEMM's schedule; None leaves the schedule to DeepGEMM.
         drops_wide_tables: whether graphs do without the wide page table where nothing reads it.
@@ -162,12 +161,11 @@ class BackendFills:
         self._bytes_saved = 0
         self.shadowed = ShadowedReplays(backend, check_every, outcome) if check_every else None
 
-    def _no_op(self, choice: dispatch.Choice) -> Callable[[], None] | None:
+    def _no_op(self, choice: dispatch.Choice) -> NoOp | None:
         """It is of no use to the values: an error ends it and nothing else."""
         if choice.bind_no_op is None or not self.role.is_of_target:
             return None
-        launch = while_behind(choice.bind_no_op(self.backend.req_to_token.device))
-        return functools.partial(attempt, launch, self._end_no_op)
+        return NoOp(choice.bind_no_op(self.backend.req_to_token.device), self._end_no_op)
 
     def _end_no_op(self, error: Exception) -> None:
         self.no_op = None

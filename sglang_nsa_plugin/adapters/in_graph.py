@@ -20,7 +20,7 @@ from sglang_nsa_plugin.adapters import draft_decode, fields, hooks, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Adapter, Parts
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Sets
-from sglang_nsa_plugin.adapters.no_op import LAST_STEP
+from sglang_nsa_plugin.adapters.no_op import ASK_EVERY, LAST_STEP
 from sglang_nsa_plugin.adapters.roles import DECODE_ROLE, DRAFT_EXTEND_ROLE, VERIFY_ROLE
 from sglang_nsa_plugin.adapters.supported import (
     fence_event,
@@ -141,8 +141,8 @@ def _out_graph(
         ):
             backend.forward_metadata = metadata
             state.replays += 1
-            if no_op is not None:
-                no_op()
+            if no_op is not None and (no_op.is_behind or state.replays % ASK_EVERY == 0):
+                no_op.launch_if_behind()
             return None
     return _slow_path(original, backend, forward_batch, in_capture)
 
@@ -178,7 +178,7 @@ def _serve(fills: BackendFills, forward_batch: Any, original: Callable[..., Any]
         plan = shadowed.plan if fills.role.ends_step else shadowed.fill_ahead
         attempt(plan, shadowed.check.stop, forward_batch, original)
     if fills.no_op is not None:
-        fills.no_op()
+        fills.no_op.launch_if_behind()
     return True
 
 

@@ -230,6 +230,17 @@ class GraphBackend(HarnessBackend):
         )
 
 
+def pooled(index_kpool: int) -> dict[str, Any]:
+    """What a backend of a model with a pooled index is made with; no server has one with flashmla_kv."""
+    if index_kpool == 1:
+        return {}
+    return {
+        "index_kpool": index_kpool,
+        "page_size": page_size_of(index_kpool),
+        "decode_impl": "flashmla_sparse",
+    }
+
+
 def page_size_of(index_kpool: int) -> int:
     """The size of a server's page with 64 index keys, in tokens or, up to 0.5.21, in keys."""
     from sglang.srt.layers.attention.dsa_backend import DeepseekSparseAttnBackend

@@ -6,7 +6,6 @@ A stand-in counts its launches on the CPU; tests/gpu/test_gpu_in_graph.py has th
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from cpu_pair import make_pair, on_the_cpu, random_batch, replay_and_expect_equa
 from test_switch import ask
 
 from sglang_nsa_plugin import dispatch
-from sglang_nsa_plugin.adapters.no_op import LastStep, while_behind
+from sglang_nsa_plugin.adapters.no_op import ASK_EVERY, LAST_STEP
 from sglang_nsa_plugin.adapters.roles import (
     DECODE_ROLE,
     DRAFT_DECODE_ROLE,
@@ -36,6 +35,24 @@ class Launches:
         self.count += 1
         if self.fails:
             raise RuntimeError("planted: the kernel launch failed")
+
+
+class LastStepsEvent:
+    """Counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked, self.is_done = 0, True
+
+    def query(self) -> bool:
+        self.asked += 1
+        return self.is_done
+
+
+@pytest.fixture
+def done(monkeypatch):
+    event = LastStepsEvent()
+    monkeypatch.setattr(LAST_STEP, "done", event)
+    return event
 
 
 @pytest.fixture
@@ -97,11 +114,31 @@ def test_one_that_fails_is_left_out_and_the_fills_go_on(check_every, launches, c
     assert "planted: the kernel launch failed" in line
 
 
-@pytest.mark.parametrize(("is_done", "count"), [(None, 1), (False, 1), (True, 0)])
-def test_it_is_launched_only_while_the_gpu_is_behind_the_host(is_done, count):
-    """None: the plugin does not fill the graph that ends a step."""
-    launched, last = Launches(), LastStep()
-    launch = while_behind(launched, last)
-    last.done = None if is_done is None else SimpleNamespace(query=lambda: is_done)
-    launch()
-    assert launched.count == count
+def test_it_is_left_out_while_the_gpu_keeps_up_with_the_host(launches, done):
+    """Then few replays ask. A GPU that has fallen behind is noticed, and again that it keeps up."""
+    pair, generator = make_pair(role="verify"), torch.Generator().manual_seed(5)
+    replay(pair, generator, times=40)  # every batch size is known from here on
+    done.asked = 0
+    replay(pair, generator, times=4 * ASK_EVERY)
+    assert (launches.count, done.asked) == (0, 4)
+    done.is_done = False
+    replay(pair, generator, times=ASK_EVERY)
+    before = launches.count
+    assert before >= 1
+    replay(pair, generator, times=5)
+    assert launches.count == before + 5
+    done.is_done = True
+    replay(pair, generator, times=5)
+    assert launches.count == before + 5
+
+
+def test_an_error_of_the_event_ends_it_too(launches, done, monkeypatch, caplog):
+    pair, generator = make_pair(role="verify"), torch.Generator().manual_seed(6)
+
+    def fail():
+        raise RuntimeError("planted: the query failed")
+
+    monkeypatch.setattr(done, "query", fail)
+    replay(pair, generator, times=3)
+    assert (launches.count, STATES["verify"].replays) == (0, 3)
+    assert "planted: the query failed" in caplog.text

@@ -32,7 +32,6 @@ from integration.serving import (
     test_dropped,
     test_first_minute,
     test_load,
-    test_serving,
 )
 from integration.serving.ab_servers import SHARED_GPU_ARGS, stop_all
 from integration.serving.server import (
@@ -491,27 +490,6 @@ def test_the_probe_counts_replays_of_a_runner_and_times_its_metadata(monkeypatch
     assert (found["replays"], found["replays_by_batch_size"]) == (3, {"1": 1, "4": 2})
     assert found["fill_us"]["count"] == 3
     assert nsa_probe.RoleWatch.all == {"draft-decode": watch}
-
-
-def test_the_probe_times_the_empty_kernel_before_the_targets_graph_apart(monkeypatch):
-    from sglang_nsa_plugin.adapters import taken_over
-
-    monkeypatch.syspath_prepend(str(SERVING / "probe"))
-    import nsa_probe
-
-    monkeypatch.setattr(nsa_probe.RoleWatch, "all", {})
-    launched = []
-    fills = SimpleNamespace(no_op=lambda: launched.append(1))
-    backend = SimpleNamespace(init_forward_metadata_out_graph=lambda: fills.no_op())
-    setattr(backend, taken_over.ATTRIBUTE, fills)
-    watch = nsa_probe.RoleWatch("verify", SimpleNamespace(capture_bs=[1], backend=Graphs()), backend)
-    for _ in range(3):
-        backend.init_forward_metadata_out_graph()
-    found = watch.figures()
-    assert (len(launched), found["no_op_us"]["count"]) == (3, 3)
-    assert found["no_op_us"]["median"] <= found["fill_us"]["median"]
-    assert test_serving.no_op_us({"roles": {"verify": found}}) == found["no_op_us"]["median"]
-    assert test_serving.no_op_us({"roles": {}}) == 0  # SGLang's server has none
 
 
 def test_the_probe_hooks_what_sglang_has():

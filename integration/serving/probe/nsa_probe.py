@@ -17,8 +17,7 @@ a new one for each replay, a graph records the same one again.
 
 The runners of the other two plans, target-verify and draft-decode, are watched in the same way, but only
 their metadata is timed and their replays counted. Their figures lie below ``roles``, and so do those of
-plain decode, which a server without speculation has alone. Of that time the launch of the plugin's empty
-kernel before the target's graph is given apart, too: ``no_op_us``.
+plain decode, which a server without speculation has alone.
 
 SGLang 0.5.14 and before runs draft-extend without a graph: there only fill is taken, one call of
 ``init_forward_metadata`` for a draft-extend batch.
@@ -240,9 +239,7 @@ class RoleWatch:
     def __init__(self, role: str, runner: Any, backend: Any) -> None:
         self.capture_bs = [int(size) for size in runner.capture_bs]
         self.fill_ns: list[int] = []
-        self.no_op_ns: list[int] = []
         self.replays: Counter[int] = Counter()
-        self._time_no_op(backend)
         self._time_fill(role, backend)
         self._count_replays(runner.backend)
         self.all[role] = self
@@ -250,13 +247,6 @@ class RoleWatch:
     def _time_fill(self, role: str, backend: Any) -> None:
         fill = marked(role, backend.init_forward_metadata_out_graph)
         backend.init_forward_metadata_out_graph = timed(fill, self.fill_ns)
-
-    def _time_no_op(self, backend: Any) -> None:
-        """Of a backend that the plugin has taken over, before its first replay."""
-        fills: Any = getattr(backend, "_nsa_fills", None)
-        no_op = getattr(fills, "no_op", None)
-        if no_op is not None:
-            fills.no_op = timed(no_op, self.no_op_ns)
 
     def _count_replays(self, graphs: Any) -> None:
         replay = graphs.replay
@@ -273,7 +263,6 @@ class RoleWatch:
             "replays": sum(self.replays.values()),
             "replays_by_batch_size": {str(bs): n for bs, n in sorted(self.replays.items())},
             "fill_us": summary(self.fill_ns),
-            **({"no_op_us": summary(self.no_op_ns)} if self.no_op_ns else {}),
         }
 
     def of_process(self) -> dict[str, Any]:
