@@ -9,13 +9,14 @@ from typing import Any
 from integration.figures.committed import gpu_name, paragraph, table
 from integration.figures.gain import CONTEXTS
 
-COLUMNS = (
-    "context",
-    "tokens in each request",
-    "GPU: SGLang",
-    "GPU: plugin",
-    "memory: SGLang",
-    "memory: plugin",
+COLUMNS = ("context", "tokens in each request", "GPU: SGLang", "GPU: plugin")
+HOST = ("host: SGLang", "host: plugin")  # since fc8c956
+MEMORY = ("memory: SGLang", "memory: plugin")
+
+
+HOST_TIMES = (
+    "The host's time is that of the calls before the three replays, one right after the other, with the CPU's "
+    "caches warm. "
 )
 
 
@@ -32,16 +33,19 @@ def _of(run: dict[str, Any]) -> list[str]:
     contexts = run["parts"]
     roles = [role["role"] for role in next(iter(contexts.values()))["roles"]]
     requests = {context["requests"] for context in contexts.values()}
+    of_pooled = ", of a model with a pooled index" if "--index-kpool" in run["command"] else ""
+    columns = (*COLUMNS, *(HOST if has_host_times(contexts) else ()), *MEMORY)
     return [
-        "## The metadata of a whole step, outside a server",
+        f"## The metadata of a whole step{of_pooled}, outside a server",
         paragraph(
             f"All plans of one step together ({', '.join(roles)}), {', '.join(map(str, sorted(requests)))} requests, "
             "4 draft tokens: what SGLang launches before its graphs, kernels alone, and what the plugin records in "
             "them. The memory is that of the tensors which those graphs read, for one batch size. "
-            f"{', '.join(map(gpu_name, run['gpus']))}, SGLang {run['versions']['sglang']}, commit "
-            f"{run['commit'][:7]}, {run['date'][:10]}; `python -m integration.gpu.step_cost`."
+            + (HOST_TIMES if has_host_times(contexts) else "")
+            + f"{', '.join(map(gpu_name, run['gpus']))}, SGLang {run['versions']['sglang']}, commit "
+            f"{run['commit'][:7]}, {run['date'][:10]}; `{run['command']}`."
         ),
-        table(COLUMNS, [row for name, context in contexts.items() for row in _rows(name, context)]),
+        table(columns, [row for name, context in contexts.items() for row in _rows(name, context)]),
     ]
 
 
@@ -50,6 +54,16 @@ def _rows(name: str, context: dict[str, Any]) -> list[tuple[str, ...]]:
     memory = [f"{sum(role['bytes'][arm] for role in roles) / 1e6:,.1f} MB" for arm in ("sglang", "ours")]
     rows = []
     for length in roles[0]["us"]:
-        us = [f"{sum(role['us'][length][arm] for role in roles):,.1f} µs" for arm in ("sglang", "ours")]
+        us = [
+            f"{sum(role[clock][length][arm] for role in roles):,.1f} µs"
+            for clock in ("us", "host_us")
+            for arm in ("sglang", "ours")
+            if clock in roles[0]
+        ]
         rows.append((CONTEXTS[name], f"{int(length):,}", *us, *memory))
     return rows
+
+
+def has_host_times(contexts: dict[str, Any]) -> bool:
+    """Whether the run took host times, too."""
+    return all("host_us" in role for context in contexts.values() for role in context["roles"])

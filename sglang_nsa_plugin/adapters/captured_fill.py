@@ -171,7 +171,7 @@ class BackendFills:
         self.no_op = None
         self.fast_path.clear()
         logger.warning(
-            "sglang-nsa-plugin: the empty kernel before each replay of %s's graph failed and is left "
+            "sglang-nsa-plugin: the empty kernel before replays of %s's graph failed and is left "
             "out from now on: %s. Beside another process on the GPU steps may be longer; nothing else "
             "changes",
             self.role.name,

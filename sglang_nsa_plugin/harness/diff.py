@@ -82,7 +82,7 @@ def compare_captured(ours: Any, theirs: Any, diff: Diff) -> None:
             diff.add_table(name, pair.ours, pair.theirs, of_rows, pair.page_size)
     _compare_kpool_plans(ours, theirs, diff)
     has_plan = getattr(ours, fields.TOPK_PLAN, None) is not None  # since 0.5.15
-    if has_plan and _plan_is_written(expanded):
+    if has_plan and plan_is_written(expanded):
         diff.add(fields.TOPK_PLAN, _plan(ours.topk_v2_plan), _plan(theirs.topk_v2_plan))
 
 
@@ -90,11 +90,11 @@ def _compare_kpool_plans(ours: Any, theirs: Any, diff: Diff) -> None:
     """The top-k plans of a pooled index, since 0.5.23."""
     for path in fields.KPOOL_TOPK_PLAN:
         mine, other = fields.at(ours, path), fields.at(theirs, path)
-        if mine is not None and _plan_is_written(fields.read_kpool(theirs)["kpool_seqlens"]):
+        if mine is not None and plan_is_written(fields.read_kpool(theirs)["kpool_seqlens"]):
             diff.add(path, _plan(mine), _plan(other))
 
 
-def _plan_is_written(lengths: torch.Tensor) -> bool:
+def plan_is_written(lengths: torch.Tensor) -> bool:
     """Since 0.5.21 SGLang does not write plans that nobody reads: those of few rows."""
     try:
         from sglang.kernels.ops.attention.dsv4.topk import topk_v2_plan_is_written

@@ -442,7 +442,7 @@ def test_top_k_plans_of_k_pools_are_compared_on_a_gpu(role, state, monkeypatch):
 
     SGLang compiles its kernel to say whether it writes a plan of so few rows.
     """
-    monkeypatch.setattr(diff, "_plan_is_written", lambda lengths: True)
+    monkeypatch.setattr(diff, "plan_is_written", lambda lengths: True)
     pair = make(role)
     step_and_expect_equal(pair, 1)
     *_, name = fields.KPOOL_TOPK_PLAN[role != "draft-decode"].split(".")

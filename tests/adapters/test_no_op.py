@@ -1,4 +1,4 @@
-"""The empty kernel before each replay of the target's graph: when it is launched, and when it fails.
+"""The empty kernel before replays of the target's graph: when it is launched, and when it fails.
 
 A stand-in counts its launches on the CPU; tests/gpu/test_gpu_in_graph.py has the kernel itself.
 """
@@ -110,7 +110,7 @@ def test_one_that_fails_is_left_out_and_the_fills_go_on(check_every, launches, c
     assert STATES["verify"].replays == 10
     assert not STATES["verify"].fallbacks
     (line,) = [each.message for each in caplog.records if "empty kernel" in each.message]
-    assert "before each replay of verify's graph failed and is left out" in line
+    assert "before replays of verify's graph failed and is left out" in line
     assert "planted: the kernel launch failed" in line
 
 

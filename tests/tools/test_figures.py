@@ -154,6 +154,7 @@ def test_what_a_whole_step_takes_is_added_up_over_its_roles(tmp_path):
         for name in ("draft-extend", "draft-decode", "verify")
     ]
     run = {
+        "command": "python -m integration.gpu.step_cost",
         "gpus": ["NVIDIA H200, 580.1"],
         "versions": {"sglang": "0.5.17"},
         "commit": "0" * 40,
@@ -164,6 +165,14 @@ def test_what_a_whole_step_takes_is_added_up_over_its_roles(tmp_path):
     *_, table = step_cost.section(tmp_path)
     assert table.splitlines()[-1] == "| 1 M | 2,048 | 301.5 µs | 12.8 µs | 2,700.0 MB | 6.0 MB |"
     assert step_cost.section(tmp_path / "nothing") == []
+    for role in roles:
+        role["host_us"] = {"2048": {"ours": 5.5, "sglang": 200.0}}
+    run["command"] += " --index-kpool 4"
+    (tmp_path / "step-cost-kpool-h200-0.5.17.json").write_text(json.dumps(run))
+    title, text, table = step_cost.section(tmp_path)[-3:]
+    assert title == "## The metadata of a whole step, of a model with a pooled index, outside a server"
+    assert "`python -m integration.gpu.step_cost --index-kpool 4`" in text
+    assert "| 301.5 µs | 12.8 µs | 600.0 µs | 16.5 µs | 2,700.0 MB | 6.0 MB |" in table
 
 
 def test_the_memory_of_page_tables_is_the_servers_own_line():
