@@ -27,8 +27,9 @@ COLUMNS = (
     "values compared without a GPU",
     "values compared on a GPU",
     "prompts with identical token ids",
-    "host µs: SGLang → plugin",
-    "launches: SGLang → plugin",
+    "host µs of a step in a server: SGLang → plugin",
+    "host µs of draft-extend in bench: SGLang → plugin",
+    "its launches: SGLang → plugin",
 )
 
 
@@ -48,12 +49,13 @@ def page() -> str:
                 paragraph(
                     "`make test-releases` compares every value with SGLang's own fill, for each release in an "
                     f"environment of its own, without a GPU ({matrix['date'][:10]}, commit {commits(matrix)}). "
-                    "The next two columns are of the demo in `make gpu-test` and of the greedy prompts in "
-                    "`make serve-test`; the last two of `sglang-nsa-plugin bench` on an H200, which times the call "
-                    f"before a draft-extend forward of {SHOWN_CASE['requests']} requests of "
-                    f"{SHOWN_CASE['length']:,} tokens. All compared values were equal. A dash: not run. GPU "
-                    "figures of releases other than 0.5.17 are of an earlier version of the kernel; each result "
-                    "file names its GPU and commit."
+                    "The next column is of the demo in `make gpu-test`; the two after it are of the greedy prompts "
+                    "in `make serve-test`, and of the plans of all three graphs there. The last two are of "
+                    "`sglang-nsa-plugin bench` on an H200, which times the call before a draft-extend forward of "
+                    f"{SHOWN_CASE['requests']} requests of {SHOWN_CASE['length']:,} tokens. All compared values "
+                    "were equal. A dash: not run. GPU figures of releases other than 0.5.17 are of an earlier "
+                    "version of the kernel, except those of 0.5.23 from its demo and its server; each result file "
+                    "names its GPU and commit."
                 ),
                 "## Roles",
                 paragraph(
@@ -89,9 +91,18 @@ def _row(version: str, row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['values_compared']:,}" if row["verdict"] == "equal" else "different",
         f"{sum(gpu['demo']['compared'].values()):,}" if "demo" in gpu else "-",
         f"{tokens['same_ids']} of {tokens['prompts']}" if tokens else "-",
+        _host_us_of_a_step(serve),
         f"{case['host_us']['sglang']:.0f} → {case['host_us']['ours']:.0f}" if case else "-",
         f"{case['launches']['sglang']} → {case['launches']['ours']}" if case else "-",
     )
+
+
+def _host_us_of_a_step(serve: dict[str, Any]) -> str:
+    """Medians of all roles added up; a dash where the run did not take them."""
+    by_role = serve.get("host_time", {}).get("median_us_by_role")
+    if by_role is None:
+        return "-"
+    return " → ".join(f"{sum(by_role[server].values()):.0f}" for server in ("sglang", "plugin"))
 
 
 def _tried_roles(rows: Iterable[dict[str, Any]]) -> list[str]:
