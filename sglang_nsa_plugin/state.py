@@ -29,7 +29,7 @@ ROLES = (DRAFT_EXTEND, DRAFT_DECODE, VERIFY)
 ALL_ROLES = (*ROLES, DECODE)
 
 
-@dataclass
+@dataclass(slots=True)
 class State:
     """One role's outcome of ``adapters/outcome.py``, mirrored, and its counters of service.
 

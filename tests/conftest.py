@@ -25,6 +25,7 @@ from cases import CPU, Backend  # noqa: E402
 from memcpy_trace import MemcpyTrace  # noqa: E402
 
 from sglang_nsa_plugin import log  # noqa: E402
+from sglang_nsa_plugin.adapters.no_op import LAST_DRAFT_EXTEND  # noqa: E402
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES  # noqa: E402
 from sglang_nsa_plugin.state import STATE, STATES, State  # noqa: E402
 
@@ -82,6 +83,7 @@ def state() -> Iterator[State]:
 
 
 def _reset() -> None:
+    LAST_DRAFT_EXTEND.fill_done = None
     for each in STATES.values():
         each.__init__(each.role)  # type: ignore[misc]
     for outcome in OUTCOMES.values():

@@ -23,6 +23,12 @@ def load(name: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.is_file() else {"parts": {}}
 
 
+def host_us_of_a_step(serve: dict[str, Any]) -> dict[str, float] | None:
+    """By server, the median host times of all roles added up; None where a run did not take them."""
+    by_role = serve.get("host_time", {}).get("median_us_by_role")
+    return by_role and {server: sum(us.values()) for server, us in by_role.items()}
+
+
 def parts(name: str) -> dict[str, Any]:
     return dict(load(name)["parts"])
 

@@ -9,6 +9,7 @@ from integration.figures.committed import (
     RESULTS,
     SHOWN_CASE,
     commits,
+    host_us_of_a_step,
     load,
     paragraph,
     parts,
@@ -50,7 +51,7 @@ def page() -> str:
                     "`make test-releases` compares every value with SGLang's own fill, for each release in an "
                     f"environment of its own, without a GPU ({matrix['date'][:10]}, commit {commits(matrix)}). "
                     "The next column is of the demo in `make gpu-test`; the two after it are of the greedy prompts "
-                    "in `make serve-test`, and of the plans of all three graphs there. The last two are of "
+                    "in `make serve-test`, and of the metadata of all three graphs there. The last two are of "
                     "`sglang-nsa-plugin bench` on an H200, which times the call before a draft-extend forward of "
                     f"{SHOWN_CASE['requests']} requests of {SHOWN_CASE['length']:,} tokens. All compared values "
                     "were equal. A dash: not run. GPU figures of releases other than 0.5.17 are of an earlier "
@@ -98,11 +99,8 @@ def _row(version: str, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _host_us_of_a_step(serve: dict[str, Any]) -> str:
-    """Medians of all roles added up; a dash where the run did not take them."""
-    by_role = serve.get("host_time", {}).get("median_us_by_role")
-    if by_role is None:
-        return "-"
-    return " → ".join(f"{sum(by_role[server].values()):.0f}" for server in ("sglang", "plugin"))
+    us = host_us_of_a_step(serve)
+    return "-" if us is None else f"{us['sglang']:.0f} → {us['plugin']:.0f}"
 
 
 def _tried_roles(rows: Iterable[dict[str, Any]]) -> list[str]:

@@ -11,6 +11,7 @@ from integration.figures.committed import (
     SHOWN_RELEASE,
     commits,
     gpu_name,
+    host_us_of_a_step,
     load,
     paragraph,
     parts,
@@ -53,10 +54,11 @@ def page() -> str:
 def _in_a_server(serve: dict[str, Any]) -> list[str]:
     """Host times of the fill, and what they change in a step."""
     times = serve["host_time"]
-    step = {server: sum(us.values()) for server, us in times["median_us_by_role"].items()}
+    step = host_us_of_a_step(serve)
+    assert step is not None, f"{SERVE}: has no median_us_by_role"
     host_rows = [
         (
-            "the plans of all three graphs, medians added up",
+            "the metadata of all three graphs, medians added up",
             f"{step['sglang']:,.0f} µs",
             f"{step['plugin']:,.0f} µs",
         ),
@@ -96,12 +98,11 @@ def _full_size(saved: float) -> str:
     eager_theirs, eager_ours = (case["host_us"][who] / 1000 for who in ("sglang", "ours"))
     return paragraph(
         f"The plugin saves {saved:.2f} ms of host time per step and rank. A step of DeepSeek-V3.2 at full size "
-        f"takes {FULL_STEP_MS[0]} to {FULL_STEP_MS[1]} ms, so this is {_share_of_step(saved)} of a step at "
-        "most, more for models with shorter steps, and less where the GPU is the bottleneck and hides the "
-        "host's time. Up to 0.5.14 SGLang plans draft-extend, which has no graph there, from Python: with "
-        f"{version}, that plan alone took {eager_theirs:.2f} ms on the host for {SHOWN_CASE['requests']} requests "
-        f"of {SHOWN_CASE['length']:,} tokens, and {eager_ours:.2f} ms with the plugin, "
-        f"{_share_of_step(eager_theirs - eager_ours)} of such a step at most."
+        f"takes {FULL_STEP_MS[0]} to {FULL_STEP_MS[1]} ms, so this is at most {_share_of_step(saved)} of it. "
+        "Where the GPU is the bottleneck it is less; for models with shorter steps the share is larger. Up to "
+        f"0.5.14 draft-extend has no graph; with {version} its metadata alone took {eager_theirs:.2f} ms on the "
+        f"host for {SHOWN_CASE['requests']} requests of {SHOWN_CASE['length']:,} tokens, and {eager_ours:.2f} ms "
+        f"with the plugin, which saves at most {_share_of_step(eager_theirs - eager_ours)} of such a step."
     )
 
 
@@ -142,16 +143,17 @@ def _tokens(serve: dict[str, Any]) -> list[str]:
 
 def _origin() -> list[str]:
     rows = []
-    for name in (SERVE, *_gain_files(), GPU_TEST):
+    step_costs = (path.name for path in sorted(RESULTS.glob("step-cost-*.json")))
+    for name in (SERVE, *_gain_files(), *step_costs, GPU_TEST):
         run = load(name)
         for gpu, names in parts_by_gpus(run).items():
             setups = dict.fromkeys(part.partition(".")[0] for part in names)
-            rows.append((f"`{name}`", gpu_name(gpu), ", ".join(setups)))
+            rows.append((f"`{name}`", gpu_name(gpu), run["versions"]["torch"], ", ".join(setups)))
     serve = load(SERVE)
     return [
-        table(("file", "GPU", "parts"), rows),
+        table(("file", "GPU", "torch", "parts"), rows),
         paragraph(
-            f"torch {serve['versions']['torch']}; `{SERVE}` is of commits {commits(serve)}, `{GPU_TEST}` of "
+            f"`{SERVE}` is of commits {commits(serve)}, `{GPU_TEST}` of "
             f"commits {commits(load(GPU_TEST))}. Each part of a file names its GPU, date and commit."
         ),
     ]

@@ -1,4 +1,4 @@
-"""What the metadata of a whole step takes of the GPU, outside a server, for docs/results.md."""
+"""What the metadata of a whole step costs GPU and host, outside a server, for docs/results.md."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from integration.figures.committed import gpu_name, paragraph, table
 from integration.figures.gain import CONTEXTS
 
-COLUMNS = ("context", "tokens in each request", "GPU: SGLang", "GPU: plugin")
-HOST = ("host: SGLang", "host: plugin")  # since fc8c956
-MEMORY = ("memory: SGLang", "memory: plugin")
+FIRST_COLUMNS = ("context", "tokens in each request", "GPU: SGLang", "GPU: plugin")
+HOST_COLUMNS = ("host: SGLang", "host: plugin")  # older files have none
+MEMORY_COLUMNS = ("memory: SGLang", "memory: plugin")
 
 
 HOST_TIMES = (
-    "The host's time is that of the calls before the three replays, one right after the other, with the CPU's "
-    "caches warm. "
+    "Host times: of each role the median of repeated calls, with the CPU's caches warm and the GPU idle, added up; "
+    "verify's includes the empty kernel, which a server skips while the GPU keeps up. "
 )
 
 
@@ -34,36 +34,34 @@ def _of(run: dict[str, Any]) -> list[str]:
     roles = [role["role"] for role in next(iter(contexts.values()))["roles"]]
     requests = {context["requests"] for context in contexts.values()}
     of_pooled = ", of a model with a pooled index" if "--index-kpool" in run["command"] else ""
-    columns = (*COLUMNS, *(HOST if has_host_times(contexts) else ()), *MEMORY)
+    has_host = all("host_us" in role for context in contexts.values() for role in context["roles"])
+    columns = (*FIRST_COLUMNS, *(HOST_COLUMNS if has_host else ()), *MEMORY_COLUMNS)
     return [
         f"## The metadata of a whole step{of_pooled}, outside a server",
         paragraph(
             f"All plans of one step together ({', '.join(roles)}), {', '.join(map(str, sorted(requests)))} requests, "
             "4 draft tokens: what SGLang launches before its graphs, kernels alone, and what the plugin records in "
             "them. The memory is that of the tensors which those graphs read, for one batch size. "
-            + (HOST_TIMES if has_host_times(contexts) else "")
+            + (HOST_TIMES if has_host else "")
             + f"{', '.join(map(gpu_name, run['gpus']))}, SGLang {run['versions']['sglang']}, commit "
             f"{run['commit'][:7]}, {run['date'][:10]}; `{run['command']}`."
         ),
-        table(columns, [row for name, context in contexts.items() for row in _rows(name, context)]),
+        table(
+            columns,
+            [row for name, context in contexts.items() for row in _rows(name, context, has_host)],
+        ),
     ]
 
 
-def _rows(name: str, context: dict[str, Any]) -> list[tuple[str, ...]]:
+def _rows(name: str, context: dict[str, Any], has_host: bool) -> list[tuple[str, ...]]:
     roles = context["roles"]
     memory = [f"{sum(role['bytes'][arm] for role in roles) / 1e6:,.1f} MB" for arm in ("sglang", "ours")]
     rows = []
     for length in roles[0]["us"]:
         us = [
             f"{sum(role[clock][length][arm] for role in roles):,.1f} µs"
-            for clock in ("us", "host_us")
+            for clock in ("us", *(["host_us"] if has_host else []))
             for arm in ("sglang", "ours")
-            if clock in roles[0]
         ]
         rows.append((CONTEXTS[name], f"{int(length):,}", *us, *memory))
     return rows
-
-
-def has_host_times(contexts: dict[str, Any]) -> bool:
-    """Whether the run took host times, too."""
-    return all("host_us" in role for context in contexts.values() for role in context["roles"])

@@ -1,4 +1,4 @@
-"""What the metadata of a whole speculative step costs the GPU: SGLang's plans, and ours in graphs.
+"""What the metadata of a whole speculative step costs GPU and host: SGLang's plans, and ours in graphs.
 
     python -m integration.gpu.step_cost [--requests 64] [--seconds 1.0] [--index-kpool 4]
 

@@ -44,8 +44,7 @@ LONG_LENGTHS = (2040, 2049, 2500, 3600, 4800, 6000)
 MOST_CANDIDATES = 8
 AT_ONCE_LENGTHS = LENGTHS[:16]  # the greatest captured batch size
 LEAST_STEPS = 1000
-FILL_LIMIT_US = 10.0
-STEP_GOAL_US = 15.0  # all roles together; reported, since it depends on the host
+FILL_LIMIT_US = 10.0  # of each role
 DRAFT_TOKENS = 4
 
 LAUNCHER_LINE = r"sglang-nsa-plugin \S+: metadata backend \S+"
@@ -171,7 +170,6 @@ def test_host_time_of_the_fill(servers: AbServers, report: Report) -> None:
         {
             **{name: {k: f[k] for k in kept if k in f} for name, f in figures.items()},
             "median_us_by_role": step,
-            "goal": {"at_most_us": STEP_GOAL_US, "met": sum(step["plugin"].values()) <= STEP_GOAL_US},
         },
     )
     if in_graph(figures["plugin"]):
@@ -179,6 +177,7 @@ def test_host_time_of_the_fill(servers: AbServers, report: Report) -> None:
     in_place = read_record(servers["plugin"])["in_place"]
     if set(in_place) == set(step["plugin"]) and all(in_place.values()):
         assert all(step["plugin"][role] < step["sglang"][role] for role in in_place), step
+        assert max(step["plugin"].values()) <= FILL_LIMIT_US, step
     assert figures["plugin"]["fill_us"]["median"] < figures["sglang"]["fill_us"]["median"]
 
 

@@ -125,7 +125,7 @@ class BackendFills:
         fast_path: by batch size, the inputs that were validated last. A replay with the same ones skips
             validation. Empty while the fill is switched off, and where each replay has more to do.
         no_op: launches an empty kernel right before a replay of the target's graph, while the GPU is
-            behind. None for other graphs, and after it failed once.
+            busy with the step before. None for other graphs, and after it failed once.
         columns: of DeepGEMM's context lengths; more than one where they go by requests.
         remainder_last: of DeepGEMM's schedule; None leaves the schedule to DeepGEMM.
         drops_wide_tables: whether graphs do without the wide page table where nothing reads it.
@@ -171,9 +171,9 @@ class BackendFills:
         self.no_op = None
         self.fast_path.clear()
         logger.warning(
-            "sglang-nsa-plugin: the empty kernel before replays of %s's graph failed and is left "
-            "out from now on: %s. Beside another process on the GPU steps may be longer; nothing else "
-            "changes",
+            "sglang-nsa-plugin: the empty kernel before replays of %s's graph, or the query before it, "
+            "failed. It is left out from now on: %s. Beside another process on the GPU steps may be "
+            "longer; nothing else changes",
             self.role.name,
             described(error),
         )

@@ -2,8 +2,8 @@
 
 At capture a runner calls ``init_forward_metadata_in_graph`` on its backend, which DSA leaves empty.
 The fill, and the tables that SGLang derives from it, are recorded there. At replay
-``forward_metadata`` is pointed at the captured tensors; the host launches nothing for metadata, and one
-empty kernel before the target's graph.
+``forward_metadata`` is pointed at the captured tensors; the host launches nothing for metadata, and at
+most one empty kernel before the target's graph.
 
 This module has draft-extend, verify and plain decode, whose backends are the same class of SGLang's;
 draft-decode is in :mod:`draft_decode`.
@@ -20,7 +20,7 @@ from sglang_nsa_plugin.adapters import draft_decode, fields, hooks, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Adapter, Parts
 from sglang_nsa_plugin.adapters.captured_fill import BackendFills
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Hook, Sets
-from sglang_nsa_plugin.adapters.no_op import ASK_EVERY, LAST_STEP
+from sglang_nsa_plugin.adapters.no_op import LAST_DRAFT_EXTEND
 from sglang_nsa_plugin.adapters.roles import DECODE_ROLE, DRAFT_EXTEND_ROLE, VERIFY_ROLE
 from sglang_nsa_plugin.adapters.supported import (
     fence_event,
@@ -141,8 +141,10 @@ def _out_graph(
         ):
             backend.forward_metadata = metadata
             state.replays += 1
-            if no_op is not None and (no_op.is_behind or state.replays % ASK_EVERY == 0):
-                no_op.launch_if_behind()
+            if no_op is not None:
+                no_op.replays_left -= 1
+                if no_op.replays_left < 0:
+                    no_op.launch_if_busy()
             return None
     return _slow_path(original, backend, forward_batch, in_capture)
 
@@ -178,7 +180,7 @@ def _serve(fills: BackendFills, forward_batch: Any, original: Callable[..., Any]
         plan = shadowed.plan if fills.role.ends_step else shadowed.fill_ahead
         attempt(plan, shadowed.check.stop, forward_batch, original)
     if fills.no_op is not None:
-        fills.no_op.launch_if_behind()
+        fills.no_op.before_replay()
     return True
 
 
@@ -206,7 +208,7 @@ def _itself(error: Exception) -> Exception | None:
 def _publish_read_done(runner: Any) -> None:
     fills = getattr(runner.draft_extend_attn_backend, ATTRIBUTE, None)
     read_done = None if fills is None else fills.read_done(runner.bs)
-    LAST_STEP.done = read_done
+    LAST_DRAFT_EXTEND.fill_done = read_done
     if read_done is not None:
         model_runner = runner.model_runner
         # SGLang's KV canary, a debugging aid, reads req_to_token in the graph after the fill.

@@ -231,7 +231,7 @@ class GraphBackend(HarnessBackend):
 
 
 def pooled(index_kpool: int) -> dict[str, Any]:
-    """What a backend of a model with a pooled index is made with; no server has one with flashmla_kv."""
+    """Arguments for a backend with a pooled index, which no server has with flashmla_kv."""
     if index_kpool == 1:
         return {}
     return {

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from sglang_nsa_plugin import containment, log, plugin
 from sglang_nsa_plugin.adapters import draft_decode, eager, in_graph, switch, taken_over
+from sglang_nsa_plugin.adapters.no_op import LAST_DRAFT_EXTEND
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.adapters.tree_mask import TREE_MASK
 
@@ -128,6 +129,7 @@ def fresh() -> None:
     for each in OUTCOMES.values():
         each.state.__init__(each.state.role)  # type: ignore[misc]
         each.__init__(each.state)  # type: ignore[misc]
+    LAST_DRAFT_EXTEND.fill_done = None
     log._lost.clear()
     plugin._report_hooks.cache_clear()
     plugin._report_skipped.cache_clear()

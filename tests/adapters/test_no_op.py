@@ -6,6 +6,7 @@ A stand-in counts its launches on the CPU; tests/gpu/test_gpu_in_graph.py has th
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from cpu_pair import make_pair, on_the_cpu, random_batch, replay_and_expect_equa
 from test_switch import ask
 
 from sglang_nsa_plugin import dispatch
-from sglang_nsa_plugin.adapters.no_op import ASK_EVERY, LAST_STEP
+from sglang_nsa_plugin.adapters.no_op import LAST_DRAFT_EXTEND, QUERY_EVERY, SURE_AFTER
 from sglang_nsa_plugin.adapters.roles import (
     DECODE_ROLE,
     DRAFT_DECODE_ROLE,
@@ -37,21 +38,21 @@ class Launches:
             raise RuntimeError("planted: the kernel launch failed")
 
 
-class LastStepsEvent:
-    """Counts how often it is asked."""
+class FillDone:
+    """The event behind the last fill of draft-extend; counts how often it is queried."""
 
     def __init__(self) -> None:
-        self.asked, self.is_done = 0, True
+        self.queried, self.is_done = 0, True
 
     def query(self) -> bool:
-        self.asked += 1
+        self.queried += 1
         return self.is_done
 
 
 @pytest.fixture
-def done(monkeypatch):
-    event = LastStepsEvent()
-    monkeypatch.setattr(LAST_STEP, "done", event)
+def fill_done(monkeypatch):
+    event = FillDone()
+    monkeypatch.setattr(LAST_DRAFT_EXTEND, "fill_done", event)
     return event
 
 
@@ -110,35 +111,51 @@ def test_one_that_fails_is_left_out_and_the_fills_go_on(check_every, launches, c
     assert STATES["verify"].replays == 10
     assert not STATES["verify"].fallbacks
     (line,) = [each.message for each in caplog.records if "empty kernel" in each.message]
-    assert "before replays of verify's graph failed and is left out" in line
+    assert "before replays of verify's graph" in line
     assert "planted: the kernel launch failed" in line
 
 
-def test_it_is_left_out_while_the_gpu_keeps_up_with_the_host(launches, done):
-    """Then few replays ask. A GPU that has fallen behind is noticed, and again that it keeps up."""
+@pytest.fixture
+def keeps_up(launches, fill_done):
+    """A pair that knows every batch size, and a GPU that has kept up with the host all along."""
     pair, generator = make_pair(role="verify"), torch.Generator().manual_seed(5)
-    replay(pair, generator, times=40)  # every batch size is known from here on
-    done.asked = 0
-    replay(pair, generator, times=4 * ASK_EVERY)
-    assert (launches.count, done.asked) == (0, 4)
-    done.is_done = False
-    replay(pair, generator, times=ASK_EVERY)
-    before = launches.count
-    assert before >= 1
-    replay(pair, generator, times=5)
-    assert launches.count == before + 5
-    done.is_done = True
-    replay(pair, generator, times=5)
-    assert launches.count == before + 5
+    replay(pair, generator, times=SURE_AFTER + 2 * QUERY_EVERY)
+    assert (launches.count, fill_done.queried) == (0, SURE_AFTER + 2)
+    fill_done.queried = 0
+    return lambda times: replay(pair, generator, times)
 
 
-def test_an_error_of_the_event_ends_it_too(launches, done, monkeypatch, caplog):
+def test_while_the_gpu_keeps_up_nothing_is_launched_and_few_replays_query(keeps_up, launches, fill_done):
+    keeps_up(4 * QUERY_EVERY)
+    assert (launches.count, fill_done.queried) == (0, 4)
+
+
+def test_a_gpu_that_has_become_busy_is_noticed_and_again_that_it_keeps_up(keeps_up, launches, fill_done):
+    fill_done.is_done = False
+    keeps_up(QUERY_EVERY)
+    assert launches.count == 1  # with the last of them
+    keeps_up(5)
+    assert (launches.count, fill_done.queried) == (6, 6)
+    fill_done.is_done, fill_done.queried = True, 0
+    keeps_up(SURE_AFTER + QUERY_EVERY)
+    assert (launches.count, fill_done.queried) == (6, SURE_AFTER + 1)
+
+
+def test_a_prefill_in_between_costs_one_launch(launches, fill_done):
+    """After it the last event is of a step before the prefill, and long done."""
+    pair, generator = make_pair(role="verify"), torch.Generator().manual_seed(7)
+    for step in range(24):
+        fill_done.is_done = step % 4 == 0
+        replay(pair, generator)
+    assert (launches.count, fill_done.queried) == (18, 24)
+
+
+def test_an_error_of_the_query_ends_it_too(launches, fill_done, monkeypatch, caplog):
     pair, generator = make_pair(role="verify"), torch.Generator().manual_seed(6)
-
-    def fail():
-        raise RuntimeError("planted: the query failed")
-
-    monkeypatch.setattr(done, "query", fail)
+    failing = mock.Mock(side_effect=RuntimeError("planted: the query failed"))
+    monkeypatch.setattr(fill_done, "query", failing)
     replay(pair, generator, times=3)
-    assert (launches.count, STATES["verify"].replays) == (0, 3)
-    assert "planted: the query failed" in caplog.text
+    assert (launches.count, failing.call_count, STATES["verify"].replays) == (0, 1, 3)
+    assert pair.fills().no_op is None
+    (line,) = [each.message for each in caplog.records if "empty kernel" in each.message]
+    assert "planted: the query failed" in line

@@ -13,6 +13,8 @@ import pytest
 import torch
 from cpu_pair import BATCH_SIZES, DRAFT_TOKENS, make_pair, on_the_cpu
 
+from sglang_nsa_plugin.adapters.no_op import LAST_DRAFT_EXTEND
+
 pytestmark = on_the_cpu
 
 
@@ -160,6 +162,17 @@ def test_the_scheduler_waits_for_the_read_inside_the_replay(pair, runner):
     execute(pair, runner, torch.Generator().manual_seed(2), raw_bs=3)
     assert wait_of_the_scheduler(runner.model_runner) is pair.captured(4).read_done
     assert wait_of_the_scheduler(runner.model_runner) == "the whole forward"
+
+
+def test_the_empty_kernel_queries_the_same_event(pair, runner):
+    """None once SGLang fills, whose graph records no such event."""
+    from sglang_nsa_plugin.adapters import taken_over
+
+    execute(pair, runner, torch.Generator().manual_seed(4), raw_bs=3)
+    assert LAST_DRAFT_EXTEND.fill_done is pair.captured(4).read_done
+    taken_over.hand_back(pair.ours.backend)
+    execute(pair, runner, torch.Generator().manual_seed(5), raw_bs=3)
+    assert LAST_DRAFT_EXTEND.fill_done is None
 
 
 def test_the_scheduler_waits_for_the_whole_forward_when_the_canary_reads(pair, runner):

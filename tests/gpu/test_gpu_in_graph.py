@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -391,10 +393,35 @@ def test_fence_covers_the_read(event):
     assert torch.equal(table, expected) == (event == "in_graph")
 
 
-@pytest.mark.parametrize(("role", "is_launched"), [("verify", True), ("draft-extend", False)])
-def test_an_empty_kernel_is_launched_before_replays_of_the_targets_graph(role, is_launched):
-    pair = pair_for_installed("flashmla_sparse", role=role)
-    assert (pair.fills().no_op is not None) is is_launched
+def test_an_empty_kernel_comes_before_verifys_replay_while_the_gpu_is_busy(state, monkeypatch):
+    """The event is recorded in a graph, as draft-extend's is."""
+    from sglang_nsa_plugin.adapters.no_op import LAST_DRAFT_EXTEND
+    from sglang_nsa_plugin.cli.bench.timing import graph_nodes
+
+    pair = pair_for_installed("flashmla_sparse", role="verify")
+    before_replay = pair.before_replay(8)
+    event, graph = torch.cuda.Event(external=True), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.cuda._sleep(200_000_000)
+        event.record()
+    monkeypatch.setattr(LAST_DRAFT_EXTEND, "fill_done", event)
+    launched = mock.Mock()
+    monkeypatch.setattr(pair.fills().no_op, "_launch", launched)
+    with pair.stub_process():
+        for _ in range(2):
+            graph.replay()
+            before_replay()
+            assert launched.call_count == 1
+            torch.cuda.synchronize()
+            before_replay()
+            assert launched.call_count == 1
+            launched.reset_mock()
+    monkeypatch.undo()
+    assert sum(graph_nodes(pair.fills().no_op.launch_if_busy).values()) == 1
+
+
+def test_there_is_none_before_the_draft_models_graphs(state):
+    assert pair_for_installed("flashmla_sparse", role="draft-extend").fills().no_op is None
 
 
 def test_the_empty_kernel_runs_on_the_current_stream_and_in_a_graph():
