@@ -171,7 +171,7 @@ def test_what_a_whole_step_takes_is_added_up_over_its_roles(tmp_path):
     (tmp_path / "step-cost-kpool-h200-0.5.17.json").write_text(json.dumps(run))
     title, text, table = step_cost.section(tmp_path)[-3:]
     assert title == "## The metadata of a whole step, of a model with a pooled index, outside a server"
-    assert "`python -m integration.gpu.step_cost --index-kpool 4`" in text
+    assert "`python -m integration.gpu.step_cost --index-kpool 4`" in " ".join(text.split())
     assert "| 301.5 µs | 12.8 µs | 600.0 µs | 16.5 µs | 2,700.0 MB | 6.0 MB |" in table
 
 
