@@ -416,6 +416,20 @@ def test_the_steps_behind_no_ops_are_those_of_the_result_file():
     expect_the_table_of("programmatic-noop-plugin-h200.json", names)
 
 
+def test_the_host_times_of_the_empty_kernel_are_those_of_the_result_files():
+    """Another table of docs/kernel.md."""
+    page = (ROOT / "docs" / "kernel.md").read_text()
+    runs = [load("no-op-host-time-h200.json")["parts"][name] for name in ("launch", "query")]
+    runs.append(load("serve-0.5.17.json")["parts"]["host_time"])
+    for run in runs:
+        us = run["median_us_by_role"]["plugin"]
+        each = [us[role] for role in ("draft-decode", "verify", "draft-extend")]
+        cells = " | ".join(f"{value:.1f}" for value in (*each, sum(each)))
+        assert f"({run['of']['commit']}) | {cells} |" in page
+    sglang = [f"{sum(run['median_us_by_role']['sglang'].values()):.0f}" for run in runs]
+    assert f"SGLang's own plans took {', '.join(sglang[:-1])} and {sglang[-1]} µs" in page
+
+
 def expect_the_table_of(file, names):
     rows = load(file)["rows"]
     page = (ROOT / "docs" / "kernel.md").read_text()
