@@ -70,13 +70,13 @@ def test_many_at_once(servers: AbServers, report: Report) -> None:
     expect_alike_at_once(servers, report, (3, 7, 16), seed=160)
 
 
-def test_host_time(servers: AbServers, report: Report) -> None:
-    """Beside SGLang's fused kernels."""
-    us = {name: median_us_by_role(scheduler_figures(server)) for name, server in servers.items()}
-    report("host_time", {"median_us_by_role": us})
-    if servers.setup.name == "kpool":  # with nothing checked
-        assert all(us["plugin"][role] <= us["sglang"][role] for role in ROLES), us
-
-
 def test_record(servers: AbServers, report: Report) -> None:
     expect_every_role_filled(servers, report)
+
+
+def test_the_host_needs_no_longer_than_with_sglangs_fused_kernels(servers: AbServers) -> None:
+    """The times are those of the record; checked replays do more."""
+    if servers.setup.name == "kpool-checked":
+        pytest.skip("every replay is checked")
+    us = {name: median_us_by_role(scheduler_figures(server)) for name, server in servers.items()}
+    assert all(us["plugin"][role] <= us["sglang"][role] for role in ROLES), us
