@@ -176,7 +176,7 @@ def cost_of_a_check(part: Part) -> list[str]:
     return [
         paragraph(
             f"A shadow check adds {checked_host - host:.0f} µs on the host and "
-            f"{checked_stream - stream:.0f} µs on the stream to a replay. Measured outside a server; there, making a "
+            f"{checked_stream - stream:.0f} µs on the stream to a replay. That was measured outside a server, where making a "
             f"batch and replaying it without a check takes {host:.0f} µs on the host and {stream:.0f} µs on the stream."
         )
     ]

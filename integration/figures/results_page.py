@@ -93,12 +93,12 @@ def _host_row(times: dict[str, Any], what: str, clock: str, statistic: str) -> t
     return (what, *(f"{each:,.0f} µs" for each in us))
 
 
-def _full_size(saved: float) -> str:
+def _full_size(saved_ms: float) -> str:
     version, case = _newest_eager()
     eager_theirs, eager_ours = (case["host_us"][who] / 1000 for who in ("sglang", "ours"))
     return paragraph(
-        f"The plugin saves {saved:.2f} ms of host time per step and rank. A step of DeepSeek-V3.2 at full size "
-        f"takes {FULL_STEP_MS[0]} to {FULL_STEP_MS[1]} ms, so this is at most {_share_of_step(saved)} of it. "
+        f"The plugin saves {saved_ms:.2f} ms of host time per step and rank. A step of DeepSeek-V3.2 at full size "
+        f"takes {FULL_STEP_MS[0]} to {FULL_STEP_MS[1]} ms, so this is at most {_share_of_step(saved_ms)} of it. "
         "Where the GPU is the bottleneck it is less; for models with shorter steps the share is larger. Up to "
         f"0.5.14 draft-extend has no graph; with {version} its metadata alone took {eager_theirs:.2f} ms on the "
         f"host for {SHOWN_CASE['requests']} requests of {SHOWN_CASE['length']:,} tokens, and {eager_ours:.2f} ms "

@@ -12,11 +12,9 @@ from integration.figures.gain import CONTEXTS
 FIRST_COLUMNS = ("context", "tokens in each request", "GPU: SGLang", "GPU: plugin")
 HOST_COLUMNS = ("host: SGLang", "host: plugin")  # older files have none
 MEMORY_COLUMNS = ("memory: SGLang", "memory: plugin")
-
-
 HOST_TIMES = (
-    "Host times: of each role the median of repeated calls, with the CPU's caches warm and the GPU idle, added up; "
-    "verify's includes the empty kernel, which a server skips while the GPU keeps up. "
+    "The host time is the median of repeated calls, with warm CPU caches and an idle GPU, added up over the roles. "
+    "Verify's includes the launch of the empty kernel, which a server skips while the GPU keeps up. "
 )
 
 

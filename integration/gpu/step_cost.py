@@ -47,17 +47,15 @@ def main() -> int:
                 us = {arm: round(sum(cell[key][str(length)][arm] for cell in cells), 1) for arm in ARMS}
                 print(f"{name}, lengths of {length:,}, µs of the {where}: {us}")
         print(f"{name}, in bytes: { {arm: sum(cell['bytes'][arm] for cell in cells) for arm in ARMS} }")
-    kind, option = (
-        ("", "") if arguments.index_kpool == 1 else ("kpool-", f" --index-kpool {arguments.index_kpool}")
-    )
-    file = f"step-cost-{kind}{result_files.gpu_name()}-{version('sglang')}.json"
-    result_files.merge(file, f"python -m integration.gpu.step_cost{option}", parts)
+    stem, command = "step-cost", "python -m integration.gpu.step_cost"
+    if arguments.index_kpool > 1:
+        stem, command = "step-cost-kpool", f"{command} --index-kpool {arguments.index_kpool}"
+    file = f"{stem}-{result_files.gpu_name()}-{version('sglang')}.json"
+    result_files.merge(file, command, parts)
     return 0
 
 
-def of_role(
-    role: str, context: int, requests: int, seconds: float, index_kpool: int = 1
-) -> dict[str, Any]:
+def of_role(role: str, context: int, requests: int, seconds: float, index_kpool: int) -> dict[str, Any]:
     """The times and bytes of one role's metadata, for one batch size."""
     import torch
 

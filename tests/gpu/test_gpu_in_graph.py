@@ -47,10 +47,9 @@ def test_every_value_of_a_pooled_index_equals_sglangs_fill(draft_tokens, role):
     """Its schedule and top-k plan, too, which the CPU does not have."""
     pytest.importorskip("sglang.srt.layers.attention.dsa.kpool_plan")
     from sglang_nsa_plugin.harness.diff import Diff
-    from sglang_nsa_plugin.harness.graph_backend import page_size_of
+    from sglang_nsa_plugin.harness.graph_backend import pooled
 
-    pooled = {"index_kpool": 4, "page_size": page_size_of(4)}
-    pair = pair_for_installed("flashmla_sparse", role=role, draft_tokens=draft_tokens, **pooled)
+    pair = pair_for_installed(role=role, draft_tokens=draft_tokens, **pooled(4))
     state = pair.fills().role.state
     result, replays = Diff(), state.replays
     generator = torch.Generator().manual_seed(1)
