@@ -22,10 +22,10 @@ from sglang_nsa_plugin.log import logger_of
 logger = logger_of(__name__)
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # seq_lens, req_pool_indices, req_to_token
-# What a replay on the fast path compares, and then SGLang's metadata, which it serves. Of inputs that
-# are the same objects or new slices: ForwardMode, seq_lens, req_pool_indices, req_to_token, and of
-# slices the addresses; then also the state that counts, and `no_op`. Of copied inputs: the backend,
-# req_to_token.
+# What a replay on the fast path compares and serves. Of inputs that are the same objects or new slices:
+# ForwardMode, seq_lens, req_pool_indices (of slices their addresses), whether they are slices,
+# req_to_token, SGLang's metadata, the role's ReplayCount, `no_op`. Of copied inputs: the backend,
+# req_to_token, SGLang's metadata, the role's ReplayCount.
 Hit = tuple[Any, ...]
 
 
@@ -265,12 +265,13 @@ class BackendFills:
 
     def _hit(self, inputs: Tensors, metadata: Any) -> Hit:
         seq_lens, req_pool_indices, req_to_token = inputs
+        count = self.role.state.count
         if self.role.inputs is Inputs.COPIED:
-            return self.backend, req_to_token, metadata
-        if self.role.inputs is Inputs.NEW_SLICES:
-            addresses = seq_lens.data_ptr(), req_pool_indices.data_ptr()
-            return self.mode, *addresses, req_to_token, metadata, self.role.state, self.no_op
-        return self.mode, seq_lens, req_pool_indices, req_to_token, metadata, self.role.state, self.no_op
+            return self.backend, req_to_token, metadata, count
+        are_slices = self.role.inputs is Inputs.NEW_SLICES
+        batch = (seq_lens, req_pool_indices)
+        known = _addresses(batch) if are_slices else batch
+        return self.mode, *known, are_slices, req_to_token, metadata, count, self.no_op
 
     def read_done(self, bs: int) -> torch.cuda.Event | None:
         """To be called after a replay: the event after which nothing of it reads ``req_to_token``.

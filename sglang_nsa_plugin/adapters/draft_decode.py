@@ -99,11 +99,11 @@ def _out_graph(
     fast_path = getattr(multi_step, FAST_PATH, None)
     hit = None if fast_path is None else fast_path.get(forward_batch.batch_size)
     if hit is not None and not in_capture:
-        backend, req_to_token, metadata = hit
+        backend, req_to_token, metadata, count = hit
         if backend.req_to_token is req_to_token:
-            for step in multi_step.attn_backends:  # inline, as in in_graph.py
-                step.forward_metadata = metadata
-            DRAFT_DECODE_STATE.replays += 1
+            if backend.forward_metadata is not metadata:  # all steps have the first one's, or none has
+                _point_steps_at(metadata, multi_step)
+            count.replays += 1
             return None
     return _slow_path(original, multi_step, forward_batch, in_capture)
 
@@ -148,7 +148,7 @@ def _serve(fills: BackendFills, multi_step: Any, forward_batch: Any) -> bool:
     if captured is None or not fills.validate(captured, forward_batch):
         return False
     _point_steps_at(captured.metadata, multi_step)
-    DRAFT_DECODE_STATE.replays += 1
+    DRAFT_DECODE_STATE.count.replays += 1
     if shadowed is not None:
         attempt(shadowed.fill_ahead, shadowed.check.stop, forward_batch, _plan_one_step)
     return True

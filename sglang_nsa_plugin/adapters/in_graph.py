@@ -40,7 +40,7 @@ from sglang_nsa_plugin.adapters.taken_over import (
     why_unfilled,
 )
 from sglang_nsa_plugin.containment import attempt
-from sglang_nsa_plugin.state import DECODE, DRAFT_DECODE, DRAFT_EXTEND, STATE, VERIFY
+from sglang_nsa_plugin.state import DECODE, DRAFT_DECODE, DRAFT_EXTEND, VERIFY
 
 _FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory"
 _BACKEND = "sglang.srt.layers.attention.dsa_backend.DeepseekSparseAttnBackend"
@@ -121,18 +121,18 @@ def _out_graph(
         return original(backend, forward_batch, in_capture=in_capture)
     hit = fast_path.get(forward_batch.batch_size)
     if hit is not None:
-        mode, seq_lens, req_pool_indices, req_to_token, metadata, state, no_op = hit
+        mode, seq_lens, req_pool_indices, are_slices, req_to_token, metadata, count, no_op = hit
         if (
             forward_batch.forward_mode is mode
             and (
                 (
-                    forward_batch.seq_lens is seq_lens
-                    and forward_batch.req_pool_indices is req_pool_indices
-                )
-                if state is STATE
-                else (
                     forward_batch.seq_lens.data_ptr() == seq_lens
                     and forward_batch.req_pool_indices.data_ptr() == req_pool_indices
+                )
+                if are_slices
+                else (
+                    forward_batch.seq_lens is seq_lens
+                    and forward_batch.req_pool_indices is req_pool_indices
                 )
             )
             and backend.req_to_token is req_to_token
@@ -140,7 +140,7 @@ def _out_graph(
             and not in_capture
         ):
             backend.forward_metadata = metadata
-            state.replays += 1
+            count.replays += 1
             if no_op is not None:
                 no_op.replays_left -= 1
                 if no_op.replays_left < 0:
@@ -175,7 +175,7 @@ def _serve(fills: BackendFills, forward_batch: Any, original: Callable[..., Any]
     if backend.use_mha or backend.enable_auto_select_prefill_impl:
         backend.set_dsa_prefill_impl(forward_batch=None)
     backend.forward_metadata = captured.metadata
-    fills.role.state.replays += 1
+    fills.role.state.count.replays += 1
     if shadowed is not None:
         plan = shadowed.plan if fills.role.ends_step else shadowed.fill_ahead
         attempt(plan, shadowed.check.stop, forward_batch, original)

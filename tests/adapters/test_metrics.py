@@ -42,7 +42,7 @@ SERVE = (
 metrics.PERIOD_S = 0.2
 STATE.backend = "cuda"
 for steps in (1000, 24):
-    STATE.replays += steps
+    STATE.count.replays += steps
     STATE.checks += 3
     STATE.switched_on = False
     STATE.fallbacks["a reason"] += 1
@@ -62,10 +62,10 @@ FAILS_LATER = (
 metrics.PERIOD_S = 0.1
 inc = metrics.Copier._raise
 metrics.Copier._raise = lambda *_: 1 / 0
-STATE.replays += 5
+STATE.count.replays += 5
 time.sleep(2)
 metrics.Copier._raise = inc
-STATE.replays += 5
+STATE.count.replays += 5
 time.sleep(1)
 """
 )

@@ -46,7 +46,7 @@ def serve_steps():
     while True:
         for state in STATES.values():
             state.reason, state.in_place = "as in a server", True
-            state.replays += 100
+            state.count.replays += 100
             state.launches += 1
             state.checks += 10
             state.fallbacks["a reason"] += 1
