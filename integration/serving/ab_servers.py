@@ -186,10 +186,6 @@ class Fleet:
         stop_all(self._running.pop(setup.name, {}).values())
         self._start_ahead()
 
-    def alone(self, setup: Setup) -> bool:
-        """Whether no servers of other setups run."""
-        return set(self._running) <= {setup.name}
-
     def _start_ahead(self) -> None:
         while self._waiting:
             running = sum(len(servers) for servers in self._running.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from integration import result_files
 from integration.serving import checkpoint
 from integration.serving.ab_servers import ROLES, AbServer, AbServers
 from integration.serving.ab_stats import (
@@ -334,6 +334,9 @@ def needs_graphs(servers: AbServers) -> None:
         pytest.skip("this SGLang runs draft-extend without a graph")
 
 
-def gpu_memory_mib() -> list[int]:
-    """Memory in use on each GPU, in MiB."""
-    return [int(line) for line in result_files.of_gpus("memory.used")]
+def gpu_memory_mib(servers: Iterable[Server]) -> int:
+    """Memory in use by the processes of these servers on all GPUs, in MiB."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    pids = set().union(*(server.pids() for server in servers))
+    return sum(int(mib) for pid, mib in (line.split(",") for line in lines) if int(pid) in pids)

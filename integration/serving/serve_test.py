@@ -36,7 +36,9 @@ SLICES: dict[str, tuple[str, ...]] = {
     "sampling": ("test_sampling.py", "--servers=3"),
     "shadow": ("test_shadow_serving.py",),
     "shadow-load": ("test_shadow_load.py",),
-    "load": ("test_load.py",),
+    "load": ("test_load.py", "-k", "not checked and not drafts"),
+    "load-checked": ("test_load.py", "-k", "checked"),
+    "load-6-drafts": ("test_load.py", "-k", "drafts", "--load-s=180"),
     # Of eight servers the one of two layers; a later -k of the caller's chooses another.
     "gain": ("test_gain.py", "-k", "2-layers-160k-bf16 and not 256"),
     "first-minute": ("test_first_minute.py",),

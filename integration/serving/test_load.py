@@ -1,9 +1,11 @@
 """48 clients on each server, for minutes: nothing fails or hangs, memory stays, drafts are accepted.
 
-    python -m pytest integration/serving/test_load.py -v -s [--load-s 120]
+    python -m integration.serving.serve_test load [-- --load-s 120]
+    python -m integration.serving.serve_test load-checked load-6-drafts
 
 Both servers are loaded alike at the same time. A wrong length makes a kernel wait forever instead of
-failing, so each request has a limit, after which its server counts as broken.
+failing, so each request has a limit, after which its server counts as broken. In the second and third
+setup every replay is shadow-checked.
 """
 
 from __future__ import annotations
@@ -20,19 +22,30 @@ import psutil
 import pytest
 
 from integration.releases.differences import decode_graphs
-from integration.serving.ab_servers import NO_PROBE, PLUGIN_ENV, SGLANG_ENV, AbServer, AbServers, Setup
+from integration.serving.ab_servers import (
+    NO_PROBE,
+    PLUGIN_ENV,
+    ROLES,
+    SGLANG_ENV,
+    AbServer,
+    AbServers,
+    Environment,
+    Setup,
+)
 from integration.serving.ab_stats import GPU_GROWTH_MIB, added, mean_tokens
 from integration.serving.compare import Report, gpu_memory_mib, prompts, read_record, relative
 from integration.serving.server import Server, ServerError
+from integration.serving.test_shadow_serving import CHECKED as CHECKED_ENV
+from integration.serving.test_shadow_serving import check_every_replay
 
 # Few sizes: most batches are padded, and the server starts sooner.
-GRAPHS = decode_graphs(48, (1, 2, 4, 8, 16, 32, 48))
+GRAPHS = tuple(decode_graphs(48, (1, 2, 4, 8, 16, 32, 48)))
+SGLANG: Environment = {**SGLANG_ENV, **NO_PROBE}
+CHECKED = {"plugin": {**CHECKED_ENV, **NO_PROBE}, "sglang": SGLANG}
 SETUPS = (
-    Setup(
-        "load",
-        tuple(GRAPHS),
-        environments={"plugin": {**PLUGIN_ENV, **NO_PROBE}, "sglang": {**SGLANG_ENV, **NO_PROBE}},
-    ),
+    Setup("load", GRAPHS, {"plugin": {**PLUGIN_ENV, **NO_PROBE}, "sglang": SGLANG}),
+    Setup("load-checked", GRAPHS, CHECKED),
+    Setup("load-6-drafts", GRAPHS, CHECKED, draft_tokens=6),
 )
 CLIENTS = 48
 HANG_S = 40.0  # the slowest request takes a few seconds
@@ -75,7 +88,7 @@ def test_mixed_load(servers: AbServers, report: Report, request: pytest.FixtureR
     tokens_per_step = {name: mean_tokens(load.accepted) for name, load in loads.items()}
     apart = relative(**tokens_per_step) if all(tokens_per_step.values()) else 1.0
     record = {} if servers["plugin"].broken else read_record(servers["plugin"])
-    # A sample can hold gigabytes of a process that comes and goes, also without the plugin.
+    # A sample of the host can hold gigabytes of a process that comes and goes, also without the plugin.
     grown = {
         "gpu": growth(samples, "gpu", max),
         **{name: growth(samples, name, statistics.median_low) for name in servers},
@@ -90,15 +103,17 @@ def test_mixed_load(servers: AbServers, report: Report, request: pytest.FixtureR
         "errors": {name: load.errors[:3] for name, load in loads.items()},
         "record": record,
     }
-    report("load", figures)
+    report(servers.setup.name, figures)
     assert [each for each in clients if each.is_alive()] == []
     assert all(load.errors == [] for load in loads.values())
     assert apart < APART_LIMIT
-    # much less is no better: what else ran on the GPU has ended, and would hide growth
-    assert abs(grown["gpu"]) < GPU_GROWTH_MIB
+    assert grown["gpu"] < GPU_GROWTH_MIB
     assert grown["plugin"] < grown["sglang"] + HOST_GROWTH_MIB
     assert record["fallbacks"] == {}
     assert record["replays"] + record["launches"] > seconds
+    if servers.setup.environments is CHECKED:
+        for role in ROLES:
+            check_every_replay(role, record["roles"][role])
 
 
 def client(target: Server, load: Load, number: int, deadline: float) -> None:
@@ -131,11 +146,9 @@ def draw(source: random.Random) -> tuple[list[int], int]:
 
 
 def memory(servers: AbServers) -> dict[str, int]:
-    """MiB in use: of the GPU, and of each server's processes on the host."""
-    return {
-        "gpu": sum(gpu_memory_mib()),
-        **{name: resident_mib(server) for name, server in servers.items()},
-    }
+    """MiB in use: of the GPU by both servers together, and of the host by each one's processes."""
+    resident = {name: resident_mib(server) for name, server in servers.items()}
+    return {"gpu": gpu_memory_mib(servers.values()), **resident}
 
 
 def resident_mib(server: AbServer) -> int:

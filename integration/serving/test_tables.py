@@ -10,10 +10,17 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 
 from integration.serving.ab_servers import MANY, AbServers, Setup
-from integration.serving.compare import Report, mismatches, needs_graphs, one_at_a_time, prompts, summary
+from integration.serving.compare import (
+    Report,
+    gpu_memory_mib,
+    mismatches,
+    needs_graphs,
+    one_at_a_time,
+    prompts,
+    summary,
+)
 from integration.serving.gain_cells import MILLION, captured
 
 REQUESTS = 64
@@ -40,18 +47,10 @@ def test_memory_of_the_page_tables(servers: AbServers, report: Report) -> None:
     found = TABLES.search(servers["plugin"].log())
     assert found is not None, f"no line like {TABLES.pattern!r} in {servers['plugin'].log_path}"
     ours, before = map(int, found.groups())
-    memory = {name: gpu_mib_of(server.pids()) for name, server in servers.items()}
+    memory = {name: gpu_memory_mib([server]) for name, server in servers.items()}
     captures = {name: CAPTURED.findall(server.log()) for name, server in servers.items()}
     figures = {"tables_mb": ours, "before_mb": before, "gpu_mib": memory, "captures": captures}
     report("tables", {"requests": REQUESTS, "context": MILLION, **figures, **summary(rows)})
     assert mismatches(rows) == []
     assert ours <= MOST_MB
     assert memory["sglang"] - memory["plugin"] >= LEAST_SAVED_MIB
-
-
-def gpu_mib_of(pids: set[int]) -> int:
-    """Memory that these processes take on the GPU, in MiB."""
-    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    pairs = [line.split(",") for line in lines]
-    return sum(int(mib) for pid, mib in pairs if int(pid) in pids)
