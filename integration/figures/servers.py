@@ -207,19 +207,31 @@ def _requests(key: str) -> int:
 
 
 def under_load(parts: dict[str, Any]) -> list[str]:
-    if "load" not in parts:
-        return []
-    load = parts["load"]
+    return [
+        paragraph(f"{name}: {_loaded(parts[name])}")
+        for name in ("load", "load-checked", "load-6-drafts")
+        if name in parts
+    ]
+
+
+def _loaded(load: dict[str, Any]) -> str:
     ours, theirs = (load["requests"][server]["answered"] for server in ("plugin", "sglang"))
     per_step = load["tokens_per_step"]
-    return [
-        paragraph(
-            f"{load['clients']} clients for {load['seconds'] / 60:.0f} minutes: {ours:,} requests with the "
-            f"plugin, {theirs:,} without, {sum(map(len, load['errors'].values()))} failed; tokens per step "
-            f"{per_step['plugin']:.3f} and {per_step['sglang']:.3f}; "
-            f"{gpu_memory(load['memory_mib']['grown']['gpu'])}."
-        )
-    ]
+    return (
+        f"{load['clients']} clients for {load['seconds'] / 60:.0f} minutes: {ours:,} requests with the "
+        f"plugin, {theirs:,} without, {sum(map(len, load['errors'].values()))} failed; tokens per step "
+        f"{per_step['plugin']:.3f} and {per_step['sglang']:.3f}; "
+        f"{gpu_memory(load['memory_mib']['grown']['gpu'])}.{_checked(load['record'])}"
+    )
+
+
+def _checked(record: dict[str, Any]) -> str:
+    """Of a load whose replays were shadow-checked."""
+    roles = record.get("roles", {}).values()
+    checks, different = (sum(role[key] for role in roles) for key in ("checks", "mismatches"))
+    if not checks:
+        return ""
+    return f" {checks:,} replays of all roles were compared with SGLang's own fill: {different:,} values differed."
 
 
 def gpu_memory(grown: int) -> str:
