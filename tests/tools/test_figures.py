@@ -420,7 +420,7 @@ def test_the_host_times_of_the_empty_kernel_are_those_of_the_result_files():
     """Another table of docs/kernel.md."""
     page = (ROOT / "docs" / "kernel.md").read_text()
     runs = [load("no-op-host-time-h200.json")["parts"][name] for name in ("launch", "query")]
-    runs.append(load("serve-0.5.17.json")["parts"]["host_time"])
+    runs += [load(f"serve-0.5.{minor}.json")["parts"]["host_time"] for minor in (17, 18)]
     for run in runs:
         us = run["median_us_by_role"]["plugin"]
         each = [us[role] for role in ("draft-decode", "verify", "draft-extend")]
@@ -428,6 +428,9 @@ def test_the_host_times_of_the_empty_kernel_are_those_of_the_result_files():
         assert f"({run['of']['commit']}) | {cells} |" in page
     sglang = [f"{sum(run['median_us_by_role']['sglang'].values()):.0f}" for run in runs]
     assert f"SGLang's own plans took {', '.join(sglang[:-1])} and {sglang[-1]} µs" in page
+    beside = [load(f"serve-0.5.{minor}.json")["parts"]["host_time"] for minor in (19, 21)]
+    plugin = [f"{sum(run['median_us_by_role']['plugin'].values()):.1f}" for run in beside]
+    assert f"took {' and '.join(plugin)} µs" in page
 
 
 def expect_the_table_of(file, names):
