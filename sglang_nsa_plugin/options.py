@@ -120,11 +120,6 @@ def names_role(server_args: object, role: str) -> bool:
     return role in (_roles_listed(server_args) or (DRAFT_EXTEND,))
 
 
-def lists_roles(server_args: object) -> bool:
-    """Whether the roles are given, by the flag or in the environment, and not left to the default."""
-    return _roles_listed(server_args) is not None
-
-
 def _roles_listed(server_args: object) -> tuple[str, ...] | None:
     return getattr(server_args, ROLES_ATTRIBUTE, None) or _roles_from_environment()
 

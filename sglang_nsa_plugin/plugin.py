@@ -281,7 +281,6 @@ def _requests(server_args: Any, roles: Iterable[str]) -> dict[str, Request]:
             options.check_of(server_args),
             options.names_role(server_args, role),
             options.wide_tables_of(server_args) == options.KEEP,
-            options.lists_roles(server_args),
         )
         for role in roles
     }

@@ -2,8 +2,8 @@
 
     python -m integration.serving.serve_test decode
 
-This slice has not run to its end yet. It needs SGLang 0.5.18 or later and takes one GPU. Replays of the
-second and third setup are all shadow-checked; the third has FlashMLA's other kernel and its metadata.
+It needs SGLang 0.5.18 or later and takes one GPU. Replays of the second and third setup are all
+shadow-checked. The third has FlashMLA's other kernel and its metadata; no GPU has run it yet.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m integration.serving.serve_test kpool
 
-This slice has not run to its end yet. It needs SGLang 0.5.20 or later and takes one GPU. All servers
-have the plugin of ``kpool_attention/``; those without sglang-nsa-plugin have SGLang's own fused
-metadata. Replays of the second setup are all shadow-checked.
+It needs SGLang 0.5.20 or later and takes one GPU. All servers have the plugin of ``kpool_attention/``;
+those without sglang-nsa-plugin have SGLang's own fused metadata. Replays of the second setup are all
+shadow-checked.
 """
 
 from __future__ import annotations

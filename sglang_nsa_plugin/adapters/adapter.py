@@ -24,7 +24,6 @@ class Request:
         backend: the implementation, or "auto".
         check_every: fills from one shadow check to the next; 0 for none.
         is_named: whether the role itself was asked for, and not filled because it is in the default.
-        is_listed: whether the role was given by name, and draft-extend not filled as it always is.
         keeps_wide_tables: whether SGLang's token-wide page tables stay where nothing reads them.
     """
 
@@ -32,7 +31,6 @@ class Request:
     check_every: int
     is_named: bool = True
     keeps_wide_tables: bool = False
-    is_listed: bool = True
 
     @property
     def asked_for(self) -> str:

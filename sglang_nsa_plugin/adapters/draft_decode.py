@@ -21,6 +21,7 @@ from sglang_nsa_plugin.adapters.taken_over import (
     FAST_PATH,
     TAKEOVERS,
     consider,
+    leave_if_captured_again,
     leave_unknown_call,
     record,
 )
@@ -54,6 +55,7 @@ def _init_cuda_graph_state(
     *more: Any,
     **named: Any,
 ) -> Any:
+    leave_if_captured_again(multi_step)
     fills = getattr(multi_step, ATTRIBUTE, None)
     for step in multi_step.attn_backends:
         vars(step).pop(SHARES, None)

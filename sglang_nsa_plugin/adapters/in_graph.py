@@ -35,6 +35,7 @@ from sglang_nsa_plugin.adapters.taken_over import (
     NAME,
     TAKEOVERS,
     consider,
+    leave_if_captured_again,
     leave_unknown_call,
     record,
     why_unfilled,
@@ -84,6 +85,7 @@ def _init_cuda_graph_state(
     *more: Any,
     **named: Any,
 ) -> Any:
+    leave_if_captured_again(backend)
     fills = getattr(backend, ATTRIBUTE, None)
     if fills is None:
         result = original(backend, max_bs, max_num_tokens, *more, **named)
@@ -285,7 +287,7 @@ ADAPTER = Adapter(
     TAKEOVERS,
     why_unfilled,
     parts={DRAFT_DECODE: draft_decode.PARTS, VERIFY: Parts(needs=(_LAYS_OUT,))},
-    untried=(DECODE,),  # no server on a GPU has filled it yet
+    untried=(DECODE,),  # no server on a GPU has filled it with an FP8 cache yet
 )
 
 

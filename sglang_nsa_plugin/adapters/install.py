@@ -119,7 +119,7 @@ def why_role_misfits(adapter: Adapter, role: str, is_named: bool = False) -> str
         return f"with this SGLang release the plugin fills no {role} metadata"
     if role in adapter.untried and not is_named:
         return (
-            f"with this SGLang release no server on a GPU has been tried with {role} filled. "
+            f"the tests of {role} on GPU servers are not complete for this SGLang release. "
             "To fill it all the same, start with "
             f"{options.ROLES_FLAG} {DECODE if role == DECODE else ','.join(ROLES)}"
         )
@@ -135,8 +135,8 @@ def switch(role: str, on: bool) -> None:
 def _warn_of_untried(adapter: Adapter, role: str) -> None:
     if role in adapter.untried:
         logger.warning(
-            "sglang-nsa-plugin: %s is filled because it was asked for by name. With this SGLang release "
-            "no server on a GPU has been tried with it. Start with %s 1 to have each fill compared",
+            "sglang-nsa-plugin: %s is filled because it was asked for by name. Its tests on GPU servers "
+            "are not complete for this SGLang release. Start with %s 1 to have each fill compared",
             role,
             options.CHECK_FLAG,
         )

@@ -2,8 +2,7 @@
 
 Their metadata is filled in two parts: what all models have, and then lengths that count k-pools, the
 plan of the keys that a step writes, and a page table of the index; ``kpool_args.py`` has the formulas.
-The plugin covers what SGLang's own fused kernels cover, in 0.5.20 to 0.5.23. No server has run
-this, so such a model is filled only on request.
+The plugin covers what SGLang's own fused kernels cover, in 0.5.20 to 0.5.23.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ from typing import Any
 
 import torch
 
-from sglang_nsa_plugin import options
 from sglang_nsa_plugin.adapters import fields, hooks, mqa_schedule
-from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.hooks import Call, Fields, Requirement
 from sglang_nsa_plugin.adapters.roles import Role
 from sglang_nsa_plugin.kpool_args import KPoolArgs
@@ -62,16 +59,6 @@ def why_unsupported(backend: Any, server_args: Any, role: Role) -> str | None:
             f"{what} is not supported with {page_size} k-pools in a page of the index, only {PAGE_SIZE}"
         )
     return None
-
-
-def why_untried(backend: Any, request: Request) -> str | None:
-    """Why a pooled index stays with SGLang where nobody asked for the role, or None."""
-    if not is_pooled(backend) or request.is_listed:
-        return None
-    return (
-        f"index k-pooling ({backend.dsa_index_kpool}): no server has run the plugin's fill of such a "
-        f"model yet. To fill it all the same, start with {options.ROLES_FLAG} {','.join(ROLES_COVERED)}"
-    )
 
 
 class KPoolFill:

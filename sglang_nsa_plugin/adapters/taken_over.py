@@ -33,6 +33,11 @@ FAST_PATH = "_nsa_fast_path"  # on an owner: the `fast_path` of its BackendFills
 RETIRED = "_nsa_retired_fill"  # on an owner that was handed back: its former BackendFills
 # As SGLang captures them with speculation, and without.
 ROLES = (DRAFT_DECODE_ROLE, VERIFY_ROLE, DRAFT_EXTEND_ROLE, DECODE_ROLE)
+CAPTURED_AGAIN = (
+    "SGLang captures its graphs again in service. The one GPU server that was tried this way, with the "
+    "fill in its new graphs, ended with an illegal memory access, and the cause is not known. After a "
+    "restart the plugin fills again"
+)
 
 
 def consider(
@@ -47,7 +52,7 @@ def consider(
     request = takeover.request
     if request is None:
         return
-    why_not = why_unsupported(owner, model_runner) or kpool.why_untried(backend, request)
+    why_not = why_unsupported(owner, model_runner)
     if why_not is None:
         why_not = by_request.why_not_named(backend, role, request.is_named)
     if why_not is None:
@@ -116,6 +121,20 @@ def leave_unknown_call(owner: Any, in_capture: bool) -> None:
     if not in_capture:
         abandon = TAKEOVERS[fills.role.name].abandon
         attempt(fills.leave_to_sglang, abandon, FallbackReason.UNKNOWN_ARGUMENTS)
+
+
+def leave_if_captured_again(owner: Any) -> None:
+    """Before SGLang allocates for an owner's graphs: if it has served some already, SGLang fills."""
+    fills = getattr(owner, ATTRIBUTE, None)
+    if fills is not None and fills.captured and fills.outcome.is_in_service:
+        attempt(_leave_captured_again, TAKEOVERS[fills.role.name].abandon, fills)
+
+
+def _leave_captured_again(fills: BackendFills) -> bool:
+    fills.count_saved(0)
+    TAKEOVERS[fills.role.name].release()
+    fills.outcome.report_idle(CAPTURED_AGAIN)
+    return False
 
 
 def record(

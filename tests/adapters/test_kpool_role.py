@@ -29,11 +29,9 @@ from test_switch import ask
 
 from sglang_nsa_plugin import options, plugin
 from sglang_nsa_plugin.adapters import fields, kpool, supported, taken_over
-from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.adapters.roles import DRAFT_EXTEND_ROLE
-from sglang_nsa_plugin.dispatch import BackendUnavailableError
 from sglang_nsa_plugin.harness import diff, process_stubs
 from sglang_nsa_plugin.state import STATES
 
@@ -152,37 +150,21 @@ def test_the_draft_steps_share_the_pooled_tensors(state):
     assert first.kpool_write_plan is not second.kpool_write_plan
 
 
-# --- only on request ---
+# --- which roles ---
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_without_request_a_pooled_index_stays_with_sglang(role, state):
+def test_without_a_flag_every_role_is_filled(state):
     activate(roles=None)
-    made = harness_backend(role)
-    assert taken_over.ATTRIBUTE not in vars(made.backend)
-    assert STATES[role].reason == (
-        "index k-pooling (4): no server has run the plugin's fill of such a model yet. "
-        "To fill it all the same, start with --nsa-metadata-roles draft-decode,verify,draft-extend"
-    )
+    assert all(taken_over.ATTRIBUTE in vars(harness_backend(role).backend) for role in ROLES)
 
 
 @pytest.mark.parametrize("by", ["flag", "variable"])
-def test_on_request_it_is_filled(by, state, monkeypatch):
+def test_a_role_that_is_left_out_stays_with_sglang(by, state, monkeypatch):
     if by == "variable":
         monkeypatch.setenv(options.ROLES_VARIABLE, "draft-extend")
     activate(roles=("draft-extend",) if by == "flag" else None)
     assert taken_over.ATTRIBUTE in vars(harness_backend().backend)
-
-
-def test_a_model_without_pooling_needs_no_request(state):
-    activate(roles=None)
-    assert taken_over.ATTRIBUTE in vars(harness_backend(index_kpool=1, page_size=PAGE).backend)
-
-
-def test_an_implementation_by_name_is_no_request_for_a_role(state):
-    activate(roles=None, backend="torch")
-    with pytest.raises(BackendUnavailableError, match="no server has run the plugin's fill"):
-        harness_backend()
+    assert taken_over.ATTRIBUTE not in vars(harness_backend("verify").backend)
 
 
 # --- what is declined by name ---
@@ -480,11 +462,3 @@ def captured_args(pair, bs):
     pair.fills().captured.pop(bs)
     pair.fills().record(pair.ours.capture_batch(bs))
     return pair.captured(bs).kpool_args
-
-
-def test_an_untried_model_is_asked_about_only_where_it_is_pooled():
-    backend = SimpleNamespace()
-    assert kpool.why_untried(backend, Request("auto", 0, is_listed=False)) is None
-    backend.dsa_index_kpool = 4
-    assert kpool.why_untried(backend, Request("auto", 0, is_listed=True)) is None
-    assert "no server has run" in kpool.why_untried(backend, Request("auto", 0, is_listed=False))

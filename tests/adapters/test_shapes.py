@@ -68,7 +68,7 @@ def recapture(pair):
 
 
 def test_graphs_that_are_captured_again_are_filled(role, state):
-    """After an update of the weights, or memory that was released and resumed: new tensors."""
+    """Before the server is in service: new tensors."""
     pair = make_pair(role=role)
     generator = torch.Generator().manual_seed(2)
     step_and_expect_equal(pair, random_batch(pair, generator))

@@ -10,7 +10,7 @@ import logging
 
 import pytest
 import torch
-from cpu_pair import BATCH_SIZES, make_pair, on_the_cpu, random_batch
+from cpu_pair import BATCH_SIZES, make_pair, on_the_cpu, random_batch, step_and_expect_equal
 
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.dispatch import BackendUnavailableError
@@ -142,19 +142,36 @@ def test_the_same_error_ends_a_start_that_asked_by_name(fail, error, role, state
 @pytest.mark.parametrize("role", ALL_ROLES)
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY, BackendUnavailableError("torch cannot run here")])
 def test_the_same_error_in_service_leaves_the_role_to_sglang(error, role, state, monkeypatch):
-    """SGLang captures again after an update of the weights; by then no error may leave the hook."""
-    pair = make_pair("torch", role=role)
+    """Adaptive speculation makes backends in service; by then no error may leave the hook."""
+    make_pair("torch", role=role)
     OUTCOMES[role].report_in_place()
     fail_in_first_run(monkeypatch, error)
-    pair.ours.init_state()
-    for bs in BATCH_SIZES:
-        pair.ours.capture_setup(bs)
-        pair.ours.backend.init_forward_metadata_in_graph(pair.ours.capture_batch(bs))
+    pair = make_pair("torch", role=role)
     assert not STATES[role].in_place
     assert type(error).__name__ in STATES[role].reason
     generator = torch.Generator().manual_seed(2)
     for _ in range(4):
         serve_and_expect_sglangs_values(pair, {}, random_batch(pair, generator))
+
+
+@pytest.mark.parametrize("role", ALL_ROLES)
+def test_graphs_that_are_captured_again_in_service_are_sglangs(role, state):
+    """The weights were updated with ``recapture_cuda_graph``; graphs from the start may still run."""
+    from sglang_nsa_plugin.adapters import taken_over
+
+    pair = make_pair(role=role)
+    captured, generator = dict(pair.fills().captured), torch.Generator().manual_seed(6)
+    OUTCOMES[role].report_in_place()
+    step_and_expect_equal(pair, random_batch(pair, generator))
+    pair.ours.init_state()
+    assert STATES[role].reason == taken_over.CAPTURED_AGAIN
+    assert (STATES[role].in_place, STATES[role].bytes_saved) == (False, 0)
+    for bs in BATCH_SIZES:
+        pair.ours.capture_setup(bs)
+        pair.ours.backend.init_forward_metadata_in_graph(pair.ours.capture_batch(bs))
+    for _ in range(4):
+        serve_and_expect_sglangs_values(pair, captured, random_batch(pair, generator))
+    assert STATES[role].replays == 1
 
 
 @pytest.mark.parametrize("role", ALL_ROLES)

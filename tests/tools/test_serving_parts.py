@@ -607,7 +607,9 @@ def test_slices_run_alone_and_merge_into_one_file(tmp_path, names, setups):
     if "load" in names:
         assert parts["load"]["requests"]["plugin"]["answered"] > 48
     if "memory" in names:
-        assert parts["memory.recapture"]["outcomes"] == {"plugin": "ended", "sglang": "ended"}
+        assert parts["memory.recapture"]["outcomes"] == dict.fromkeys(
+            ("plugin", "sglang"), "ended while it captured"
+        )
         assert parts["corruption.verify.real_page_table"]["caught_by"] == ["tokens", "accepted drafts"]
         assert parts["corruption.draft-decode.real_page_table"]["caught_by"] == ["accepted drafts"]
 
