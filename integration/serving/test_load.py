@@ -47,6 +47,8 @@ SETUPS = (
     Setup("load-checked", GRAPHS, CHECKED),
     Setup("load-6-drafts", GRAPHS, CHECKED, draft_tokens=6),
 )
+# The start of the servers counts: it takes minutes where SGLang has compiled nothing yet.
+pytestmark = pytest.mark.timeout(1_200)
 CLIENTS = 48
 HANG_S = 40.0  # the slowest request takes a few seconds
 NEW_TOKENS = (16, 64, 192, 400)
