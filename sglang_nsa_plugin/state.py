@@ -38,8 +38,8 @@ class ReplayCount:
 
     __slots__ = ("replays",)
 
-    def __init__(self) -> None:
-        self.replays = 0
+    def __init__(self, replays: int = 0) -> None:
+        self.replays = replays
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class State:
         in_place: whether the plugin fills this role's steps; false until start-up is over.
         bytes_saved: of token-wide page tables that the graphs of this role do without.
         captures: batch sizes whose fill was recorded in a CUDA graph.
-        count: of replays whose fill was in the graph.
+        count: counts the replays whose fill was in the graph.
         launches: steps whose fill was one launch from Python.
         fallbacks: steps that SGLang filled although the adapter was active, by reason.
         checks: steps that the shadow check compared with SGLang's own fill.

@@ -338,5 +338,8 @@ def gpu_memory_mib(servers: Iterable[Server]) -> int:
     """Memory in use by the processes of these servers on all GPUs, in MiB."""
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    pids = set().union(*(server.pids() for server in servers))
-    return sum(int(mib) for pid, mib in (line.split(",") for line in lines) if int(pid) in pids)
+    pids: set[int] = set().union(*(server.pids() for server in servers))
+    pairs = [map(int, line.split(",")) for line in lines]
+    found = [mib for pid, mib in pairs if pid in pids]
+    assert found, f"nvidia-smi must list a process of the servers, got {lines}"
+    return sum(found)

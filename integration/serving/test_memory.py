@@ -82,8 +82,8 @@ def test_record(servers: AbServers, report: Report) -> None:
 def test_after_a_recapture_it_goes_on_or_ends_as_without_the_plugin(
     servers: AbServers, model: Path, report: Report
 ) -> None:
-    """Asked to capture its graphs anew, SGLang 0.5.17 captures a decode graph of the draft model, too,
-    which its runner refuses for EAGLE: the server ends, in both cases. So this test is the last.
+    """Asked to capture its graphs anew, SGLang up to 0.5.21 captures a decode graph of the draft model,
+    too, which its runner refuses for EAGLE: the server ends, in both cases. So this test is the last.
     """
     needs_graphs(servers)
     outcomes = {name: recaptured(server, model) for name, server in servers.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,7 +143,7 @@ class Adapter:
         why_unfilled: of a backend that was taken over: why no step of it is filled, or None. To be asked
             when start-up is over.
         parts: what a role needs besides, by role. Without it the other roles are filled.
-        untried: roles that are filled only if they are asked for by name.
+        untried: why roles are filled only if they are asked for by name.
     """
 
     name: str
@@ -151,7 +151,7 @@ class Adapter:
     takeovers: Mapping[str, Takeover]
     why_unfilled: Callable[[Any], str | None]
     parts: Mapping[str, Parts] = field(default_factory=dict)
-    untried: Collection[str] = ()
+    untried: Mapping[str, str] = field(default_factory=dict)
 
     def parts_of(self, role: str) -> Parts:
         """What this role needs besides what every role needs."""

@@ -22,10 +22,10 @@ from sglang_nsa_plugin.log import logger_of
 logger = logger_of(__name__)
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # seq_lens, req_pool_indices, req_to_token
-# What a replay on the fast path compares and serves. Of inputs that are the same objects or new slices:
-# ForwardMode, seq_lens, req_pool_indices (of slices their addresses), whether they are slices,
-# req_to_token, SGLang's metadata, the role's ReplayCount, `no_op`. Of copied inputs: the backend,
-# req_to_token, SGLang's metadata, the role's ReplayCount.
+# What a replay on the fast path compares and serves:
+# - of the same objects and of new slices: ForwardMode, seq_lens, req_pool_indices (of slices their
+#   addresses), whether they are slices, req_to_token, SGLang's metadata, the ReplayCount, `no_op`
+# - of copied inputs: the backend, req_to_token, SGLang's metadata, the ReplayCount
 Hit = tuple[Any, ...]
 
 

@@ -21,7 +21,7 @@ from sglang_nsa_plugin.adapters.taken_over import (
     FAST_PATH,
     TAKEOVERS,
     consider,
-    leave_if_captured_again,
+    forget_graphs,
     leave_unknown_call,
     record,
 )
@@ -55,13 +55,12 @@ def _init_cuda_graph_state(
     *more: Any,
     **named: Any,
 ) -> Any:
-    leave_if_captured_again(multi_step)
     fills = getattr(multi_step, ATTRIBUTE, None)
     for step in multi_step.attn_backends:
         vars(step).pop(SHARES, None)
     if fills is None:
         return original(multi_step, max_bs, max_num_tokens, *more, **named)
-    fills.forget()
+    forget_graphs(fills)
     first, *others = steps = multi_step.attn_backends
     for step in others:
         setattr(step, SHARES, first)
@@ -103,7 +102,7 @@ def _out_graph(
     if hit is not None and not in_capture:
         backend, req_to_token, metadata, count = hit
         if backend.req_to_token is req_to_token:
-            if backend.forward_metadata is not metadata:  # all steps have the first one's, or none has
+            if backend.forward_metadata is not metadata:  # the steps always share one object
                 _point_steps_at(metadata, multi_step)
             count.replays += 1
             return None

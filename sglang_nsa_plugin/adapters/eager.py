@@ -57,7 +57,10 @@ def adapter_for_installed() -> Adapter:
     if names is DSA:
         common, in_graphs = Parts(_hooks(DSA), _needs(DSA)), in_graph.BEFORE_0_5_15
         takeovers = {**_takeovers, **{role: taken_over.TAKEOVERS[role] for role in in_graphs}}
-        untried = tuple(in_graphs)  # no server on a GPU has filled them with these releases yet
+        untried = {
+            role: f"with this SGLang release no server on a GPU has been tried with {role} filled"
+            for role in in_graphs
+        }
         return Adapter(NAME, common, takeovers, _why_unfilled, in_graphs, untried)
     replay = Hook(
         f"{NSA.backend}.init_forward_metadata_replay_cuda_graph",

@@ -35,7 +35,7 @@ from sglang_nsa_plugin.adapters.taken_over import (
     NAME,
     TAKEOVERS,
     consider,
-    leave_if_captured_again,
+    forget_graphs,
     leave_unknown_call,
     record,
     why_unfilled,
@@ -85,13 +85,12 @@ def _init_cuda_graph_state(
     *more: Any,
     **named: Any,
 ) -> Any:
-    leave_if_captured_again(backend)
     fills = getattr(backend, ATTRIBUTE, None)
     if fills is None:
         result = original(backend, max_bs, max_num_tokens, *more, **named)
         draft_decode.share_metadata(backend)
         return result
-    fills.forget()
+    forget_graphs(fills)
     with wide_tables.decided_without_speculation([backend] if fills.drops_wide_tables else ()):
         result = original(backend, max_bs, max_num_tokens, *more, **named)
     dropped = fills.drops_wide_tables and wide_tables.is_dropped(backend)
@@ -287,7 +286,7 @@ ADAPTER = Adapter(
     TAKEOVERS,
     why_unfilled,
     parts={DRAFT_DECODE: draft_decode.PARTS, VERIFY: Parts(needs=(_LAYS_OUT,))},
-    untried=(DECODE,),  # no server on a GPU has filled it with an FP8 cache yet
+    untried={DECODE: "one server on a GPU has filled decode, of SGLang 0.5.23 with a bfloat16 KV cache"},
 )
 
 

@@ -119,8 +119,7 @@ def why_role_misfits(adapter: Adapter, role: str, is_named: bool = False) -> str
         return f"with this SGLang release the plugin fills no {role} metadata"
     if role in adapter.untried and not is_named:
         return (
-            f"the tests of {role} on GPU servers are not complete for this SGLang release. "
-            "To fill it all the same, start with "
+            f"{adapter.untried[role]}. To fill it all the same, start with "
             f"{options.ROLES_FLAG} {DECODE if role == DECODE else ','.join(ROLES)}"
         )
     misfits = hooks.misfits(adapter.parts_of(role).requirements)
@@ -135,9 +134,10 @@ def switch(role: str, on: bool) -> None:
 def _warn_of_untried(adapter: Adapter, role: str) -> None:
     if role in adapter.untried:
         logger.warning(
-            "sglang-nsa-plugin: %s is filled because it was asked for by name. Its tests on GPU servers "
-            "are not complete for this SGLang release. Start with %s 1 to have each fill compared",
+            "sglang-nsa-plugin: %s is filled because it was asked for by name: %s. Start with %s 1 to "
+            "have each fill compared",
             role,
+            adapter.untried[role],
             options.CHECK_FLAG,
         )
 

@@ -28,6 +28,8 @@ _ATTENTION = "sglang.srt.layers.attention"
 _METADATA = f"{_ATTENTION}.dsa_backend.DSAMetadata"
 _PLAN = f"{_ATTENTION}.dsa.kpool_plan"
 _SCHEDULE = f"{_PLAN}._compute_pool_schedule_metadata"
+_MIXIN = f"{_ATTENTION}.dsa.dsa_backend_kpool.DeepseekSparseAttnBackendKPoolMixin"
+_DRAFT_EXTEND_INPUT = "sglang.srt.speculative.eagle_info.EagleDraftExtendInput"
 _TOPK_PLAN = f"{_ATTENTION}.dsa.kpool_fp8_index.refresh_kpool_topk_v2_plan"
 
 
@@ -198,6 +200,8 @@ def _needs(backend: Any) -> list[Requirement]:
             tuple(sorted(name.split(".")[1] for name in names if "." in name)),
         ),
         Call(_SCHEDULE, ("pool_seqlens", _page_size_name(backend))),
+        Call(f"{_MIXIN}._kpool_{_page_size_name(backend)}", ("self",)),
+        Fields(_DRAFT_EXTEND_INPUT, ("num_accept_tokens", "num_correct_drafts")),
     ]
     has_topk_plan = not hooks.misfits([Fields(_METADATA, fields.KPOOL_TOPK_PLAN[:1])])
     return [*needs, Call(_TOPK_PLAN, ("plan", "pool_lens"))] if has_topk_plan else needs

@@ -156,7 +156,7 @@ class Outcome:
     def step_aside(self, asked_for: str, why_not: str) -> None:
         """Becomes idle where the choice of a backend was left to the plugin, and in service.
 
-        SGLang may capture its graphs again in service, after an update of the weights for example.
+        Adaptive speculation makes backends in service.
 
         Raises:
             BackendUnavailableError: the backend was asked for by name, and the server is starting.

@@ -34,9 +34,8 @@ RETIRED = "_nsa_retired_fill"  # on an owner that was handed back: its former Ba
 # As SGLang captures them with speculation, and without.
 ROLES = (DRAFT_DECODE_ROLE, VERIFY_ROLE, DRAFT_EXTEND_ROLE, DECODE_ROLE)
 CAPTURED_AGAIN = (
-    "SGLang captures its graphs again in service. The one GPU server that was tried this way, with the "
-    "fill in its new graphs, ended with an illegal memory access, and the cause is not known. After a "
-    "restart the plugin fills again"
+    "SGLang captured the graphs of this role again in service, and with the fill in new graphs a server "
+    "ended with an illegal memory access, cause unknown. Restart the server to have the plugin fill it"
 )
 
 
@@ -87,13 +86,14 @@ def _take_over(owner: Any, backend: Any, request: Request, role: Role, takeover:
 
 def hand_back(owner: Any) -> None:
     """SGLang fills for this owner from now on, whatever graphs of it were captured."""
+    fills = vars(owner).get(ATTRIBUTE)
+    if fills is not None:
+        fills.retire()  # first: while it cannot be switched off, the owner is ours
+        setattr(owner, RETIRED, fills)  # graphs hold its addresses
     for takeover in TAKEOVERS.values():
         takeover.discard(owner)
     vars(owner).pop(FAST_PATH, None)
-    fills = vars(owner).pop(ATTRIBUTE, None)
-    if fills is not None:
-        fills.retire()
-        setattr(owner, RETIRED, fills)  # graphs hold its addresses
+    vars(owner).pop(ATTRIBUTE, None)
 
 
 def _revalidate(owner: Any) -> None:
@@ -123,15 +123,19 @@ def leave_unknown_call(owner: Any, in_capture: bool) -> None:
         attempt(fills.leave_to_sglang, abandon, FallbackReason.UNKNOWN_ARGUMENTS)
 
 
-def leave_if_captured_again(owner: Any) -> None:
-    """Before SGLang allocates for an owner's graphs: if it has served some already, SGLang fills."""
-    fills = getattr(owner, ATTRIBUTE, None)
-    if fills is not None and fills.captured and fills.outcome.is_in_service:
+def forget_graphs(fills: BackendFills) -> None:
+    """Before SGLang allocates for new graphs: what was captured for the old ones goes.
+
+    In service SGLang fills from then on. The token-wide page tables stay dropped, because their memory
+    may have been given to the KV cache.
+    """
+    is_captured_again = bool(fills.captured) and fills.outcome.is_in_service
+    fills.forget()
+    if is_captured_again:
         attempt(_leave_captured_again, TAKEOVERS[fills.role.name].abandon, fills)
 
 
 def _leave_captured_again(fills: BackendFills) -> bool:
-    fills.count_saved(0)
     TAKEOVERS[fills.role.name].release()
     fills.outcome.report_idle(CAPTURED_AGAIN)
     return False

@@ -10,8 +10,16 @@ import logging
 
 import pytest
 import torch
-from cpu_pair import BATCH_SIZES, make_pair, on_the_cpu, random_batch, step_and_expect_equal
+from cpu_pair import (
+    BATCH_SIZES,
+    make_pair,
+    on_the_cpu,
+    random_batch,
+    skip_unless_captured,
+    step_and_expect_equal,
+)
 
+from sglang_nsa_plugin.adapters import taken_over
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.dispatch import BackendUnavailableError
 from sglang_nsa_plugin.state import ALL_ROLES, STATES
@@ -81,7 +89,6 @@ def test_an_error_while_a_fill_is_set_up_leaves_every_batch_size_to_sglang(
     fail, error, role, state, monkeypatch, caplog
 ):
     """Also those whose graphs hold our fill already: it is switched off for good."""
-    from sglang_nsa_plugin.adapters import taken_over
     from sglang_nsa_plugin.state import record
 
     fail(monkeypatch, error)
@@ -154,24 +161,41 @@ def test_the_same_error_in_service_leaves_the_role_to_sglang(error, role, state,
         serve_and_expect_sglangs_values(pair, {}, random_batch(pair, generator))
 
 
-@pytest.mark.parametrize("role", ALL_ROLES)
-def test_graphs_that_are_captured_again_in_service_are_sglangs(role, state):
-    """The weights were updated with ``recapture_cuda_graph``; graphs from the start may still run."""
-    from sglang_nsa_plugin.adapters import taken_over
-
-    pair = make_pair(role=role)
-    captured, generator = dict(pair.fills().captured), torch.Generator().manual_seed(6)
+def captured_again_in_service(role, check_every):
+    """A pair whose server is in service, and whose backend SGLang captures again; our former fills."""
+    pair = make_pair("torch", role=role, check_every=check_every)
+    fills = pair.fills()
     OUTCOMES[role].report_in_place()
-    step_and_expect_equal(pair, random_batch(pair, generator))
+    step_and_expect_equal(pair, random_batch(pair, torch.Generator().manual_seed(6)))
     pair.ours.init_state()
-    assert STATES[role].reason == taken_over.CAPTURED_AGAIN
-    assert (STATES[role].in_place, STATES[role].bytes_saved) == (False, 0)
     for bs in BATCH_SIZES:
         pair.ours.capture_setup(bs)
         pair.ours.backend.init_forward_metadata_in_graph(pair.ours.capture_batch(bs))
+    return pair, fills
+
+
+@pytest.mark.parametrize("check_every", [0, 1])
+@pytest.mark.parametrize("role", ALL_ROLES)
+def test_graphs_that_are_captured_again_in_service_are_sglangs(role, check_every, state):
+    """The weights were updated with ``recapture_cuda_graph``. Fills in old graphs are off."""
+    pair, fills = captured_again_in_service(role, check_every)
+    assert STATES[role].reason == taken_over.CAPTURED_AGAIN
+    assert (STATES[role].in_place, int(fills.enabled), fills.captured) == (False, 0, {})
+    generator = torch.Generator().manual_seed(7)
     for _ in range(4):
-        serve_and_expect_sglangs_values(pair, captured, random_batch(pair, generator))
+        serve_and_expect_sglangs_values(pair, {}, random_batch(pair, generator))
     assert STATES[role].replays == 1
+
+
+@pytest.mark.parametrize("role", ALL_ROLES)
+def test_a_fill_that_cannot_be_switched_off_then_ends_the_process(role, state, monkeypatch):
+    def broken(fills):
+        raise RuntimeError("planted: the device is lost")
+
+    skip_unless_captured(role)
+    monkeypatch.setattr("sglang_nsa_plugin.adapters.captured_fill.BackendFills.retire", broken)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        captured_again_in_service(role, check_every=0)
 
 
 @pytest.mark.parametrize("role", ALL_ROLES)

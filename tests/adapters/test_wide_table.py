@@ -33,7 +33,7 @@ FIELD, GETTER = "page_table_1", "get_page_table_1"
 # Who reads the table, and why a draft-extend graph without it does not come by.
 READERS = {
     "DSAIndexerMetadata.get_page_table_1": "called by the indexer's HIP path alone, see below",
-    "IndexerKPool._kpool_fused_topk_mapping": "k-pooling, which the adapter declines",
+    "IndexerKPool._kpool_fused_topk_mapping": "k-pooling, for which SGLang keeps the table",
     "DSAMetadataManagementMixin._copy_base_replay_buffers": "draft-decode by SGLang with the table",
     "DSATopKBackend.topk_transform": "not in its v2 branch, which SGLang's condition asks for",
     "DeepseekSparseAttnBackend._apply_cuda_graph_metadata": "SGLang's own fill; it takes None",

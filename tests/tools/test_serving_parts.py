@@ -846,10 +846,11 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from sglang_nsa_plugin import metrics, state
 rank = int(sys.argv[1])
 state.STATE.__init__(
-    adapter="in-graph" if rank else None, backend="cuda" if rank else None, replays=1000 + rank,
-    checks=7, mismatches=4, fallbacks=state.Counter({'a reason, "quoted"': 3, "another": 1}))
+    adapter="in-graph" if rank else None, backend="cuda" if rank else None,
+    count=state.ReplayCount(1000 + rank), checks=7, mismatches=4,
+    fallbacks=state.Counter({'a reason, "quoted"': 3, "another": 1}))
 if rank:
-    state.VERIFY_STATE.__init__("verify", reason="a choice", replays=50, checks=2,
+    state.VERIFY_STATE.__init__("verify", reason="a choice", count=state.ReplayCount(50), checks=2,
                                 fallbacks=state.Counter(another=7), in_place=True)
 metrics.export({"model_name": "a model", "tp_rank": rank, "pp_rank": 0})
 registry = CollectorRegistry()
