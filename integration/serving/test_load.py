@@ -109,7 +109,8 @@ def test_mixed_load(servers: AbServers, report: Report, request: pytest.FixtureR
     assert [each for each in clients if each.is_alive()] == []
     assert all(load.errors == [] for load in loads.values())
     assert apart < APART_LIMIT
-    assert grown["gpu"] < GPU_GROWTH_MIB
+    # much less is no better: one of the two servers has ended, and would hide growth
+    assert abs(grown["gpu"]) < GPU_GROWTH_MIB
     assert grown["plugin"] < grown["sglang"] + HOST_GROWTH_MIB
     assert record["fallbacks"] == {}
     assert record["replays"] + record["launches"] > seconds

@@ -202,6 +202,8 @@ def test_a_geometry_that_sglang_does_not_fuse_is_declined(index_kpool, state):
         ("dcp", "decode context parallelism (dcp_size 2)"),
         ("release", "this SGLang does not fit the fill of index k-pooling (4): "),
         ("field", "this SGLang does not fit the fill of index k-pooling (4): "),
+        ("method", "this SGLang does not fit the fill of index k-pooling (4): "),
+        ("accepted", "this SGLang does not fit the fill of index k-pooling (4): "),
         (None, None),
     ],
 )
@@ -215,13 +217,18 @@ def test_what_else_is_declined_by_name(role, planted, said, state, monkeypatch):
         server_args=process_stubs.publish_server_args(speculative_algorithm="EAGLE", **server_args),
         shared_read_done_event=None,
     )
+    size = "_kpool_index_page_size" if numbers_server_pages() else "_kpool_slots_per_page"
     if planted == "pages":
-        size = "_kpool_index_page_size" if numbers_server_pages() else "_kpool_slots_per_page"
         monkeypatch.setattr(type(made.steps()[0]), size, lambda backend: 32)
     if planted == "release":
         monkeypatch.delattr(plan, "_compute_pool_schedule_metadata")
     if planted == "field":
         monkeypatch.setattr(plan, "KPoolWritePlan", dataclasses.make_dataclass("Renamed", ["request"]))
+    if planted == "method":
+        monkeypatch.delattr(sglangs("dsa_backend_kpool").DeepseekSparseAttnBackendKPoolMixin, size)
+    if planted == "accepted":
+        newer = dataclasses.make_dataclass("Renamed", ["num_correct_drafts"])
+        monkeypatch.setattr("sglang.srt.speculative.eagle_info.EagleDraftExtendInput", newer)
     why_not = WHY_UNSUPPORTED[role](made.backend, runner)
     assert (why_not is None) if said is None else (said in why_not)
 
