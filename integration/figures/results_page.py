@@ -124,13 +124,13 @@ def _newest_eager() -> tuple[str, dict[str, Any]]:
 
 def _tokens(serve: dict[str, Any]) -> list[str]:
     found, record = serve["tokens_one_at_a_time"], serve["record"]["record"]
-    within = [row for row in found["each"] if row["deterministic"]]
-    same = sum(row["same_drafts"] for row in within)
+    within = found["within_index_topk"]
+    same = within - sum(row["deterministic"] and not row["same_drafts"] for row in found["unlike"])
     long, per_step = found["long_prompts"], servers.tokens_per_step(found["accepted_drafts"])
     return [
         paragraph(
             f"At temperature 0, {found['same_ids']} of {found['prompts']} prompts of 5 to 6,000 tokens gave "
-            f"identical token ids. {len(within)} of them stay within the 2,048 tokens that sparse attention "
+            f"identical token ids. {within} of them stay within the 2,048 tokens that sparse attention "
             f"keeps; for {same} of those the same number of drafts was accepted at each step. Beyond 2,048 "
             "tokens SGLang's top-k has no fixed order and some prompts give other tokens each time. The "
             f"{long['kept']} longer prompts are those of {long['drawn']} random ones that SGLang without the "

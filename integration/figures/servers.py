@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from integration.figures.committed import paragraph, table
-from integration.serving.ab_stats import GPU_GROWTH_MIB, Row, accepted_drafts, mean_tokens, mismatched
+from integration.serving.ab_stats import GPU_GROWTH_MIB, Row, accepted_drafts, mean_tokens
 
 # Setups of the servers and what is different about them.
 SETUPS = {
@@ -74,9 +74,9 @@ def _row(name: str, parts: dict[str, Any]) -> tuple[str, ...]:
     found = records.get("of_every_process") or [records["record"]] if records else []
     return (
         f"{name}: {SETUPS[name]}",
-        f"{sum(row.get('prompts', 1) for row in rows):,}",
-        f"{sum(row['tokens_compared' if 'different' in row else 'tokens'] for row in rows):,}",
-        str(sum(_different(row) for row in rows)),
+        f"{sum(row['prompts'] for row in rows):,}",
+        f"{sum(row['tokens_compared'] for row in rows):,}",
+        str(sum(row["different"] for row in rows)),
         f"{per_step['sglang']:.2f} → {per_step['plugin']:.2f}",
         " + ".join(f"{record['replays']:,}" for record in found) or "-",
         str(sum(sum(record["fallbacks"].values()) for record in found)) if found else "-",
@@ -88,20 +88,16 @@ def tokens_per_step(accepted: Mapping[str, Sequence[int]]) -> dict[str, float]:
 
 
 def comparisons(part: Any) -> Iterator[Row]:
-    """The rows of `compare.comparison` and `compare.repeated` anywhere in a part."""
+    """What `compare.summary` and `compare.repeated` found, anywhere in a part."""
     if isinstance(part, list):
         for each in part:
             yield from comparisons(each)
     elif isinstance(part, dict):
-        if "accepted_drafts" in part and ("first_different_token" in part or "different" in part):
+        if "accepted_drafts" in part and "different" in part:
             yield part
         else:
             for each in part.values():
                 yield from comparisons(each)
-
-
-def _different(row: Row) -> int:
-    return int(row["different"] if "different" in row else mismatched(row))
 
 
 def switched(parts: dict[str, Any]) -> list[str]:

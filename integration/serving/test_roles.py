@@ -54,15 +54,16 @@ def _needs_graphs(servers: AbServers) -> None:
 
 
 def test_one_at_a_time(servers: AbServers, report: Report) -> None:
-    figures = summary(one_at_a_time(servers, prompts(SHORT_LENGTHS, seed=51)))
+    rows = one_at_a_time(servers, prompts(SHORT_LENGTHS, seed=51))
+    figures = summary(rows)
     per_step = {name: mean_tokens(counts) for name, counts in figures["accepted_drafts"].items()}
     report(f"{servers.setup.name}.one_at_a_time", {"tokens_per_step": per_step, **figures})
-    assert other_answers(figures["each"]) == []
+    assert other_answers(rows) == []
     assert len(figures["accepted_drafts"]["sglang"]) == servers.setup.draft_tokens, (
         "some step should accept all drafts"
     )
     if servers.setup.draft_tokens - 1 <= FEW_STEPS:
-        assert mismatches(figures["each"]) == []
+        assert mismatches(rows) == []
     assert per_step["plugin"] >= per_step["sglang"] * (1 - ACCEPTANCE_LIMIT), per_step
 
 
