@@ -34,9 +34,11 @@ SOAKS = {"soak": "draft-extend", "soak_verify": "verify", "soak_draft_decode": "
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "tests": lambda: run_tests("tests", *(f"--ignore={path}" for path in APART)),
+        "tests": lambda: run_tests(
+            "tests", *(f"--ignore={path}" for path in APART), f"--deselect={sanitizers.KPOOL_FUZZ}"
+        ),
         "timing": lambda: run_tests(TIMING),  # with the GPU to itself
-        "fuzz": lambda: run_tests(sanitizers.FUZZ),
+        "fuzz": lambda: run_tests(sanitizers.FUZZ, sanitizers.KPOOL_FUZZ),
         "adapters": lambda: run_tests("tests/gpu/test_gpu_in_graph.py", "tests/gpu/test_gpu_eager.py"),
         **sanitizers.parts(),
         "demo": run_demo,

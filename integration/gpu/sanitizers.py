@@ -42,6 +42,7 @@ SGLANG = "sglang."
 SHOWN = 5  # of the copies that nothing explains
 TIME_LIMIT_S = 480
 FUZZ = "tests/test_fuzz.py"
+KPOOL_FUZZ = "tests/test_kpool.py::test_any_batch"
 IN_GRAPH = "tests/gpu/test_gpu_in_graph.py"
 SHARDS = (
     (IN_GRAPH,),
