@@ -45,8 +45,8 @@ CHECK_HELP = (
 )
 ROLES_HELP = (
     f"The plans of a speculative step to fill, with commas between them: {', '.join(ROLES)}; or "
-    f"{DECODE}, of a server without speculation, which no GPU has served yet (sglang-nsa-plugin). "
-    f"Environment: {ROLES_VARIABLE}. Default: all of a speculative step that fit."
+    f"{DECODE}, of a server without speculation, tried on a GPU with SGLang 0.5.23 alone "
+    f"(sglang-nsa-plugin). Environment: {ROLES_VARIABLE}. Default: all of a speculative step that fit."
 )
 WIDE_HELP = (
     "The token-wide page tables of the filled roles (sglang-nsa-plugin): auto leaves them out where "

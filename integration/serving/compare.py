@@ -69,7 +69,7 @@ def comparison(plugin: Answer, sglang: Answer, length: int) -> Row:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts over `comparison` rows, the accepted drafts of both servers, and the rows that are not alike.
+    """Counts over `comparison` rows, the accepted drafts of both servers, and rows that are not alike.
 
     ``different`` counts `mismatches`; ``unlike`` has these and what SGLang explains. Result files would
     outgrow their limit with a row for each prompt.

@@ -3,7 +3,7 @@
     python -m integration.serving.serve_test decode
 
 It needs SGLang 0.5.18 or later and takes one GPU. Replays of the second and third setup are all
-shadow-checked. The third has FlashMLA's other kernel and its metadata; no GPU has run it yet.
+shadow-checked. The third has FlashMLA's other kernel and its metadata.
 """
 
 from __future__ import annotations

@@ -79,18 +79,21 @@ def test_record(servers: AbServers, report: Report) -> None:
     check_record(servers, report)
 
 
-def test_after_a_recapture_it_goes_on_or_ends_as_without_the_plugin(
+def test_after_a_recapture_it_goes_on_or_ends_as_sglang_may(
     servers: AbServers, model: Path, report: Report
 ) -> None:
     """Asked to capture its graphs anew, SGLang up to 0.5.21 captures a decode graph of the draft model,
     too, which its runner refuses for EAGLE: the server ends, in both cases. So this test is the last.
+    With 0.5.23 SGLang's server may go on or end at an answer. If the plugin's goes on, its tokens are
+    those of before.
     """
     needs_graphs(servers)
+    before = [servers["plugin"].generate(prompt, NEW_TOKENS).output_ids for prompt in ASKED]
     outcomes = {name: recaptured(server, model) for name, server in servers.items()}
     refused = {name: REFUSAL in server.log() for name, server in servers.items()}
     kept = {name: each if isinstance(each, str) else len(each) for name, each in outcomes.items()}
     report("memory.recapture", {"outcomes": kept, "refused": refused})
-    assert outcomes["plugin"] == outcomes["sglang"]
+    assert outcomes["plugin"] in (before, outcomes["sglang"])
     assert refused["plugin"] == refused["sglang"]
 
 

@@ -286,7 +286,7 @@ ADAPTER = Adapter(
     TAKEOVERS,
     why_unfilled,
     parts={DRAFT_DECODE: draft_decode.PARTS, VERIFY: Parts(needs=(_LAYS_OUT,))},
-    untried={DECODE: "one server on a GPU has filled decode, of SGLang 0.5.23 with a bfloat16 KV cache"},
+    untried={DECODE: "on a GPU, decode has been filled with SGLang 0.5.23 alone"},
 )
 
 
