@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from integration.figures.committed import paragraph, table
-from integration.serving.ab_stats import GPU_GROWTH_MIB, Row, accepted_drafts, mean_tokens
+from integration.serving.ab_stats import Row, accepted_drafts, mean_tokens
 
 # Setups of the servers and what is different about them.
 SETUPS = {
@@ -217,7 +217,8 @@ def _loaded(load: dict[str, Any]) -> str:
         f"{load['clients']} clients for {load['seconds'] / 60:.0f} minutes: {ours:,} requests with the "
         f"plugin, {theirs:,} without, {sum(map(len, load['errors'].values()))} failed; tokens per step "
         f"{per_step['plugin']:.3f} and {per_step['sglang']:.3f}; "
-        f"{gpu_memory(load['memory_mib']['grown']['gpu'])}.{_checked(load['record'])}"
+        f"GPU memory grew by {load['memory_mib']['grown']['gpu']} MiB in the last third."
+        f"{_checked(load['record'])}"
     )
 
 
@@ -228,13 +229,3 @@ def _checked(record: dict[str, Any]) -> str:
     if not checks:
         return ""
     return f" {checks:,} replays of all roles were compared with SGLang's own fill: {different:,} values differed."
-
-
-def gpu_memory(grown: int) -> str:
-    """How much it grew, unless something else on the GPU hid that."""
-    if grown <= -GPU_GROWTH_MIB:
-        return (
-            f"GPU memory fell by {-grown:,} MiB in the last third: something else on the GPU ended, and the "
-            "growth is unknown"
-        )
-    return f"GPU memory grew by {grown} MiB in the last third"

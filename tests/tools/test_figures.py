@@ -182,11 +182,6 @@ def test_the_memory_of_page_tables_is_the_servers_own_line():
     assert "take 37 MB instead of 2,722 MB" in " ".join(text.split())
 
 
-def test_gpu_memory_that_falls_a_lot_hides_the_growth():
-    assert servers.gpu_memory(12) == "GPU memory grew by 12 MiB in the last third"
-    assert servers.gpu_memory(-8_617).endswith("the growth is unknown")
-
-
 def test_copies_by_sglangs_code_are_counted():
     tool = {"copies_of_sglang": 26_554}
     text = gpu_checks.copies_of_sglang("initcheck", tool)
