@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from integration.figures import servers
 from integration.figures.committed import (
     RESULTS,
     SHOWN_CASE,
@@ -31,6 +32,22 @@ COLUMNS = (
     "host µs of a step in a server: SGLang → plugin",
     "host µs of draft-extend in bench: SGLang → plugin",
     "its launches: SGLang → plugin",
+)
+
+# Servers that are compared as they are: in other parts of a file one of the two is made to differ.
+COMPARED = (
+    "tokens_one_at_a_time",
+    *servers.SETUPS,
+    *("kpool", "kpool-checked", "decode", "decode-checked", "decode-fp8"),
+)
+SERVED_COLUMNS = (
+    "SGLang",
+    "kinds of servers",
+    "prompts asked of both",
+    "with other tokens",
+    "minutes of load",
+    "requests of SGLang and plugin",
+    "failed",
 )
 
 
@@ -68,6 +85,12 @@ def page() -> str:
                     ("SGLang", *(roles := _tried_roles(matrix["parts"].values()))),
                     [_roles(version, matrix["parts"][version], roles) for version in versions],
                 ),
+                "## Servers",
+                paragraph(
+                    "Pairs of servers, with the plugin and without, of every slice of `make serve-test` that ran "
+                    "with the release on a GPU; then 48 clients on each for minutes. A dash: not run."
+                ),
+                table(SERVED_COLUMNS, [row for version in versions if (row := _served(version))]),
                 "## Generations",
                 table(
                     ("generation", "first release", "how SGLang plans draft-extend"),
@@ -102,6 +125,44 @@ def _row(version: str, row: dict[str, Any]) -> tuple[str, ...]:
 def _host_us_of_a_step(serve: dict[str, Any]) -> str:
     us = host_us_of_a_step(serve)
     return "-" if us is None else f"{us['sglang']:.0f} → {us['plugin']:.0f}"
+
+
+def _served(version: str) -> tuple[str, ...] | None:
+    """What the two servers of each pair were asked; None for a release that no GPU has served."""
+    found = parts(f"serve-{version}.json")
+    compared = {
+        name: list(_comparisons(part))
+        for name, part in found.items()
+        if name.partition(".")[0] in COMPARED
+    }
+    rows = [row for part in compared.values() for row in part]
+    if not rows:
+        return None
+    loads = [part for name, part in found.items() if name.startswith("load") and "requests" in part]
+    answered = (sum(load["requests"][arm]["answered"] for load in loads) for arm in ("sglang", "plugin"))
+    return (
+        version,
+        str(len({name.partition(".")[0] for name, part in compared.items() if part})),
+        f"{sum(row['prompts'] for row in rows):,}",
+        str(sum(map(_with_other_tokens, rows))),
+        f"{sum(load['seconds'] for load in loads) / 60:.0f}" if loads else "-",
+        " and ".join(f"{count:,}" for count in answered) if loads else "-",
+        str(sum(len(errors) for load in loads for errors in load["errors"].values())) if loads else "-",
+    )
+
+
+def _comparisons(part: Any) -> Iterator[dict[str, Any]]:
+    """What `compare.summary` and `compare.repeated` found; a summary of old files lacks ``different``."""
+    if isinstance(part, dict) and "accepted_drafts" in part:
+        if "same_ids" in part or "different" in part:
+            yield part
+    elif isinstance(part, (dict, list)):
+        for each in part.values() if isinstance(part, dict) else part:
+            yield from _comparisons(each)
+
+
+def _with_other_tokens(row: dict[str, Any]) -> int:
+    return int(row["prompts"] - row["same_ids"] if "same_ids" in row else row["different"])
 
 
 def _tried_roles(rows: Iterable[dict[str, Any]]) -> list[str]:

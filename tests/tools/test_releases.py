@@ -46,6 +46,29 @@ def test_the_page_shows_each_role():
     assert releases_page._roles("0.5.12", {"roles": roles}) == (*shown, "-")
 
 
+def test_the_page_says_what_the_servers_of_a_release_were_asked(monkeypatch):
+    summary = {"prompts": 10, "same_ids": 9, "accepted_drafts": {}}
+    at_once = {"prompts": 7, "different": 2, "accepted_drafts": {}}
+    load = {"seconds": 90.0, "errors": {"plugin": ["hangs"], "sglang": []},
+            "requests": {"plugin": {"answered": 1_500}, "sglang": {"answered": 20}}}  # fmt: skip
+    found = {
+        "fp8.one_at_a_time": summary,
+        "fp8.many_at_once": {"each": [at_once, at_once]},
+        "memory.cache": {"before": summary},
+        "corruption.verify.cu_seqlens_k": {"prompts": 99, "same_ids": 0, "accepted_drafts": {}},
+        "load": load,
+        "load-checked": load,
+        "load.start": {},
+    }
+    monkeypatch.setattr(releases_page, "parts", lambda name: found)
+    row = releases_page._served("0.5.23")
+    assert row == ("0.5.23", "2", "34", "6", "3", "40 and 3,000", "2")
+    monkeypatch.setattr(releases_page, "parts", lambda name: {"fp8.one_at_a_time": summary})
+    assert releases_page._served("0.5.23") == ("0.5.23", "1", "10", "1", "-", "-", "-")
+    monkeypatch.setattr(releases_page, "parts", lambda name: {})
+    assert releases_page._served("0.5.23") is None
+
+
 def test_the_roles_are_the_packages():
     """The matrix runs without the package, which may not be built."""
     from sglang_nsa_plugin.state import ALL_ROLES
