@@ -45,7 +45,7 @@ CHECK_HELP = (
 )
 ROLES_HELP = (
     f"The plans of a speculative step to fill, with commas between them: {', '.join(ROLES)}; or "
-    f"{DECODE}, of a server without speculation, tried on a GPU with SGLang 0.5.23 alone "
+    f"{DECODE}, of a server without speculation, tried on a GPU only with SGLang 0.5.23 "
     f"(sglang-nsa-plugin). Environment: {ROLES_VARIABLE}. Default: all of a speculative step that fit."
 )
 WIDE_HELP = (

@@ -106,7 +106,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fuzz-batches",
         type=int,
         metavar="N",
-        help="random batches for each implementation and fuzzing test; without it, see test_fuzz.py",
+        help="random batches for each implementation and fuzzing test; without it, see test_fuzz.py and "
+        "test_kpool.py",
     )
 
     parser.addoption(

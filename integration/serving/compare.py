@@ -71,8 +71,8 @@ def comparison(plugin: Answer, sglang: Answer, length: int) -> Row:
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Counts over `comparison` rows, the accepted drafts of both servers, and rows that are not alike.
 
-    ``different`` counts `mismatches`; ``unlike`` has these and what SGLang explains. Result files would
-    outgrow their limit with a row for each prompt.
+    ``different`` counts `mismatches`; ``unlike`` has every row whose tokens, drafts or finish differ.
+    With a row for each prompt the result files would be too large.
     """
     return {
         "prompts": len(rows),

@@ -286,7 +286,7 @@ ADAPTER = Adapter(
     TAKEOVERS,
     why_unfilled,
     parts={DRAFT_DECODE: draft_decode.PARTS, VERIFY: Parts(needs=(_LAYS_OUT,))},
-    untried={DECODE: "on a GPU, decode has been filled with SGLang 0.5.23 alone"},
+    untried={DECODE: "on a GPU, only SGLang 0.5.23 has served with decode filled"},
 )
 
 

@@ -35,8 +35,8 @@ RETIRED = "_nsa_retired_fill"  # on an owner that was handed back: its former Ba
 ROLES = (DRAFT_DECODE_ROLE, VERIFY_ROLE, DRAFT_EXTEND_ROLE, DECODE_ROLE)
 CAPTURED_AGAIN = (
     "SGLang captured the graphs of this role again in service. After that a server may end at the next "
-    "request: once with SGLang alone, each time with the fill in the new graphs, for an unknown cause. "
-    "Restart the server to have the plugin fill this role"
+    "request: once with SGLang alone, each time with the fill in the new graphs (S66 in "
+    "docs/failure-modes.md). Restart the server to have the plugin fill this role"
 )
 
 

@@ -256,7 +256,7 @@ def test_it_is_filled_where_it_is_named_and_the_log_says_what_was_tried(state, c
     assert DECODE not in DEFAULT_ROLES
     assert set(install.adapter_for_installed().untried) == {DECODE}
     why_not = install.why_role_misfits(install.adapter_for_installed(), DECODE)
-    assert why_not.startswith("on a GPU, decode has been filled")
+    assert why_not.startswith("on a GPU, only SGLang 0.5.23 has served")
     assert why_not.endswith("start with --nsa-metadata-roles decode")
     with caplog.at_level(logging.WARNING):
         make_decode()

@@ -110,7 +110,7 @@ def test_a_server_without_speculation_has_a_verdict_on_decode_where_it_is_named(
     assert started.returncode == 0, started.log
     assert started.record["in_place"] == {"draft-extend": False, "decode": True}
     assert started.lines("decode is in place: adapter in-graph, implementation torch, ")
-    assert started.lines("asked for by name: on a GPU, decode has been filled")
+    assert started.lines("asked for by name: on a GPU, only SGLang 0.5.23 has served")
 
     started = start(tmp_path, *flags, settings=WITHOUT_SPECULATION, change=NO_DRAFT_MODEL)
     assert started.record["in_place"] == {"draft-extend": False, "decode": False}
