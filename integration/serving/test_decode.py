@@ -14,7 +14,7 @@ from integration.serving.ab_servers import FP8, MANY, PLUGIN_ENV, SGLANG_ENV, Ab
 from integration.serving.compare import (
     SHORT_LENGTHS,
     Report,
-    check_replays,
+    check_steps,
     expect_alike_at_once,
     kept,
     mismatches,
@@ -67,7 +67,7 @@ def test_record(servers: AbServers, report: Report) -> None:
     assert found["backend"] == "cuda"
     assert found["fallbacks"] == {}
     assert found["bytes_saved"] == 0  # SGLang itself leaves the wide table out
-    check_replays(DECODE, found, counted)
+    check_steps(DECODE, found, counted)
     # The last replay is compared before the next one.
     checks = (0,) if servers.setup is UNCHECKED else (found["replays"] - 1, found["replays"])
     assert found["checks"] in checks

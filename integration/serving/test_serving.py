@@ -19,7 +19,7 @@ from integration.serving.compare import (
     RECORD_KEY,
     REPEATS,
     Report,
-    check_replays,
+    check_steps,
     difference,
     in_graph,
     median_us_by_role,
@@ -137,12 +137,11 @@ def test_record_counts_every_step(servers: AbServers, report: Report) -> None:
     if in_graph(probe):
         assert record["adapter"] == "in-graph", record
         assert record["in_graph"], record
-        for role, found in record["roles"].items():
-            assert found["fallbacks"] == {}, role
-            check_replays(role, found, of_role(probe, role))
     else:
         assert record["adapter"] == "eager", record
-        assert record["launches"] == steps
+    for role, found in record["roles"].items():
+        assert found["fallbacks"] == {}, role
+        check_steps(role, found, of_role(probe, role))
     assert RECORD_KEY not in servers["sglang"].server_info()["internal_states"][0]
 
 
@@ -177,7 +176,8 @@ def test_host_time_of_the_fill(servers: AbServers, report: Report) -> None:
         assert figures["plugin"]["fill_us"]["median"] <= FILL_LIMIT_US
     in_place = read_record(servers["plugin"])["in_place"]
     if set(in_place) == set(step["plugin"]) and all(in_place.values()):
-        assert sum(step["plugin"].values()) <= STEP_LIMIT_US, step
+        if in_graph(figures["plugin"]):
+            assert sum(step["plugin"].values()) <= STEP_LIMIT_US, step
         assert all(step["plugin"][role] < step["sglang"][role] for role in in_place), step
     assert figures["plugin"]["fill_us"]["median"] < figures["sglang"]["fill_us"]["median"]
 

@@ -298,6 +298,7 @@ class EagerWatch:
             **_process("scheduler"),
             "fills": len(self.fill_ns),
             "fill_us": summary(self.fill_ns),
+            "roles": {role: watch.figures() for role, watch in RoleWatch.all.items()},
             "plugin_record": _plugin_record(),
         }
 
