@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from integration.figures import servers
@@ -133,7 +133,7 @@ def _served(version: str) -> tuple[str, ...] | None:
     """What the two servers of each pair were asked; None for a release that no GPU has served."""
     found = parts(f"serve-{version}.json")
     compared = {
-        name: list(_comparisons(part))
+        name: list(servers.comparisons(part))
         for name, part in found.items()
         if name.partition(".")[0] in COMPARED
     }
@@ -146,25 +146,11 @@ def _served(version: str) -> tuple[str, ...] | None:
         version,
         str(len({name.partition(".")[0] for name, part in compared.items() if part})),
         f"{sum(row['prompts'] for row in rows):,}",
-        str(sum(map(_with_other_tokens, rows))),
+        str(sum(row["different"] for row in rows)),
         f"{sum(load['seconds'] for load in loads) / 60:.0f}" if loads else "-",
         " and ".join(f"{count:,}" for count in answered) if loads else "-",
         str(sum(len(errors) for load in loads for errors in load["errors"].values())) if loads else "-",
     )
-
-
-def _comparisons(part: Any) -> Iterator[dict[str, Any]]:
-    """What `compare.summary` and `compare.repeated` found; a summary of old files lacks ``different``."""
-    if isinstance(part, dict) and "accepted_drafts" in part:
-        if "same_ids" in part or "different" in part:
-            yield part
-    elif isinstance(part, (dict, list)):
-        for each in part.values() if isinstance(part, dict) else part:
-            yield from _comparisons(each)
-
-
-def _with_other_tokens(row: dict[str, Any]) -> int:
-    return int(row["prompts"] - row["same_ids"] if "same_ids" in row else row["different"])
 
 
 def _tried_roles(rows: Iterable[dict[str, Any]]) -> list[str]:

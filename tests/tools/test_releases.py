@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from integration.figures import releases_page
+from integration.figures.committed import RESULTS
 from integration.releases import matrix
 
 EQUAL = {"values_compared": 1_234, "values_different": 0}
@@ -47,7 +50,7 @@ def test_the_page_shows_each_role():
 
 
 def test_the_page_says_what_the_servers_of_a_release_were_asked(monkeypatch):
-    summary = {"prompts": 10, "same_ids": 9, "accepted_drafts": {}}
+    summary = {"prompts": 10, "different": 1, "accepted_drafts": {}}
     at_once = {"prompts": 7, "different": 2, "accepted_drafts": {}}
     load = {"seconds": 90.0, "errors": {"plugin": ["hangs"], "sglang": []},
             "requests": {"plugin": {"answered": 1_500}, "sglang": {"answered": 20}}}  # fmt: skip
@@ -55,7 +58,7 @@ def test_the_page_says_what_the_servers_of_a_release_were_asked(monkeypatch):
         "fp8.one_at_a_time": summary,
         "fp8.many_at_once": {"each": [at_once, at_once]},
         "memory.cache": {"before": summary},
-        "corruption.verify.cu_seqlens_k": {"prompts": 99, "same_ids": 0, "accepted_drafts": {}},
+        "corruption.verify.cu_seqlens_k": {"prompts": 99, "different": 99, "accepted_drafts": {}},
         "load": load,
         "load-checked": load,
         "load.start": {},
@@ -67,6 +70,17 @@ def test_the_page_says_what_the_servers_of_a_release_were_asked(monkeypatch):
     assert releases_page._served("0.5.23") == ("0.5.23", "1", "10", "1", "-", "-", "-")
     monkeypatch.setattr(releases_page, "parts", lambda name: {})
     assert releases_page._served("0.5.23") is None
+
+
+def test_every_comparison_in_a_result_file_counts_what_differs():
+    """`servers.comparisons` passes over one that does not."""
+
+    def check(found):
+        assert "tokens_compared" not in found or "different" in found, (path.name, found)
+        return found
+
+    for path in RESULTS.glob("serve-*.json"):
+        json.loads(path.read_text(), object_hook=check)
 
 
 def test_the_roles_are_the_packages():
