@@ -273,7 +273,7 @@ def check_record(servers: AbServers, report: Report) -> None:
         {"record": record, "probe_steps": steps, "probe_roles": probe.get("roles", {})},
     )
     assert record["pid"] == probe["pid"]
-    roles = [role for role in record["in_place"] if has_steps(probe, role)]
+    roles = [role for role in record["in_place"] if is_filled(probe, role)]
     assert record["in_place"] == {role: role in roles for role in record["in_place"]}, record
     for role in roles:
         assert record["roles"][role]["backend"] == "cuda", role
@@ -309,9 +309,13 @@ def kept(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {name: figures[name] for name in names if name in figures}
 
 
-def has_steps(probe: Mapping[str, Any], role: str) -> bool:
-    """Whether SGLang runs this role where the plugin fills it: with one draft step no draft-decode."""
-    return role == FIRST_ROLE or role in probe["roles"]
+def is_filled(probe: Mapping[str, Any], role: str) -> bool:
+    """Whether the plugin fills this role by default.
+
+    With one draft step there is no draft-decode. Where draft-extend has no graph, the others have to be
+    named.
+    """
+    return role == FIRST_ROLE or (in_graph(probe) and role in probe["roles"])
 
 
 def of_role(probe: Mapping[str, Any], role: str) -> Mapping[str, Any]:

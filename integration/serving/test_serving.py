@@ -22,6 +22,7 @@ from integration.serving.compare import (
     check_steps,
     difference,
     in_graph,
+    is_filled,
     median_us_by_role,
     mismatches,
     of_role,
@@ -139,9 +140,11 @@ def test_record_counts_every_step(servers: AbServers, report: Report) -> None:
         assert record["in_graph"], record
     else:
         assert record["adapter"] == "eager", record
-    for role, found in record["roles"].items():
-        assert found["fallbacks"] == {}, role
-        check_steps(role, found, of_role(probe, role))
+    filled = [role for role in record["roles"] if is_filled(probe, role)]
+    assert record["in_place"] == {role: role in filled for role in record["roles"]}, record
+    for role in filled:
+        assert record["roles"][role]["fallbacks"] == {}, role
+        check_steps(role, record["roles"][role], of_role(probe, role))
     assert RECORD_KEY not in servers["sglang"].server_info()["internal_states"][0]
 
 

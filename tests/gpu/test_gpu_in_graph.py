@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -151,11 +152,20 @@ def test_nodes_of_a_plan_before_the_last(decode_impl, most, role):
     assert sum(nodes.values()) <= most, nodes
 
 
+def topk_options(topk_backend: str) -> dict[str, str]:
+    """SGLang's options for it; since 0.5.20 the draft model has one of its own."""
+    from sglang.srt.server_args import ServerArgs
+
+    known = {field.name for field in dataclasses.fields(ServerArgs)}
+    names = known & {"dsa_topk_backend", "speculative_dsa_topk_backend"}
+    return dict.fromkeys(names, topk_backend)
+
+
 @pytest.mark.parametrize(("topk_backend", "is_left_out"), [("sgl-kernel", True), ("flashinfer", False)])
 def test_the_wide_table_is_left_out_where_nothing_reads_it(topk_backend, is_left_out):
     from sglang_nsa_plugin.harness.diff import Diff
 
-    pair = pair_for_installed("flashmla_sparse", dsa_topk_backend=topk_backend)
+    pair = pair_for_installed("flashmla_sparse", **topk_options(topk_backend))
     backend, result = pair.ours.backend, Diff()
     assert (backend.decode_cuda_graph_metadata["page_table"] is None) == is_left_out
     assert pair.theirs.backend.decode_cuda_graph_metadata["page_table"] is not None
