@@ -71,10 +71,10 @@ def page() -> str:
                     "in `make serve-test`, and of the metadata of all three graphs there. The last two are of "
                     "`sglang-nsa-plugin bench` on an H200, which times the call before a draft-extend forward of "
                     f"{SHOWN_CASE['requests']} requests of {SHOWN_CASE['length']:,} tokens. All compared values "
-                    "were equal. A dash: not run. GPU figures of releases other than 0.5.17 are of an earlier "
-                    "version of the kernel, except those of servers of 0.5.18 and later and of 0.5.23's demo. "
-                    "Servers of 0.5.18, 0.5.19 and 0.5.21 ran beside others on one GPU, which lengthens their host "
-                    "times. Each result file names its GPU and commit."
+                    "were equal. A dash: not run. GPU figures of releases other than 0.5.17 and 0.5.23 are of an "
+                    "earlier version of the kernel, except those of servers of 0.5.14 and of 0.5.18 to 0.5.21. "
+                    "These ran beside others on one GPU, which lengthens their host times. By default 0.5.14 fills "
+                    "draft-extend alone. Each result file names its GPU and commit."
                 ),
                 "## Roles",
                 paragraph(
