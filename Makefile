@@ -99,6 +99,8 @@ $(CUDA)/lib64:
 
 # Each is built in an environment of its own, the wheel from the source distribution. auditwheel gives the
 # wheel the lowest manylinux tag that its library fulfils. libtvm_ffi.so comes with apache-tvm-ffi.
+# NSA_CUDA=AUTO builds the CPU code alone where there is no nvcc.
+wheel: export NSA_CUDA ?= ON
 wheel:
 	python3 -m venv $(VENV)
 	$(PIP) $(WHEEL_TOOLS)

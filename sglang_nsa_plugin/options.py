@@ -120,6 +120,11 @@ def names_role(server_args: object, role: str) -> bool:
     return role in (_roles_listed(server_args) or (DRAFT_EXTEND,))
 
 
+def how_to_name(role: str) -> str:
+    """What starts a server that fills this role although it is not filled by default."""
+    return f"start with {ROLES_FLAG} {DECODE if role == DECODE else ','.join(ROLES)}"
+
+
 def _roles_listed(server_args: object) -> tuple[str, ...] | None:
     return getattr(server_args, ROLES_ATTRIBUTE, None) or _roles_from_environment()
 

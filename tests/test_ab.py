@@ -241,6 +241,16 @@ def idle(stand_in):
     stand_in.records[0] |= {"adapter": None, "reason": "HIP is not supported"}
 
 
+def one_rank_idle(stand_in):
+    """With verify alone, draft-extend is not filled either, and that is no obstacle."""
+    filled = stand_in.records[0]
+    left_out = {**filled, "adapter": None, "reason": "verify was left out"}
+    for verify in (filled, left_out):
+        of_role = {**verify, "in_place": verify is filled}
+        stand_in.records.append({**left_out, "roles": {"verify": of_role}})
+    del stand_in.records[0]
+
+
 def no_speculation(stand_in):
     stand_in.info["speculative_algorithm"] = None
 
@@ -257,8 +267,9 @@ def torn(stand_in):
     ("plant", "words"),
     [
         (no_plugin, "does not load the plugin: /server_info has no nsa_metadata. Install"),
-        (idle, "fills nothing on the server at {url}: HIP is not supported"),
-        (no_speculation, "runs without speculative decoding"),
+        (idle, "fills no role on every rank of the server at {url}: HIP is not supported"),
+        (one_rank_idle, "fills no role on every rank of the server at {url}: verify was left out"),
+        (no_speculation, "runs without speculative decoding, and ab compares speculative steps"),
         (old_plugin, "the plugin 0.1.0 of the server at {url} cannot be switched in service: upgrade"),
         (torn, "are switched differently ([true, false]). Switch all of them first: curl"),
     ],
@@ -365,10 +376,9 @@ def test_a_server_that_dies_midway(stand_in, ab, capsys):
     told = capsys.readouterr().err
     assert "the answer of /generate broke off: did the server die?" in told
     assert "could not switch the plugin on again, as it was found" in told
-    assert (
-        f"""curl {stand_in.url}/set_internal_state --json '{{"server_args": {{"nsa_metadata": 1}}}}'"""
-        in told
-    )
+    body = '{"server_args": {"nsa_metadata": 1}}'
+    header = "-H 'Content-Type: application/json'"
+    assert f"curl {stand_in.url}/set_internal_state {header} -d '{body}'" in told
 
 
 def test_a_server_that_does_not_answer(stand_in, ab, capsys, monkeypatch):

@@ -23,6 +23,7 @@ from sglang_nsa_plugin.cli import main
 from sglang_nsa_plugin.options import DEFAULT_ROLES
 
 ROOT = Path(__file__).resolve().parent.parent
+JSON_TYPE = "Content-Type: application/json"
 DOCUMENTS = [
     *(str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])),
     "tests/README.md",
@@ -277,8 +278,8 @@ def wrong_with(command: str) -> str | None:
 def wrong_with_request(url: str, *more: str) -> str | None:
     if url.endswith("/server_info") and not more:
         return None
-    if url.endswith("/set_internal_state") and more[0] == "--json":
-        return None if json.loads(more[1])["server_args"].keys() == {switch.KEY} else "not our key"
+    if url.endswith("/set_internal_state") and more[:-1] == ("-H", JSON_TYPE, "-d"):
+        return None if json.loads(more[-1])["server_args"].keys() == {switch.KEY} else "not our key"
     return "not a route that the plugin changes"
 
 
@@ -360,7 +361,7 @@ def test_commands_are_found() -> None:
         "python3 docs/record.py",
         "pip install sglang-nsa-plugin",
         "sglang serve --config server.yaml",
-        'curl localhost:30000/set_internal_state --json \'{"server_args": {"nsa": 0}}\'',
+        f"curl x/set_internal_state -H '{JSON_TYPE}' -d '{{\"server_args\": {{\"nsa\": 0}}}}'",
         "NSA_COMMIT=$(git rev-parse HEAD) integration/gpu/gpu_host.sh FOLDER make gpu-tests",
         "integration/gpu/host.sh FOLDER make gpu-test",
         "cmake -S src -B build",

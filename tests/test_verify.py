@@ -273,19 +273,19 @@ def gpu_host(**changes: Any) -> dict[str, Any]:
 
 
 def test_verdicts_of_a_gpu_host_where_the_kernel_runs():
-    assert verdict() == (None, "Active kernel: CUDA, in the draft-extend graph of SGLang 0.5.17")
+    assert verdict() == (None, "Active kernel: CUDA, in the CUDA graphs of SGLang 0.5.17")
     assert verdict(adapter__name="eager", sglang__version="0.5.14") == (
         None,
-        "Active kernel: CUDA, in one launch before each draft-extend step of SGLang 0.5.14",
+        "Active kernel: CUDA, from Python before each draft-extend step of SGLang 0.5.14",
     )
     assert verdict(sglang__tested=False, sglang__version="0.5.24") == (
         None,
-        "Active kernel: CUDA, in the draft-extend graph of SGLang 0.5.24, not a tested release: add "
+        "Active kernel: CUDA, in the CUDA graphs of SGLang 0.5.24, not a tested release: add "
         "--nsa-metadata-check 1",
     )
     assert verdict(setting__backend="triton") == (
         None,
-        "Active kernel: Triton (asked for by SGLANG_NSA_METADATA_BACKEND), in the draft-extend graph of "
+        "Active kernel: Triton (asked for by SGLANG_NSA_METADATA_BACKEND), in the CUDA graphs of "
         "SGLang 0.5.17",
     )
 
@@ -342,8 +342,7 @@ def test_a_role_that_sglang_fills_is_in_the_verdict():
     setting = {"backend": "auto", "roles": ["draft-extend", "draft-decode"], "problem": None}
     assert verdict(setting=setting) == (
         None,
-        "Active kernel: CUDA, in the draft-extend graph of SGLang 0.5.17; SGLang fills draft-decode "
-        "itself",
+        "Active kernel: CUDA, in the CUDA graphs of SGLang 0.5.17; SGLang fills draft-decode itself",
     )
 
 

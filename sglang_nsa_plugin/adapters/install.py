@@ -12,12 +12,12 @@ from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.adapters.tree_mask import TREE_MASK
 from sglang_nsa_plugin.log import logger_of
-from sglang_nsa_plugin.state import DECODE, DRAFT_EXTEND, ROLES, VERIFY
+from sglang_nsa_plugin.state import DECODE, DRAFT_EXTEND, VERIFY
 
 logger = logger_of(__name__)
 
 SPARSE_ATTENTION = ("dsa", "nsa")
-NO_SPECULATION = "no speculative decoding, so there is no draft-extend metadata"
+NO_SPECULATION = "no speculative decoding, so there are no speculative steps to plan"
 NO_PLAIN_DECODE = (
     "with speculative decoding the target model has verify in its graphs and no plain decode, which is "
     "filled on servers without speculation"
@@ -118,10 +118,7 @@ def why_role_misfits(adapter: Adapter, role: str, is_named: bool = False) -> str
     if role not in adapter.takeovers:
         return f"with this SGLang release the plugin fills no {role} metadata"
     if role in adapter.untried and not is_named:
-        return (
-            f"{adapter.untried[role]}. To fill it all the same, start with "
-            f"{options.ROLES_FLAG} {DECODE if role == DECODE else ','.join(ROLES)}"
-        )
+        return f"{adapter.untried[role]}. To fill it all the same, {options.how_to_name(role)}"
     misfits = hooks.misfits(adapter.parts_of(role).requirements)
     return f"this SGLang does not fit the fill of {role}: {'; '.join(misfits)}" if misfits else None
 

@@ -2,7 +2,8 @@
 
 SGLang's own endpoint reaches every rank, between two steps of its scheduler. Values are numbers::
 
-    curl localhost:30000/set_internal_state --json '{"server_args": {"nsa_metadata": 0}}'
+    curl localhost:30000/set_internal_state -H 'Content-Type: application/json' \\
+        -d '{"server_args": {"nsa_metadata": 0}}'
 
 ``nsa_metadata`` switches every role that is filled; ``nsa_metadata_verify``, ``nsa_metadata_decode``
 and so on switch one.

@@ -9,7 +9,7 @@ from sglang_nsa_plugin import options
 from sglang_nsa_plugin.cli import environment
 from sglang_nsa_plugin.cli.terminal import Finding
 
-REBUILD = "NSA_CUDA=ON pip install --no-deps --force-reinstall . in a clone, with nvcc 13"
+REBUILD = "in a clone, with nvcc 13: NSA_CUDA=ON pip install --no-deps --force-reinstall ."
 
 
 def of(result: dict[str, Any]) -> list[Finding]:
@@ -138,5 +138,6 @@ def _roles(result: dict[str, Any]) -> list[Finding]:
 def _role(role: str, why_not: str | None, result: dict[str, Any]) -> tuple[str, str | None]:
     if why_not is None:
         return "fits", None
-    newest = result["sglang"]["newest_tested"]
-    return f"SGLang fills it: {why_not}", f"{result['executable']} -m pip install sglang=={newest}"
+    naming, newest = options.how_to_name(role), result["sglang"]["newest_tested"]
+    remedy = naming if naming in why_not else f"{result['executable']} -m pip install sglang=={newest}"
+    return f"SGLang fills it: {why_not}", remedy

@@ -61,7 +61,7 @@ def one_line(error: Exception) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sglang-nsa-plugin",
-        description="Draft-extend metadata for SGLang's NSA/DSA sparse attention.",
+        description="Attention metadata of speculative steps, for SGLang's NSA/DSA sparse attention.",
         epilog="example: sglang-nsa-plugin verify",
     )
     parser.add_argument("--version", action="version", version=version("sglang-nsa-plugin"))

@@ -16,8 +16,8 @@ from sglang_nsa_plugin.cli import environment, findings, terminal
 STDOUT = "-"
 KERNELS = {"cuda": "CUDA", "triton": "Triton", "torch": "PyTorch"}
 WHERE = {
-    "in-graph": "in the draft-extend graph of",
-    "eager": "in one launch before each draft-extend step of",
+    "in-graph": "in the CUDA graphs of",
+    "eager": "from Python before each draft-extend step of",
 }
 
 

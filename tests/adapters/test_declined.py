@@ -83,7 +83,7 @@ def test_a_pooled_index_that_sglang_does_not_fuse_stays_with_sglang(pair):
         ({"attention_backend": "fa3"}, "attention backend fa3 is not NSA/DSA sparse attention"),
         (
             {"speculative_algorithm": None},
-            "no speculative decoding, so there is no draft-extend metadata",
+            "no speculative decoding, so there are no speculative steps to plan",
         ),
     ],
 )

@@ -303,7 +303,7 @@ SPARSE = {"speculative_algorithm": "EAGLE", "attention_backend": "dsa"}
         ({**SPARSE, "_nsa_metadata_backend": "off"}, "switched off"),
         (
             {"attention_backend": "dsa"},
-            "no speculative decoding, so there is no draft-extend metadata",
+            "no speculative decoding, so there are no speculative steps to plan",
         ),
         (
             {"speculative_algorithm": "EAGLE", "attention_backend": "fa3"},

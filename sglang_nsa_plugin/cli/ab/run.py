@@ -106,12 +106,11 @@ def why_not_comparable(info: dict[str, Any], url: str) -> str | None:
         )
     if not info.get("speculative_algorithm"):
         return (
-            f"the server at {url} runs without speculative decoding, so the plugin has nothing to fill. "
+            f"the server at {url} runs without speculative decoding, and ab compares speculative steps. "
             "Start it with --speculative-algorithm EAGLE and its options"
         )
-    idle = next((record for record in records if record["adapter"] is None), None)
-    if idle is not None:
-        return f"the plugin fills nothing on the server at {url}: {idle['reason']}"
+    if not filled_roles(records):
+        return f"the plugin fills no role on every rank of the server at {url}: {_reasons(records)}"
     shown = [record.get("switched_on") for record in records]
     if None in shown:
         return (
@@ -196,8 +195,18 @@ def filled_roles(ranks: list[Record]) -> list[str]:
     return [
         role
         for role in of_ranks[0]
-        if all(role in roles and roles[role].get("in_place", True) for roles in of_ranks)
+        if all(role in roles and _is_filled(roles[role]) for roles in of_ranks)
     ]
+
+
+def _is_filled(of_role: Record) -> bool:
+    return of_role.get("adapter", "") is not None and bool(of_role.get("in_place", True))
+
+
+def _reasons(ranks: list[Record]) -> str:
+    """Why roles are not filled, each reason once."""
+    roles = [of_role for record in ranks for of_role in of_roles(record).values()]
+    return "; ".join(dict.fromkeys(role["reason"] for role in roles if not _is_filled(role)))
 
 
 def _since(count: Callable[[Record], int], begin: Record, after: Record) -> int:

@@ -110,7 +110,8 @@ class Server:
         has_key = self.api_key is not None or self.admin_api_key is not None
         header = f" -H 'Authorization: Bearer <{key}-key>'" if has_key else ""
         body = json.dumps({"server_args": {KEY: int(on)}})
-        return f"curl {self.url}{SWITCH_PATH}{header} --json '{body}'"
+        json_type = "-H 'Content-Type: application/json'"  # curl before 7.82 has no --json
+        return f"curl {self.url}{SWITCH_PATH}{header} {json_type} -d '{body}'"
 
     def _json(self, path: str, body: Any = None, key: str | None = None) -> Any:
         with self._open(path, body, key) as response:
