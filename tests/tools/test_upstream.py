@@ -1,10 +1,12 @@
-"""The scripts of docs/upstream/ against SGLang's own code, with what a GPU would compute replaced."""
+"""The scripts of docs/upstream/, two against SGLang's own code, with the GPU's part replaced."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,3 +159,41 @@ def test_the_tree_is_asked_for_as_sglang_does(monkeypatch):
     assert masks["FULL_MASK"].numel() == 3 * 1_000 * 4 + 3 * 4 * 4
     assert masks["QLEN_ONLY"].numel() == 3 * 4 * 4
     assert len(asked) == 2
+
+
+def test_without_a_gpu_the_freed_workspace_is_not_shown():
+    path = UPSTREAM / "freed_cublas_workspace.py"
+    for case in ([], ["drop+empty"]):
+        done = subprocess.run([sys.executable, path, *case], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "freed_cublas_workspace.py needs an NVIDIA GPU and PyTorch with CUDA.\n"
+
+
+@pytest.mark.parametrize(
+    ("replay", "returncode"), [("right", 0), ("WRONG", 1), ("CUDA error: an illegal access", 1)]
+)
+def test_the_freed_workspace_is_told_case_by_case(monkeypatch, capsys, replay, returncode):
+    """The last of the cases finds this, and the others are right."""
+    freed = script("freed_cublas_workspace")
+    kept = {"freed_mib": 0, "unmapped_mib": 0, "replay": "right"}
+    found = {**dict.fromkeys(freed.CASES, kept), freed.CASES[-1]: {**kept, "replay": replay}}
+
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 0, f"a line\n{json.dumps(found[command[-1]])}\n", "")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(sys, "argv", ["script"])
+    monkeypatch.setattr(freed.subprocess, "run", run)
+    assert freed.main() == returncode
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith(", a GPU")
+    assert [line.split()[0] for line in lines] == list(freed.CASES)
+    assert lines[-1].endswith(f"0 MiB freed, 0 unmapped; replay of B: {replay}")
+
+
+def test_a_case_whose_process_printed_no_result_did_not_replay_right(monkeypatch):
+    freed = script("freed_cublas_workspace")
+    ended = subprocess.CompletedProcess([], -6, "", "terminate called\nReturning 700")
+    monkeypatch.setattr(freed.subprocess, "run", lambda *_, **__: ended)
+    assert freed.in_a_process("drop+empty") == {"replay": "exit code -6, Returning 700"}
