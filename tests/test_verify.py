@@ -57,11 +57,14 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @needs_sglang
 def test_the_verdict_of_this_machine(plain):
-    assert plain.code == 0
+    is_cpu_build = plain.result["gpu_code"] == []
+    assert plain.code == int(is_cpu_build)
     assert plain.seconds < 20
     verdict = " ".join(plain.text.split("\n\n")[-1].split())
     assert verdict == plain.result["verdict"]
-    if HAS_GPU:
+    if is_cpu_build:
+        assert verdict.startswith("Not active: ")
+    elif HAS_GPU:
         assert verdict.startswith("Active kernel: CUDA, in ")
         assert verdict.endswith(f"of SGLang {SGLANG}")
     else:
@@ -335,6 +338,16 @@ def test_verdicts_of_a_gpu_host_where_the_kernel_runs():
 )
 def test_verdicts_of_a_gpu_host_where_the_best_kernel_is_not_active(changes, expected):
     assert verdict(**changes)[0] == expected
+
+
+def test_a_library_without_a_cuda_kernel_is_of_no_use_without_a_gpu_either():
+    """An image is built without a GPU, and this is its only check."""
+    no_gpu = {"driver": None, "no_gpu": "sees none", "no_gpu_remedy": "install a driver"}
+    of_cpu = {**no_gpu, "implementations__cuda__reason": "sees none"}
+    assert verdict(**of_cpu)[0] is None
+    assert verdict(**of_cpu, gpu_code=[])[0] == (
+        f"Not active: the library is built for the CPU alone: {findings.REBUILD}"
+    )
 
 
 def test_a_role_that_sglang_fills_is_in_the_verdict():

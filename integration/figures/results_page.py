@@ -21,7 +21,7 @@ from integration.figures.committed import (
 )
 from integration.releases.install_sglang import release_key
 
-FULL_STEP_MS = (5, 18)  # one speculative step of DeepSeek-V3.2 at full size
+FULL_STEP_MS = (5, 18)  # assumed of one speculative step of DeepSeek-V3.2 at full size; not measured
 SERVE, GPU_TEST = f"serve-{SHOWN_RELEASE}.json", f"gpu-test-{SHOWN_RELEASE}.json"
 
 
@@ -97,8 +97,9 @@ def _full_size(saved_ms: float) -> str:
     version, case = _newest_eager()
     eager_theirs, eager_ours = (case["host_us"][who] / 1000 for who in ("sglang", "ours"))
     return paragraph(
-        f"The plugin saves {saved_ms:.2f} ms of host time per step and rank. A step of DeepSeek-V3.2 at full size "
-        f"takes {FULL_STEP_MS[0]} to {FULL_STEP_MS[1]} ms, so this is at most {_share_of_step(saved_ms)} of it. "
+        f"The plugin saves {saved_ms:.2f} ms of host time per step and rank. Of a step of "
+        f"{FULL_STEP_MS[0]} to {FULL_STEP_MS[1]} ms, which we assume for DeepSeek-V3.2 at full size and have not "
+        f"measured, this is at most {_share_of_step(saved_ms)}. "
         "Where the GPU is the bottleneck it is less; for models with shorter steps the share is larger. Up to "
         f"0.5.14 draft-extend has no graph; with {version} its metadata alone took {eager_theirs:.2f} ms on the "
         f"host for {SHOWN_CASE['requests']} requests of {SHOWN_CASE['length']:,} tokens, and {eager_ours:.2f} ms "
