@@ -241,14 +241,18 @@ def idle(stand_in):
     stand_in.records[0] |= {"adapter": None, "reason": "HIP is not supported"}
 
 
+def only_verify(stand_in):
+    """The switch would show in verify's record, and what ab reads is draft-extend's."""
+    stand_in.verify = {**stand_in.records[0], "in_place": True}
+    stand_in.records[0] |= {"adapter": None, "reason": "--nsa-metadata-roles leaves it out"}
+
+
 def one_rank_idle(stand_in):
-    """With verify alone, draft-extend is not filled either, and that is no obstacle."""
-    filled = stand_in.records[0]
-    left_out = {**filled, "adapter": None, "reason": "verify was left out"}
-    for verify in (filled, left_out):
-        of_role = {**verify, "in_place": verify is filled}
-        stand_in.records.append({**left_out, "roles": {"verify": of_role}})
-    del stand_in.records[0]
+    stand_in.records.append({**stand_in.records[0], "adapter": None, "reason": "no draft model"})
+
+
+def difference_found(stand_in):
+    stand_in.records[0] |= {"in_place": False, "first_mismatch": "real_page_table[3] is 1"}
 
 
 def no_speculation(stand_in):
@@ -267,8 +271,10 @@ def torn(stand_in):
     ("plant", "words"),
     [
         (no_plugin, "does not load the plugin: /server_info has no nsa_metadata. Install"),
-        (idle, "fills no role on every rank of the server at {url}: HIP is not supported"),
-        (one_rank_idle, "fills no role on every rank of the server at {url}: verify was left out"),
+        (idle, "does not fill draft-extend on all ranks of the server at {url}: HIP is not supported"),
+        (only_verify, "on all ranks of the server at {url}: --nsa-metadata-roles leaves it out"),
+        (one_rank_idle, "on all ranks of the server at {url}: no draft model"),
+        (difference_found, "on all ranks of the server at {url}: real_page_table[3] is 1"),
         (no_speculation, "runs without speculative decoding, and ab compares speculative steps"),
         (old_plugin, "the plugin 0.1.0 of the server at {url} cannot be switched in service: upgrade"),
         (torn, "are switched differently ([true, false]). Switch all of them first: curl"),

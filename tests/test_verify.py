@@ -346,7 +346,7 @@ def test_a_library_without_a_cuda_kernel_is_of_no_use_without_a_gpu_either():
     of_cpu = {**no_gpu, "implementations__cuda__reason": "sees none"}
     assert verdict(**of_cpu)[0] is None
     assert verdict(**of_cpu, gpu_code=[])[0] == (
-        f"Not active: the library is built for the CPU alone: {findings.REBUILD}"
+        f"Not active: the library is built for the CPU alone. Build it {findings.REBUILD}"
     )
 
 

@@ -253,9 +253,9 @@ def _origin(part: Part) -> str:
 def _first_minute(part: Part) -> Iterator[str]:
     of = part["of"]
     yield paragraph(
-        "The first minute of a server (2 layers) in which one request after the other joins, up to "
-        f"{part['on']['at_once']} at once, with no metadata kernel of SGLang's compiled yet: how long a client "
-        f"waited for the next tokens of one long answer, {_filled(part['roles'])} filled "
+        "The first requests of a server (2 layers), one run each: they join one after the other, up to "
+        f"{part['on']['at_once']} at once, and no metadata kernel of SGLang's is compiled yet. The table says "
+        f"how long a client waited for the next tokens of one long answer, {_filled(part['roles'])} filled "
         f"({', '.join(map(gpu_name, of['gpus']))}, SGLang {part['sglang']}, commit {of['commit'][:7]}, "
         f"{of['date'][:10]})."
     )

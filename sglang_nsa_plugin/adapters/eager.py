@@ -58,7 +58,7 @@ def adapter_for_installed() -> Adapter:
         common, in_graphs = Parts(_hooks(DSA), _needs(DSA)), in_graph.BEFORE_0_5_15
         takeovers = {**_takeovers, **{role: taken_over.TAKEOVERS[role] for role in in_graphs}}
         untried = {
-            role: f"of the releases before 0.5.15, only 0.5.14 has served on a GPU with {role} filled"
+            role: f"before SGLang 0.5.15, only servers of 0.5.14 have filled {role} on a GPU"
             for role in in_graphs
         }
         return Adapter(NAME, common, takeovers, _why_unfilled, in_graphs, untried)

@@ -95,7 +95,7 @@ def _why_not_best(result: dict[str, Any]) -> str | None:
     reasons = {name: outcome["reason"] for name, outcome in result["implementations"].items()}
     if reasons[best] is None:
         if best == "cpu" and result["gpu_code"] == []:
-            return f"Not active: the library is built for the CPU alone: {findings.REBUILD}"
+            return f"Not active: the library is built for the CPU alone. Build it {findings.REBUILD}"
         asked = result["setting"]["backend"]
         why_not = reasons.get(asked)
         return f"Not active: {options.VARIABLE} asks for {asked}: {why_not}" if why_not else None

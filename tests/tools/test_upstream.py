@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -164,7 +165,9 @@ def test_the_tree_is_asked_for_as_sglang_does(monkeypatch):
 def test_without_a_gpu_the_freed_workspace_is_not_shown():
     path = UPSTREAM / "freed_cublas_workspace.py"
     for case in ([], ["drop+empty"]):
-        done = subprocess.run([sys.executable, path, *case], capture_output=True, text=True, check=False)
+        hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, path, *case]
+        done = subprocess.run(command, capture_output=True, text=True, env=hidden, check=False)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == "freed_cublas_workspace.py needs an NVIDIA GPU and PyTorch with CUDA.\n"
 

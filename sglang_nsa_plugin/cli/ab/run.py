@@ -28,6 +28,7 @@ from sglang_nsa_plugin.cli.ab.load import (
     filled_by_plugin,
 )
 from sglang_nsa_plugin.cli.ab.server import Record, Server, left_as_found
+from sglang_nsa_plugin.state import DRAFT_EXTEND
 
 NOTHING_TO_COMPARE = 2
 WARM_UPS = ("off", "on")
@@ -109,8 +110,11 @@ def why_not_comparable(info: dict[str, Any], url: str) -> str | None:
             f"the server at {url} runs without speculative decoding, and ab compares speculative steps. "
             "Start it with --speculative-algorithm EAGLE and its options"
         )
-    if not filled_roles(records):
-        return f"the plugin fills no role on every rank of the server at {url}: {_reasons(records)}"
+    if DRAFT_EXTEND not in filled_roles(records):
+        return (
+            "ab counts the steps of draft-extend, and the plugin does not fill draft-extend on all "
+            f"ranks of the server at {url}: {_reasons(records)}"
+        )
     shown = [record.get("switched_on") for record in records]
     if None in shown:
         return (
@@ -185,7 +189,7 @@ class Switched:
 
 def of_roles(record: Record) -> dict[str, Record]:
     """A rank's record by role; that of a plugin from before there were several is draft-extend's."""
-    roles: dict[str, Record] = record.get("roles") or {"draft-extend": record}
+    roles: dict[str, Record] = record.get("roles") or {DRAFT_EXTEND: record}
     return roles
 
 
@@ -204,9 +208,10 @@ def _is_filled(of_role: Record) -> bool:
 
 
 def _reasons(ranks: list[Record]) -> str:
-    """Why roles are not filled, each reason once."""
-    roles = [of_role for record in ranks for of_role in of_roles(record).values()]
-    return "; ".join(dict.fromkeys(role["reason"] for role in roles if not _is_filled(role)))
+    """Why ranks do not fill draft-extend, each reason once."""
+    found = [of_roles(record).get(DRAFT_EXTEND, record) for record in ranks]
+    idle = [record for record in found if not _is_filled(record)]
+    return "; ".join(dict.fromkeys(each.get("first_mismatch") or each["reason"] for each in idle))
 
 
 def _since(count: Callable[[Record], int], begin: Record, after: Record) -> int:
