@@ -32,6 +32,7 @@ from integration.serving import (
     test_dropped,
     test_first_minute,
     test_load,
+    test_parallel,
 )
 from integration.serving.ab_servers import SHARED_GPU_ARGS, stop_all
 from integration.serving.server import (
@@ -41,6 +42,7 @@ from integration.serving.server import (
     changed_environment,
     free_ports,
 )
+from sglang_nsa_plugin import state
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SERVING = ROOT / "integration" / "serving"
@@ -377,6 +379,31 @@ def test_alike_answers_are_not_asked_again():
     (row,) = compare.one_at_a_time(servers, [[5, 6]])
     assert "difference" not in row
     assert servers["sglang"].outputs == [[4]]
+
+
+def test_steps_are_counted_in_graphs_and_without():
+    """Up to 0.5.14 draft-extend has no graph, and what is planned in graphs has to be named."""
+    in_graphs = {"capture_bs": [2, 1], "replays": 7}
+    eager = {"fills": 7, "roles": {"verify": in_graphs}}
+    replayed, launched = {"captures": [1, 2], "replays": 7}, {"launches": 7}
+    compare.check_steps("verify", replayed, in_graphs)
+    compare.check_steps("draft-extend", launched, eager)
+    for found, counted in ((launched | {"launches": 6}, eager), (replayed | {"replays": 6}, in_graphs)):
+        with pytest.raises(AssertionError):
+            compare.check_steps("a role", found, counted)
+    assert not compare.is_filled(eager, "verify")
+    assert compare.is_filled(eager, "draft-extend")
+    assert compare.is_filled({**in_graphs, "roles": {"verify": in_graphs}}, "verify")
+    assert not compare.is_filled({**in_graphs, "roles": {}}, "draft-decode")
+
+
+@pytest.mark.parametrize("name", ["in_place", "captures", "reason"])
+def test_ranks_that_decided_otherwise_are_told_apart(name):
+    of_role = state.record()["roles"]["draft-extend"]
+    first, other = ({"version": "1", "tree_mask": None, "roles": {"verify": of_role | change}}
+                    for change in ({}, {name: "another"}))  # fmt: skip
+    assert test_parallel.decided(first) == test_parallel.decided(dict(first))
+    assert test_parallel.decided(first) != test_parallel.decided(other)
 
 
 def test_tokens_of_a_step_and_how_far_apart():
