@@ -34,6 +34,11 @@ NO_PREFILL_GRAPH: Table[str] = (
     ("0.5.11", "0.5.13.post1", "--disable-piecewise-cuda-graph"),
     ("0.5.14", LATER, "--disable-prefill-cuda-graph"),
 )
+# Before the number of ranks. 0.5.22 and 0.5.23 take the old spelling as well, and warn.
+DATA_PARALLEL_ATTENTION: Table[tuple[str, ...]] = (
+    ("0.5.11", "0.5.21", ("--enable-dp-attention", "--dp")),
+    ("0.5.22", LATER, ("--attn-dp-size",)),
+)
 # Whether models with a pooled index (GLM-5.3-Flash) are known.
 HAS_POOLED_INDEX: Table[bool] = (("0.5.11", "0.5.19", False), ("0.5.20", LATER, True))
 # Folders below the home folder with the kernels that a server compiled.
@@ -67,6 +72,11 @@ def sparse_backend(name: str, release: str | None = None) -> list[str]:
     """The options for the sparse attention of prefill and of decode."""
     prefix = f"--{of(SPARSE, release)}"
     return [f"{prefix}-prefill-backend", name, f"{prefix}-decode-backend", name]
+
+
+def data_parallel_attention(ranks: int, release: str | None = None) -> list[str]:
+    """The options for attention that is data parallel over so many ranks."""
+    return [*of(DATA_PARALLEL_ATTENTION, release), str(ranks)]
 
 
 if __name__ == "__main__":

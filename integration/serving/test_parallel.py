@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from integration.releases.differences import data_parallel_attention
 from integration.serving.ab_servers import ROLES, AbServers, Setup
 from integration.serving.compare import (
     SHORT_LENGTHS,
@@ -29,9 +30,8 @@ TP = (
     *("--enforce-disable-flashinfer-allreduce-fusion", "--disable-custom-all-reduce"),
     *("--mem-fraction-static", "0.7"),
 )
-DP = ("--dp", str(RANKS), "--enable-dp-attention")
 TENSOR = Setup("tp2", TP, gpus=RANKS)
-DATA = Setup("dp2", (*TP, *DP), gpus=RANKS)
+DATA = Setup("dp2", (*TP, *data_parallel_attention(RANKS)), gpus=RANKS)
 SETUPS = (TENSOR, DATA)
 NEW_TOKENS = 96
 

@@ -32,9 +32,18 @@ def test_options_are_spelled_as_the_release_spells_them(monkeypatch, release, ex
 @pytest.mark.parametrize("release", [*matrix.tested_releases(), "0.6.0"])
 def test_every_release_and_those_to_come_have_each_of_them(release):
     tables = [value for value in vars(differences).values() if isinstance(value, tuple)]
-    assert len(tables) == 7
+    assert len(tables) == 8
     for table in tables:
         assert differences.of(table, release) not in (None, "", ())
+
+
+def test_data_parallel_attention_has_one_option_since_0_5_22():
+    spelled = {
+        release: differences.data_parallel_attention(2, release)
+        for release in ("0.5.17", "0.5.21", "0.5.22", "0.5.23")
+    }
+    old, new = ["--enable-dp-attention", "--dp", "2"], ["--attn-dp-size", "2"]
+    assert list(spelled.values()) == [old, old, new, new]
 
 
 def test_a_pooled_index_is_known_from_0_5_20_on():
