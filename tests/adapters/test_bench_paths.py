@@ -9,6 +9,7 @@ import pytest
 from cpu_pair import CPU, DRAFT_TOKENS, make_pair, on_the_cpu
 from rich.console import Console
 
+from sglang_nsa_plugin.adapters import supported
 from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, Case, DirectFills, Grid, Setup
 
 pytestmark = on_the_cpu
@@ -149,7 +150,8 @@ def test_every_role_has_a_row_with_every_figure(timed_on_the_cpu, state):
 
     advanced: list[str] = []
     here = roles.measured_here()
-    assert [role.name for role in here] == ["draft-decode", "verify", "draft-extend"]
+    plain = [] if supported.why_no_decode_fence() else ["decode"]
+    assert [role.name for role in here] == ["draft-decode", "verify", "draft-extend", *plain]
     rows = list(roles.rows(Grid((SETUP,), seconds=0.0), CPU, here, advanced.append))
     assert [(row["role"], row["requests"]) for row in rows] == [
         (role.name, requests) for role in here for requests in SETUP.requests
@@ -161,9 +163,11 @@ def test_every_role_has_a_row_with_every_figure(timed_on_the_cpu, state):
             assert min(row[times].values()) > 0
         assert row["launches"] == {"sglang": 2, "ours": 2}
         assert row["values_compared"] > LENGTH * row["requests"]
-    decode, verify, extend = rows[1::2]
+    decode, verify, extend, *of_plain = rows[1::2]
     # one row for a request, and n with n more tokens; the draft steps share what SGLang has for each
     assert 3.9 < extend["bytes"]["written"] / decode["bytes"]["written"] < 4.1
+    assert [row["bytes"] for row in of_plain] == [decode["bytes"]] * len(plain)
+    assert [row["draft_tokens"] for row in of_plain] == [1] * len(plain)
     assert verify["bytes"]["written"] - extend["bytes"]["written"] == 4 * REQUESTS * DRAFT_TOKENS**2
     assert decode["memory_bytes"]["sglang"] > 1.9 * decode["memory_bytes"]["ours"]
     assert verify["memory_bytes"]["sglang"] == verify["memory_bytes"]["ours"]  # the CPU drops no table

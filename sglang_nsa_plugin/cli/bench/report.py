@@ -106,7 +106,7 @@ def _roles(rows: list[dict[str, Any]]) -> Table:
     """What a plan costs: SGLang's before each step, and the plugin's in the graph."""
     first = rows[0]
     table = Table(
-        title=f"the plans of a speculative step: SGLang / plugin; {first['decode_impl']}, req_to_token "
+        title=f"the plans of each role: SGLang / plugin; {first['decode_impl']}, req_to_token "
         f"{first['width']:,} wide, {first['draft_tokens']} draft tokens",
         title_justify="left",
     )

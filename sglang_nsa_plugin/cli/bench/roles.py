@@ -1,4 +1,4 @@
-"""SGLang's plan of each role of a speculative step, and the plugin's, in one table."""
+"""SGLang's plan of each role, and the plugin's, in one table."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from typing import Any
 import torch
 
 from sglang_nsa_plugin.adapters import in_graph
-from sglang_nsa_plugin.adapters.roles import DRAFT_DECODE_ROLE, DRAFT_EXTEND_ROLE, VERIFY_ROLE, Role
+from sglang_nsa_plugin.adapters.roles import (
+    DECODE_ROLE,
+    DRAFT_DECODE_ROLE,
+    DRAFT_EXTEND_ROLE,
+    VERIFY_ROLE,
+    Role,
+)
 from sglang_nsa_plugin.cli.bench import cases, paths, timing
 from sglang_nsa_plugin.cli.bench.cases import Case, Grid, Setup
 from sglang_nsa_plugin.cli.bench.paths import OURS, SGLANG
 from sglang_nsa_plugin.harness.installed import why_declined
 
-IN_ORDER = (DRAFT_DECODE_ROLE, VERIFY_ROLE, DRAFT_EXTEND_ROLE)  # as a step runs them
+# As a speculative step runs them; then the one of a server without speculation.
+IN_ORDER = (DRAFT_DECODE_ROLE, VERIFY_ROLE, DRAFT_EXTEND_ROLE, DECODE_ROLE)
 
 
 def measured_here() -> list[Role]:
@@ -52,7 +59,7 @@ def rows(
 
 
 def _row(pair: Any, setup: Setup, case: Case, role: Role, seconds: float) -> dict[str, Any]:
-    bs = case.requests
+    bs, draft_tokens = case.requests, pair.ours.draft_tokens  # without speculation 1
     values = paths.step(pair, bs)
     planned = {SGLANG: pair.sglang_before_replay(bs), OURS: pair.before_replay(bs)}
     row = {
@@ -61,9 +68,9 @@ def _row(pair: Any, setup: Setup, case: Case, role: Role, seconds: float) -> dic
         "requests": bs,
         "length": case.length,
         "width": setup.width,
-        "draft_tokens": setup.draft_tokens,
+        "draft_tokens": draft_tokens,
         "values_compared": values,
-        "bytes": bytes_to_move(case, setup.draft_tokens, role, paths.recorded_tables(pair, bs)),
+        "bytes": bytes_to_move(case, draft_tokens, role, paths.recorded_tables(pair, bs)),
         "host_us": _medians(timing.host_times(planned, seconds / 2)),
         "memory_bytes": {
             SGLANG: paths.memory_bytes(*pair.theirs.metadata(bs)),
