@@ -33,6 +33,7 @@ def option(name: str, default: str) -> str:
 
 SPECULATES = "--speculative-algorithm" in sys.argv
 DECODE = "decode"  # what a server fills that does not
+DEFAULT_ROLES = "draft-extend,draft-decode,verify" if SPECULATES else "draft-extend"
 
 
 class State:
@@ -42,7 +43,7 @@ class State:
     context = int(option("--context-length", "163840"))
     draft_tokens = int(option("--speculative-num-draft-tokens", "4" if SPECULATES else "1"))
     ranks = int(option("--tp", "1"))
-    schedulers = int(option("--dp", "1"))
+    schedulers = int(option("--attn-dp-size", option("--dp", "1")))
     graphs = "--disable-cuda-graph" not in sys.argv
     is_patched = has_plugin and "first_plugin" in os.environ["PYTHONPATH"]
     model = option("--model-path", "")
@@ -55,7 +56,7 @@ class State:
     sampled = 0
     switched_on = True
     switched_off = 0  # steps that SGLang filled meanwhile
-    roles = (os.environ.get("SGLANG_NSA_METADATA_ROLES") or "draft-extend").split(",")
+    roles = (os.environ.get("SGLANG_NSA_METADATA_ROLES") or DEFAULT_ROLES).split(",")
 
 
 def wrong_now() -> set[str]:
