@@ -820,7 +820,7 @@ def test_the_first_minute_is_read_while_others_join(tmp_path):
     run = slices(tmp_path, "first-minute", TRITON_CACHE_DIR=str(tmp_path / "none"))
     assert run.returncode == 0, run.stdout[-3_000:]
     (part,) = gain_parts(tmp_path).items()
-    assert part[0] == "first-minute.draft-extend"
+    assert part[0] == "first-minute.draft-decode+draft-extend+verify"
     for arm in ("on", "off"):
         assert part[1][arm]["pauses"] == 24 * 40 - 1
         assert part[1][arm]["at_once"] == 24
