@@ -279,7 +279,7 @@ def test_verdicts_of_a_gpu_host_where_the_kernel_runs():
     assert verdict() == (None, "Active kernel: CUDA, in the CUDA graphs of SGLang 0.5.17")
     assert verdict(adapter__name="eager", sglang__version="0.5.14") == (
         None,
-        "Active kernel: CUDA, from Python before each draft-extend step of SGLang 0.5.14",
+        "Active kernel: CUDA, launched from Python before each draft-extend step of SGLang 0.5.14",
     )
     assert verdict(sglang__tested=False, sglang__version="0.5.24") == (
         None,

@@ -54,8 +54,8 @@ def _method() -> str:
         "sends new requests each time ([docs/ab.md](ab.md)). *On ÷ off* is the figure with the plugin "
         "divided by the figure with SGLang's own fill: a step time below 1 means that the plugin is faster. "
         "*Off ÷ off*, the control, compares two measurements without the plugin: its distance from 1 is "
-        "noise. *Saved* is the off step times one less on ÷ off. Ratios are medians over the rounds; the range in brackets holds the true median in 95 of 100 "
-        "runs. The server has the GPU to itself unless the table says otherwise. *Context* is what the server "
+        "noise. *Saved* is by how much the plugin shortens the off step. Ratios are medians over the rounds; "
+        "the range in brackets holds the true median in 95 of 100 runs. The server has the GPU to itself unless the table says otherwise. *Context* is what the server "
         "was started for, which sets the width of its tables; prompts have 512 tokens. 2 layers have the weights "
         "of a small checkpoint, 61 thin layers dummy weights, with which a step gives one token."
     )

@@ -273,6 +273,11 @@ def check_record(servers: AbServers, report: Report) -> None:
         {"record": record, "probe_steps": steps, "probe_roles": probe.get("roles", {})},
     )
     assert record["pid"] == probe["pid"]
+    check_filled_roles(record, probe)
+
+
+def check_filled_roles(record: Mapping[str, Any], probe: Mapping[str, Any]) -> None:
+    """The roles of `is_filled` are in place, no others, and SGLang filled none of their steps."""
     roles = [role for role in record["in_place"] if is_filled(probe, role)]
     assert record["in_place"] == {role: role in roles for role in record["in_place"]}, record
     for role in roles:

@@ -19,13 +19,11 @@ from integration.serving.compare import (
     RECORD_KEY,
     REPEATS,
     Report,
-    check_steps,
+    check_filled_roles,
     difference,
     in_graph,
-    is_filled,
     median_us_by_role,
     mismatches,
-    of_role,
     one_at_a_time,
     processes,
     prompts,
@@ -140,11 +138,7 @@ def test_record_counts_every_step(servers: AbServers, report: Report) -> None:
         assert record["in_graph"], record
     else:
         assert record["adapter"] == "eager", record
-    filled = [role for role in record["roles"] if is_filled(probe, role)]
-    assert record["in_place"] == {role: role in filled for role in record["roles"]}, record
-    for role in filled:
-        assert record["roles"][role]["fallbacks"] == {}, role
-        check_steps(role, record["roles"][role], of_role(probe, role))
+    check_filled_roles(record, probe)
     assert RECORD_KEY not in servers["sglang"].server_info()["internal_states"][0]
 
 

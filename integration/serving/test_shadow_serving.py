@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
@@ -116,15 +116,15 @@ def test_every_replay_under_mixed_load_is_checked(
         check_every_replay(role, record["roles"][role])
 
 
-def check_every_replay(role: str, found: dict[str, Any]) -> None:
-    """Each replay of a role was compared, and nothing was different.
+def check_every_replay(role: str, found: dict[str, Any], fallbacks: Collection[str] = ()) -> None:
+    """Each replay of a role was compared, nothing differed, and SGLang filled for these reasons alone.
 
     Where the plugin has no hook behind a replay, it is compared before the next one: the last is not.
     """
     assert found["replays"] > 0
     assert found["replays"] - found["checks"] in (0, int(role != FIRST_ROLE)), role
     assert found["mismatches"] == 0
-    assert found["fallbacks"] == {}
+    assert set(found["fallbacks"]) == set(fallbacks)
 
 
 def mixed_load(

@@ -17,7 +17,7 @@ STDOUT = "-"
 KERNELS = {"cuda": "CUDA", "triton": "Triton", "torch": "PyTorch"}
 WHERE = {
     "in-graph": "in the CUDA graphs of",
-    "eager": "from Python before each draft-extend step of",
+    "eager": "launched from Python before each draft-extend step of",
 }
 
 
