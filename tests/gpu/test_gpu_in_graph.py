@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from unittest import mock
 
 import pytest
@@ -156,9 +155,8 @@ def topk_options(topk_backend: str) -> dict[str, str]:
     """SGLang's options for it; since 0.5.20 the draft model has one of its own."""
     from sglang.srt.server_args import ServerArgs
 
-    known = {field.name for field in dataclasses.fields(ServerArgs)}
-    names = known & {"dsa_topk_backend", "speculative_dsa_topk_backend"}
-    return dict.fromkeys(names, topk_backend)
+    names = ("dsa_topk_backend", "speculative_dsa_topk_backend")
+    return {name: topk_backend for name in names if hasattr(ServerArgs, name)}
 
 
 @pytest.mark.parametrize(("topk_backend", "is_left_out"), [("sgl-kernel", True), ("flashinfer", False)])
