@@ -70,6 +70,27 @@ def as_text(value: Any, indent: int = 0) -> str:
     return "{\n" + ",\n".join(entries) + f"\n{' ' * indent}}}"
 
 
+def without_repeats(value: Any) -> Any:
+    """Roles in a plugin's record keep what differs from the record itself; `all_of_role` reads them."""
+    if isinstance(value, list):
+        return [without_repeats(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    short = {key: without_repeats(each) for key, each in value.items()}
+    if "replays" in value and isinstance(value.get("roles"), dict):
+        short["roles"] = {
+            role: {key: each for key, each in found.items() if key not in value or value[key] != each}
+            for role, found in value["roles"].items()
+        }
+    return short
+
+
+def all_of_role(record: dict[str, Any], role: str) -> dict[str, Any]:
+    """A role's part of a record that `without_repeats` has made short, whole again."""
+    whole = {key: each for key, each in record.items() if key != "roles"}
+    return {**whole, **record["roles"][role]}
+
+
 def committed(name: str) -> dict[str, Any] | None:
     """A result file as committed, or as in the tree where there is no git; None if there is none."""
     path = f"integration/results/{name}"

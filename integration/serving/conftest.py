@@ -67,7 +67,8 @@ def report() -> Callable[[str, dict[str, Any]], None]:
     run = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     def add(part: str, figures: dict[str, Any]) -> None:
-        result_files.merge(file, COMMAND, {part: {"run": run, **figures}}, alone=True)
+        short = result_files.without_repeats(figures)
+        result_files.merge(file, COMMAND, {part: {"run": run, **short}}, alone=True)
         print(f"\n{part}: {json.dumps(figures)[:PRINTED]}")
 
     return add

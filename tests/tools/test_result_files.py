@@ -29,6 +29,29 @@ def test_every_value_reads_back(value):
     assert json.loads(result_files.as_text(value)) == value
 
 
+RECORD = {
+    "adapter": "in-graph",
+    "replays": 5,
+    "checks": 5,
+    "roles": {
+        "draft-extend": {"adapter": "in-graph", "replays": 5, "checks": 5},
+        "verify": {"adapter": "in-graph", "replays": 5, "checks": 4, "of_its_own": None},
+    },
+}
+
+
+def test_a_role_keeps_what_differs_from_the_record_and_reads_whole_again():
+    figures = {"ranks": [{"record": RECORD}], "roles": {"no": {"record": 1}}}
+    short = result_files.without_repeats(figures)
+    assert short["ranks"][0]["record"]["roles"] == {
+        "draft-extend": {},
+        "verify": {"checks": 4, "of_its_own": None},
+    }
+    assert short["roles"] == figures["roles"]
+    for role, whole in RECORD["roles"].items():
+        assert result_files.all_of_role(short["ranks"][0]["record"], role) == whole
+
+
 def test_committed_files_are_as_they_are_written_and_small():
     paths = list((result_files.ROOT / "integration" / "results").iterdir())
     assert {path.suffix for path in paths} == {".json"}
