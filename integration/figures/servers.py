@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from integration.figures.committed import paragraph, table
+from integration.result_files import all_of_role
 from integration.serving.ab_stats import Row, accepted_drafts, mean_tokens
 
 # Setups of the servers and what is different about them.
@@ -108,14 +109,15 @@ def switched(parts: dict[str, Any]) -> list[str]:
     same = ", ".join(f"{count} {name}" for name, count in tokens["same"].items() if name != "off")
     ranks = load["ranks"]
     replays = " and ".join(f"{rank['replays']:,}" for rank in ranks)
+    roles = [all_of_role(rank, role) for rank in ranks for role in rank["roles"]]
     return [
         paragraph(
             "The switch in service, on two GPUs, tensor parallel, with every replay shadow-checked: of "
             f"{tokens['prompts']} prompts, these gave the tokens and accepted drafts of SGLang's own fill: "
             f"{same}, with {tokens['switches']:,} switches in the middle of those requests. Under "
             f"load, {load['switches']:,} switches in {load['requests']:,} requests: the {len(ranks)} ranks "
-            f"ran {replays} replays with the plugin's fill, in which "
-            f"{sum(rank['mismatches'] for rank in ranks)} values differed."
+            f"ran {replays} steps with the plugin's fill of every role, in which "
+            f"{sum(role['mismatches'] for role in roles)} values differed."
         )
     ]
 
@@ -224,7 +226,7 @@ def _loaded(load: dict[str, Any]) -> str:
 
 def _checked(record: dict[str, Any]) -> str:
     """Of a load whose replays were shadow-checked."""
-    roles = record.get("roles", {}).values()
+    roles = [all_of_role(record, role) for role in record.get("roles", {})]
     checks, different = (sum(role[key] for role in roles) for key in ("checks", "mismatches"))
     if not checks:
         return ""

@@ -388,7 +388,10 @@ def test_every_gpu_that_was_measured_is_shown(monkeypatch, tmp_path):
 
 
 def test_the_switch_is_shown_with_what_every_rank_found():
-    ranks = [{"replays": 2_000, "mismatches": 0}, {"replays": 2_001, "mismatches": 3}]
+    ranks = [
+        {"replays": 2_000, "mismatches": 0, "roles": {"draft-extend": {}, "verify": {"mismatches": 2}}},
+        {"replays": 2_001, "mismatches": 1, "roles": {"draft-extend": {}, "verify": {"mismatches": 0}}},
+    ]
     parts = {
         "switch-tp2.tokens": {
             "prompts": 10,
@@ -399,7 +402,7 @@ def test_the_switch_is_shown_with_what_every_rank_found():
     }
     text = " ".join("".join(servers.switched(parts)).split())
     assert "SGLang's own fill: 9 on, 8 switching, with 700 switches in the middle" in text
-    assert "1,448 switches in 204 requests: the 2 ranks ran 2,000 and 2,001 replays" in text
+    assert "1,448 switches in 204 requests: the 2 ranks ran 2,000 and 2,001 steps" in text
     assert "in which 3 values differed" in text
     assert servers.switched({}) == []
 
