@@ -69,7 +69,7 @@ def _expose_info(labels: Mapping[str, Any]) -> None:
 
 
 class InPlace:
-    """For each role, whether the plugin fills its steps."""
+    """For each role whose fill is expected, whether the plugin fills its steps."""
 
     def __init__(self, labels: Mapping[str, Any]) -> None:
         from prometheus_client import Gauge
@@ -84,7 +84,7 @@ class InPlace:
 
     def copy(self) -> None:
         """Shows what holds now: a failed shadow check ends a fill that was in place."""
-        for state in reported():
+        for state in filter(lambda each: each.is_expected, reported()):
             self._gauge.labels(**{**self._labels, "role": state.role}).set(int(state.in_place))
 
 

@@ -302,7 +302,7 @@ def _roles_with_metadata(server_args: Any) -> list[str]:
 
     roles = options.roles_of(server_args)
     if DRAFT_EXTEND not in roles:
-        OUTCOME.report_idle(f"{options.ROLES_FLAG} leaves it out")
+        OUTCOME.report_not_expected(f"{options.ROLES_FLAG} leaves it out")
     is_off = options.backend_of(server_args) == "off"
     why_idle = {
         role: "switched off" if is_off else install.why_idle(server_args, role) for role in roles

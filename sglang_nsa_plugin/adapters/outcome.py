@@ -84,6 +84,7 @@ class Outcome:
         """
         if self.phase is not Phase.IDLE:
             return
+        self.state.is_expected = True
         self._set(Phase.ACTIVE, choice.reason, adapter, choice.name)
         schedule = ""
         if makes_schedule is not None:
@@ -137,6 +138,11 @@ class Outcome:
             self.backend,
             where,
         )
+
+    def report_not_expected(self, reason: str) -> None:
+        """Nobody expects a fill: the roles leave this one out, or no step of it runs in this process."""
+        self.state.is_expected = False
+        self.report_idle(reason)
 
     def report_idle(self, reason: str) -> None:
         """SGLang fills the metadata itself; the same reason is logged once."""

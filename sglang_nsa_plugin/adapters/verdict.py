@@ -40,7 +40,7 @@ def conclude(scheduler: Any, server_args: Any, requests: Mapping[str, Request]) 
         why_idle = None if takeover.backends else _why_nothing_to_fill(role, scheduler, server_args)
         takeover.release()
         if why_idle is not None:
-            takeover.outcome.report_idle(why_idle)
+            takeover.outcome.report_not_expected(why_idle)
         else:
             asked_for = requests[role].asked_for
             takeover.outcome.step_aside(asked_for, f"{why_not} ({_configuration(server_args)})")

@@ -162,6 +162,21 @@ def test_a_server_that_the_plugin_leaves_alone_shows_that_and_no_counters(tmp_pa
     assert list(found.values()) == [0] * 3
 
 
+@pytest.mark.parametrize(
+    ("roles", "shown"), [("verify", ["verify"]), ("draft-extend,verify", ["draft-extend", "verify"])]
+)
+def test_in_place_is_shown_of_the_roles_alone_that_the_server_names(tmp_path, roles, shown):
+    """Else the alert would tell of a role that nobody wants filled."""
+    arguments = {**SPARSE, "SGLANG_NSA_METADATA_ROLES": roles, "labels": labels(0)}
+    succeed(SCHEDULER, **arguments, PROMETHEUS_MULTIPROC_DIR=tmp_path)
+    of_role = {
+        re.search(r" role=(\S+)", name)[1]: value
+        for name, value in samples(tmp_path).items()
+        if name.startswith("in_place ")
+    }
+    assert of_role == dict.fromkeys(shown, 0)
+
+
 def test_nothing_exists_when_metrics_are_off(tmp_path):
     assert threads_and_import(tmp_path, **SPARSE, labels=None) == (["MainThread"], False)
     assert list(tmp_path.iterdir()) == []
