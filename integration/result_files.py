@@ -139,14 +139,15 @@ def commit() -> str:
     named = os.environ.get("NSA_COMMIT")
     if named:
         return named
-    git = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return git.stdout.strip() or "unknown"
+    head = _git("rev-parse", "HEAD")
+    # A run of several parts writes results while it goes on: these do not make the tree another.
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!integration/results")
+    return f"{head}-dirty" if changed else head or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    git = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return git.stdout.strip()
 
 
 def of_gpus(query: str) -> list[str]:

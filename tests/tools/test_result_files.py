@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 
 import pytest
 
@@ -114,3 +115,22 @@ def test_the_committed_file_is_that_of_git(monkeypatch):
     assert result_files.committed("no-such-file.json") is None
     monkeypatch.setenv("PATH", "")  # no git
     assert result_files.committed(name)["command"] == "make test-releases"
+
+
+def test_results_that_a_run_writes_do_not_make_its_commit_another(monkeypatch, tmp_path):
+    results, code = tmp_path / "integration" / "results" / "one.json", tmp_path / "code.py"
+    results.parent.mkdir(parents=True)
+    monkeypatch.delenv("NSA_COMMIT", raising=False)
+    monkeypatch.setattr(result_files, "ROOT", tmp_path)
+    assert result_files.commit() == "unknown"
+    results.write_text("{}")
+    code.write_text("1")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for arguments in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "all")):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    commit = result_files.commit()
+    assert len(commit) == 40
+    results.write_text("[]")
+    assert result_files.commit() == commit
+    code.write_text("2")
+    assert result_files.commit() == f"{commit}-dirty"
