@@ -109,9 +109,13 @@ def test_the_readme_claims_the_gain_that_was_measured() -> None:
 def test_the_readme_says_what_the_newest_release_gains() -> None:
     """On a server for 1 M, where the GPU bounds the step."""
     parts = json.loads(text_of("integration/results/gain-h200-0.5.23.json"))["parts"]
-    stated = re.search(r"0\.5\.23, .* 1 M, (\d+) % shorter with 4 at once and (\d+) % with 64", text_of("README.md"))
+    stated = re.search(
+        r"0\.5\.23, .* 1 M, (\d+) % shorter with 4 at once and (\d+) % with 64", text_of("README.md")
+    )
     for load, percent in zip((4, 64), stated.groups() if stated else (), strict=True):
-        cell = parts[f"61-layers-1m-bf16.{load}.draft-decode+draft-extend+verify.wide-tables-kept"]["cell"]
+        cell = parts[f"61-layers-1m-bf16.{load}.draft-decode+draft-extend+verify.wide-tables-kept"][
+            "cell"
+        ]
         assert percent == f"{100 * (1 - cell['step_on_over_off']['median']):.0f}"
 
 

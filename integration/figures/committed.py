@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "integration" / "results"
 SHOWN_RELEASE = "0.5.17"  # the release on which everything is measured
+SHOWN_GPU = "H200"
 SHOWN_CASE = {"decode_impl": "flashmla_sparse", "requests": 8, "length": 32_768}
 WIDTH = 112
 
@@ -59,6 +60,12 @@ def commits(run: dict[str, Any]) -> str:
     """The commits on which the parts of a result file ran."""
     of_parts = (part.get("of", run) if isinstance(part, dict) else run for part in run["parts"].values())
     return ", ".join(sorted({of["commit"][:7] for of in of_parts}))
+
+
+def dates(run: dict[str, Any]) -> str:
+    """The days on which the parts of a result file ran."""
+    of_parts = (part.get("of", run) for part in run["parts"].values())
+    return " and ".join(sorted({of["date"][:10] for of in of_parts}))
 
 
 def paragraph(text: str) -> str:

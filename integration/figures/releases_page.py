@@ -10,6 +10,7 @@ from integration.figures.committed import (
     RESULTS,
     SHOWN_CASE,
     commits,
+    dates,
     host_us_of_a_step,
     load,
     paragraph,
@@ -66,15 +67,15 @@ def page() -> str:
                 table(COLUMNS, rows),
                 paragraph(
                     "`make test-releases` compares every value with SGLang's own fill, for each release in an "
-                    f"environment of its own, without a GPU ({matrix['date'][:10]}, commit {commits(matrix)}). "
+                    f"environment of its own, without a GPU ({dates(matrix)}; commits {commits(matrix)}). "
                     "The next column is of the demo in `make gpu-test`; the two after it are of the greedy prompts "
                     "in `make serve-test`, and of the metadata of all three graphs there. The last two are of "
                     "`sglang-nsa-plugin bench` on an H200, which times the call before a draft-extend forward of "
                     f"{SHOWN_CASE['requests']} requests of {SHOWN_CASE['length']:,} tokens. All compared values "
                     "were equal. A dash: not run. GPU figures of releases other than 0.5.17 and 0.5.23 are of an "
                     "earlier version of the kernel, except those of servers of 0.5.14 and of 0.5.18 to 0.5.22. "
-                    "These servers ran beside others on one GPU, which lengthens their host times. The time of "
-                    "0.5.14 with the plugin has SGLang's own plans of draft-decode and verify in it. `make gpu-test` "
+                    "These servers ran beside others on one GPU, which lengthens their host times. With 0.5.14 "
+                    "SGLang filled draft-decode and verify, which is in the time with the plugin. `make gpu-test` "
                     "of 0.5.21 and 0.5.23 had two failures, both of one test, which read SGLang's options in a way "
                     "that these releases do not allow. It was mended, and passes with both when it is run alone: "
                     "`pytest tests/gpu/test_gpu_in_graph.py -k wide_table`. Each result file names its GPU and "
@@ -91,8 +92,9 @@ def page() -> str:
                 ),
                 "## Servers",
                 paragraph(
-                    "Pairs of servers, with the plugin and without, of the slices of `make serve-test` that ran with "
-                    "the release on a GPU; then 48 clients on each for minutes. A dash: not run. Left out are servers "
+                    "Each row counts pairs of servers, one with the plugin and one without, that answered the same "
+                    "prompts in slices of `make serve-test` on a GPU. Under load, 48 clients used each of the two. A "
+                    "dash: not run. Left out are servers "
                     "that were made to differ on purpose, and 16 prompts at once in `core`, which are only reported: "
                     "there some prompts get other tokens each time, also from SGLang alone."
                 ),
@@ -115,7 +117,8 @@ def _two_ranks(versions: list[str]) -> str:
     with_two = [version for version in versions if "tp2.record" in parts(f"serve-{version}.json")]
     return paragraph(
         f"Two GPUs, tensor parallel and with data-parallel attention, every role filled: {' and '.join(with_two)}. "
-        "Both ranks decided alike and ran as many replays, and both followed the switch in service."
+        "Both ranks decided alike and ran as many replays. With tensor parallelism both also followed the switch in "
+        "service."
     )
 
 

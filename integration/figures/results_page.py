@@ -7,7 +7,6 @@ from typing import Any
 from integration.figures import gain, gpu_checks, one_fill, servers, step_cost
 from integration.figures.committed import (
     RESULTS,
-    SHOWN_CASE,
     SHOWN_RELEASE,
     commits,
     gpu_name,
@@ -16,10 +15,8 @@ from integration.figures.committed import (
     paragraph,
     parts,
     parts_by_gpus,
-    shown_case,
     table,
 )
-from integration.releases.install_sglang import release_key
 
 FULL_STEP_MS = (5, 18)  # assumed of one speculative step of DeepSeek-V3.2 at full size; not measured
 SERVE, GPU_TEST = f"serve-{SHOWN_RELEASE}.json", f"gpu-test-{SHOWN_RELEASE}.json"
@@ -94,33 +91,17 @@ def _host_row(times: dict[str, Any], what: str, clock: str, statistic: str) -> t
 
 
 def _full_size(saved_ms: float) -> str:
-    version, case = _newest_eager()
-    eager_theirs, eager_ours = (case["host_us"][who] / 1000 for who in ("sglang", "ours"))
     return paragraph(
         f"The plugin saves {saved_ms:.2f} ms of host time per step and rank. Of a step of "
         f"{FULL_STEP_MS[0]} to {FULL_STEP_MS[1]} ms, which we assume for DeepSeek-V3.2 at full size and have not "
         f"measured, this is at most {_share_of_step(saved_ms)}. "
-        "Where the GPU is the bottleneck it is less; for models with shorter steps the share is larger. Up to "
-        f"0.5.14 draft-extend has no graph; with {version} its metadata alone took {eager_theirs:.2f} ms on the "
-        f"host for {SHOWN_CASE['requests']} requests of {SHOWN_CASE['length']:,} tokens, and {eager_ours:.2f} ms "
-        f"with the plugin, which saves at most {_share_of_step(eager_theirs - eager_ours)} of such a step."
+        "Where the GPU is the bottleneck it is less; for models with shorter steps the share is larger."
     )
 
 
 def _share_of_step(saved_ms: float) -> str:
     least, most = (100 * saved_ms / step for step in reversed(FULL_STEP_MS))
     return f"{least:.0f} to {most:.0f} %"
-
-
-def _newest_eager() -> tuple[str, dict[str, Any]]:
-    """The newest timed release that plans each step from Python."""
-    timed = {
-        version: case
-        for version, row in parts("releases.json").items()
-        if row["adapter"] == "eager" and (case := shown_case(version)) is not None
-    }
-    version = max(timed, key=release_key)
-    return version, timed[version]
 
 
 def _tokens(serve: dict[str, Any]) -> list[str]:
@@ -133,10 +114,11 @@ def _tokens(serve: dict[str, Any]) -> list[str]:
             f"At temperature 0, {found['same_ids']} of {found['prompts']} prompts of 5 to 6,000 tokens gave "
             f"identical token ids. {within} of them stay within the 2,048 tokens that sparse attention "
             f"keeps; for {same} of those the same number of drafts was accepted at each step. Beyond 2,048 "
-            "tokens SGLang's top-k has no fixed order and some prompts give other tokens each time. The "
-            f"{long['kept']} longer prompts are those of {long['drawn']} random ones that SGLang without the "
-            f"plugin answered alike {long['answered_alike']} times. Tokens per step: "
-            f"{per_step['plugin']:.2f} with the plugin, {per_step['sglang']:.2f} without. "
+            "tokens SGLang's top-k has no fixed order and some prompts give other tokens each time. So "
+            f"{long['drawn']} longer prompts were drawn, and the {long['kept']} kept to which SGLang without the "
+            f"plugin gave the same answer {long['answered_alike']} times. Tokens per step: "
+            f"{per_step['plugin']:.2f} with the plugin, {per_step['sglang']:.2f} without; the difference is that "
+            "of accepted drafts beyond 2,048 tokens, which vary with SGLang alone, too. "
             f"{record['replays']:,} replays, all in the graph, {sum(record['fallbacks'].values())} fallbacks."
         )
     ]
@@ -145,7 +127,8 @@ def _tokens(serve: dict[str, Any]) -> list[str]:
 def _origin() -> list[str]:
     rows = []
     step_costs = (path.name for path in sorted(RESULTS.glob("step-cost-*.json")))
-    for name in (SERVE, *_gain_files(), *step_costs, GPU_TEST):
+    loads = (path.name for path in sorted(RESULTS.glob("shadow-load-*.json")))
+    for name in (SERVE, *_gain_files(), *step_costs, GPU_TEST, *loads):
         run = load(name)
         for gpu, names in parts_by_gpus(run).items():
             setups = dict.fromkeys(part.partition(".")[0] for part in names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from integration.figures.committed import paragraph, table
+from integration.figures.committed import SHOWN_GPU, gpu_name, paragraph, table
 from integration.result_files import all_of_role
 from integration.serving.ab_stats import Row, accepted_drafts, mean_tokens
 
@@ -19,13 +19,13 @@ SETUPS = {
     "width5-6": "5 steps, 6 draft tokens",
     "roles": "every plan of a step filled: draft-extend, draft-decode, verify",
     "roles-checked": "the same, every replay shadow-checked",
-    "roles-5-steps": "the same with 5 steps, where SGLang leaves plans of three draft steps as captured",
-    "no-graphs": "`--disable-cuda-graph`: SGLang's own fill",
+    "roles-5-steps": "the same with 5 steps; SGLang leaves the schedules of three draft steps as captured",
+    "no-graphs": "`--disable-cuda-graph`: SGLang fills",
     "no-overlap": "`--disable-overlap-schedule`",
     "memory": "memory released and resumed, weights updated",
     "memory-graphs": "the memory of CUDA graphs released and resumed, every replay shadow-checked",
-    "other-plugin": "another plugin patched the scheduler's constructor first: SGLang's own fill, a line why; "
-    "with a backend asked for by name the server does not start",
+    "other-plugin": "another plugin patched the scheduler's constructor first: SGLang fills, and a log line says "
+    "why; with a backend asked for by name the server does not start",
     "sampling": "temperature 0.3 to 1, a seeded server",
     "tp2": "two GPUs, tensor parallel",
     "dp2": "two GPUs, data parallel attention",
@@ -60,7 +60,7 @@ def compared(parts: dict[str, Any]) -> list[str]:
         return []
     return [
         paragraph(
-            "More pairs of servers were asked the same. A prompt counts as different if its tokens, the reason "
+            "More pairs of servers, with the plugin and without, answered the same prompts. A prompt counts as different if its tokens, the reason "
             "why it ended or, with one request at a time, its accepted drafts differ."
         ),
         table(COLUMNS, rows),
@@ -74,7 +74,7 @@ def _row(name: str, parts: dict[str, Any]) -> tuple[str, ...]:
     records = own.get(f"{name}.record", {})
     found = records.get("of_every_process") or [records["record"]] if records else []
     return (
-        f"{name}: {SETUPS[name]}",
+        f"{name}: {SETUPS[name]}{_of_other_gpus(own)}",
         f"{sum(row['prompts'] for row in rows):,}",
         f"{sum(row['tokens_compared'] for row in rows):,}",
         str(sum(row["different"] for row in rows)),
@@ -82,6 +82,13 @@ def _row(name: str, parts: dict[str, Any]) -> tuple[str, ...]:
         " + ".join(f"{record['replays']:,}" for record in found) or "-",
         str(sum(sum(record["fallbacks"].values()) for record in found)) if found else "-",
     )
+
+
+def _of_other_gpus(parts: dict[str, Any]) -> str:
+    """Where a setup ran on another GPU than an H200."""
+    gpus = {gpu_name(gpu) for part in parts.values() for gpu in part.get("of", {"gpus": []})["gpus"]}
+    others = sorted(gpu for gpu in gpus if SHOWN_GPU not in gpu)
+    return f" ({', '.join(others)})" if others else ""
 
 
 def tokens_per_step(accepted: Mapping[str, Sequence[int]]) -> dict[str, float]:
@@ -153,8 +160,9 @@ def dropped(parts: dict[str, Any]) -> list[str]:
         return []
     return [
         paragraph(
-            "Graphs of filled roles do without the token-wide page tables. Here each had one all the same, full "
-            "of -1. With SGLang's older top-k, which reads it, the plugin keeps it: there -1 must be seen."
+            "Graphs of filled roles do without the wide page tables, because nothing reads them. In this test each "
+            "graph kept its table, full of -1, and nothing may differ. SGLang's older top-k reads the table (first "
+            "rows): there something must differ."
         ),
         table(("servers", "page table", "what differed"), rows),
     ]
@@ -206,7 +214,7 @@ def _requests(key: str) -> int:
 
 def under_load(parts: dict[str, Any]) -> list[str]:
     return [
-        paragraph(f"{name}: {_loaded(parts[name])}")
+        paragraph(f"{name}{_of_other_gpus({name: parts[name]})}: {_loaded(parts[name])}")
         for name in ("load", "load-checked", "load-6-drafts")
         if name in parts
     ]
