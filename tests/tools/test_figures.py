@@ -280,10 +280,10 @@ def test_the_words_say_no_more_than_the_verdicts():
     )
     assert (
         "NVIDIA H200, driver 580.1, draft-extend filled, off: SGLang's fill without the wide page "
-        "tables. Where the host bounds the step (2 layers): no difference beyond noise in 2 of 3 cells. 1 is "
-        "not resolved. Where the GPU bounds it (61 thin layers of dummy weights): a difference in 1 of 3 "
-        "cells: 61 layers, context 1 M, bfloat16, 16 at once, 10.0% faster (8.0% to 12.0%). No difference "
-        "beyond noise in 1. 1 is not resolved."
+        "tables. Where the host bounds the step (2 layers): no difference beyond noise in 2 of 3 "
+        "cells. 1 is not resolved. Where the GPU bounds it (61 thin layers of dummy weights): a "
+        "difference in 1 of 3 cells: 61 layers, context 1 M, bfloat16, 16 at once, 10.0% faster (8.0% "
+        "to 12.0%). No difference beyond noise in 1. 1 is not resolved."
     ) in text
     assert (
         "- 2 layers, context 160 k, bfloat16, 1, 1, 64 at once: commit 0123456, 2026-11-28, median "
