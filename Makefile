@@ -39,7 +39,7 @@ help:
 	@echo "make test-tools  tests of what is around the package: integration/, the pages made from results"
 	@echo "make gpu-test    tests, sanitizers and the demo on an NVIDIA GPU; writes integration/results/"
 	@echo "make serve-test  real SGLang servers with and without the plugin; writes integration/results/"
-	@echo "make serve-test PART=cases         one slice of it, 8 minutes or less"
+	@echo "make serve-test PART=cases         one slice of it, 9 minutes or less"
 	@echo "make bench       times of one fill, SGLang's own and the plugin's, compared with the committed run"
 	@echo "make wheel       the wheel and the source distribution, into dist/"
 	@echo "make wheel-aarch64                 the wheel for Grace, cross-compiled for glibc 2.31; wheel-x86_64: the other"

@@ -1,4 +1,4 @@
-"""``make serve-test``: real servers with and without the plugin, in slices of 8 minutes or less.
+"""``make serve-test``: real servers with and without the plugin, in slices of 9 minutes or less.
 
     python -m integration.serving.serve_test [SLICE ...] [-- PYTEST OPTIONS]
 
