@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang_nsa_plugin import options
-from sglang_nsa_plugin.adapters import eager, hooks, in_graph, releases, supported
+from sglang_nsa_plugin.adapters import eager, hooks, in_graph, memory_release, releases, supported
 from sglang_nsa_plugin.adapters.adapter import Adapter, Request
 from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 from sglang_nsa_plugin.adapters.server_config import resolved
@@ -42,9 +42,7 @@ def why_idle(server_args: Any, role: str = DRAFT_EXTEND) -> str | None:
     backends = {str(getattr(arguments, name, None)) for name in _BACKEND_ARGUMENTS} - {"None"}
     if not backends.intersection(SPARSE_ATTENTION):
         return f"attention backend {', '.join(sorted(backends))} is not NSA/DSA sparse attention"
-    if getattr(arguments, "disaggregation_mode", None) == "prefill" and not getattr(
-        arguments, "enable_pd_role_switch", False
-    ):
+    if getattr(arguments, "disaggregation_mode", None) == "prefill":
         steps = DECODE if role == DECODE else DRAFT_EXTEND
         return f"a prefill server (--disaggregation-mode prefill) runs no {steps} steps"
     return None
@@ -107,6 +105,7 @@ def install(requests: Mapping[str, Request]) -> str | None:
     verify = adapter.takeovers.get(VERIFY)
     if verify is not None and verify.request is not None:
         TREE_MASK.install(verify)
+    memory_release.install(requests.values())
     return None
 
 
