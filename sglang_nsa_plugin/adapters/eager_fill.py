@@ -110,9 +110,10 @@ class EagerFill:
             backend.forward_metadata = ours
 
     def _why_fallback(self, batch: Any) -> FallbackReason | None:
+        has_failed = self.check is not None and self.check.failed()  # told while off, too
         if not self.outcome.is_switched_on:
             return FallbackReason.SWITCHED_OFF
-        if self.check is not None and self.check.failed():
+        if has_failed:
             return FallbackReason.DIFFERENCE_FOUND
         bs = batch.batch_size
         if not bs:

@@ -25,6 +25,7 @@ from sglang_nsa_plugin.adapters.roles import (
     VERIFY_ROLE,
     Role,
 )
+from sglang_nsa_plugin.adapters.supported import ONE_STEP
 from sglang_nsa_plugin.containment import attempt
 
 NAME = "in-graph"
@@ -57,8 +58,11 @@ def consider(
         why_not = by_request.why_not_named(backend, role, request.is_named)
     if why_not is None:
         _take_over(owner, backend, request, role, takeover)
+    elif why_not == ONE_STEP:  # of adaptive speculation, whose other backends have more
+        takeover.outcome.step_aside(request.asked_for, why_not)
     else:
         takeover.outcome.step_aside(request.asked_for, why_not)
+        takeover.release()  # one outcome for all backends of the role
 
 
 def _take_over(owner: Any, backend: Any, request: Request, role: Role, takeover: Takeover) -> None:
@@ -122,6 +126,13 @@ def leave_unknown_call(owner: Any, in_capture: bool) -> None:
     if not in_capture:
         abandon = TAKEOVERS[fills.role.name].abandon
         attempt(fills.leave_to_sglang, abandon, FallbackReason.UNKNOWN_ARGUMENTS)
+
+
+def drop_last_checks() -> None:
+    """Leaves out each comparison that is still to come: what it would read may change before it runs."""
+    for takeover in TAKEOVERS.values():
+        for owner in takeover.backends:
+            getattr(owner, ATTRIBUTE).drop_last_check()
 
 
 def forget_graphs(fills: BackendFills) -> None:

@@ -202,6 +202,17 @@ def test_by_default_sglang_fills_and_the_log_says_what_to_set(sm100, caplog):
     assert f"not used: {VERIFY_STATE.reason}; SGLang fills verify metadata itself" in caplog.text
 
 
+def test_a_backend_that_stays_with_sglang_takes_the_others_of_its_role_along(sm100):
+    """Adaptive speculation has one without a step, whose verify goes by rows: one outcome for all."""
+    filled = make_verify(draft_tokens=1)
+    taken_over.TAKEOVERS["verify"].arm(Request("auto", 0, is_named=False))
+    GraphBackend(CPU, role="verify")
+    assert taken_over.TAKEOVERS["verify"].backends == []
+    assert taken_over.ATTRIBUTE not in vars(filled.ours.backend)
+    assert VERIFY_STATE.reason.startswith("on this GPU verify needs context lengths of [requests, 4]")
+    assert taken_over.RETIRED in vars(filled.ours.backend)  # switched off in its graphs
+
+
 def test_the_roles_that_the_log_names_are_all_of_them():
     text = by_request.why_not_named(
         SimpleNamespace(

@@ -218,6 +218,21 @@ def test_a_capture_in_between_leaves_out_the_comparison(state):
     assert (VERIFY_STATE.checks, VERIFY_STATE.mismatches) == (2, 0)
 
 
+def test_a_difference_is_told_though_verify_was_switched_off_meanwhile(state):
+    """The last replay is compared in the next step, whoever fills that."""
+    pair = make_verify(check_every=1)
+    generator = torch.Generator().manual_seed(5)
+    bs = random_batch(pair, generator)
+    pair.replay(bs)
+    pair.metadata(bs).cache_seqlens_int32.add_(1)
+    assert ask(nsa_metadata_verify=0)
+    for _ in range(3):
+        replay_and_expect_equal(pair, random_batch(pair, generator))
+    assert VERIFY_STATE.first_mismatch.startswith("cache_seqlens_int32[")
+    assert OUTCOMES["verify"].has_failed
+    assert VERIFY_STATE.fallbacks == {"switched off in service": 3}
+
+
 # --- two roles in one process ---
 
 
