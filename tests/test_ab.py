@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from ab_stand_in import SharedClock, StandIn, WallClock
@@ -263,6 +265,10 @@ def old_plugin(stand_in):
     del stand_in.records[0]["switched_on"]
 
 
+def roles_torn(stand_in):
+    stand_in.verify = {**stand_in.records[0], "in_place": True, "switched_on": False}
+
+
 def torn(stand_in):
     stand_in.records.append({**stand_in.records[0], "switched_on": False})
 
@@ -277,7 +283,8 @@ def torn(stand_in):
         (difference_found, "on all ranks of the server at {url}: real_page_table[3] is 1"),
         (no_speculation, "runs without speculative decoding, and ab compares speculative steps"),
         (old_plugin, "the plugin 0.1.0 of the server at {url} cannot be switched in service: upgrade"),
-        (torn, "are switched differently ([true, false]). Switch all of them first: curl"),
+        (torn, "are switched differently ([true, false]). Switch all of them first: curl {url}/set_"),
+        (roles_torn, '({{"draft-extend": true, "verify": false}}), and ab switches all of them.'),
     ],
 )
 def test_a_server_with_nothing_to_compare(stand_in, ab, capsys, plant, words):
@@ -400,10 +407,74 @@ def test_no_server(ab, stand_in, capsys):
     assert f"no answer from {stand_in.url}/server_info: [Errno 1" in capsys.readouterr().err
 
 
-def test_a_server_that_was_found_off_is_left_off(stand_in, ab):
+def test_a_server_that_was_found_off_is_left_off_and_that_is_said(stand_in, ab, capsys):
     stand_in.records[0]["switched_on"] = False
     ab("--rounds", "6")
     assert not stand_in.is_on
+    told = capsys.readouterr().out
+    assert told.startswith("The plugin is switched off on this server. It will be left so")
+    assert f"\ncurl {stand_in.url}/set_internal_state -H" in told
+
+
+@pytest.mark.parametrize("at_batch", [None, 3])
+def test_other_processes_that_answer_are_told(stand_in, ab, capsys, at_batch):
+    """Several replicas behind one address, in turn; or a server that was started again meanwhile."""
+    pids = itertools.cycle([7, 8])
+
+    def with_pid(record):
+        moved = stand_in.calls["batches"] >= at_batch if at_batch is not None else next(pids) == 8
+        return {**record, "pid": 8 if moved else 7}
+
+    with mock.patch.object(stand_in, "_with_roles", with_pid):
+        assert ab(code=1) is None
+    told = capsys.readouterr().err
+    assert "other processes answer at" in told
+    assert "give the address of one" in told
+    assert (stand_in.switched == []) is (at_batch is None)
+    assert ("do it by hand:\n    curl" in told) is (at_batch is not None)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ("--json", "{folder}/no/ab.json"),
+            "--json {folder}/no/ab.json: there is no folder {folder}/no;",
+        ),
+        (("--json", "{folder}"), "--json must name a file, got '{folder}'"),
+        (("--plot", "{folder}/ab.xyz"), "--plot must end in .png or .svg, got '{folder}/ab.xyz'"),
+        (("--api-key", "user\r"), "--api-key must be printable ASCII characters, and has others"),
+    ],
+)
+def test_what_cannot_work_is_told_before_anything_is_sent(stand_in, tmp_path, capsys, options, words):
+    given = [each.format(folder=tmp_path) for each in options]
+    assert main.main(["ab", stand_in.url, *given]) == 1
+    told = capsys.readouterr().err
+    assert words.format(folder=tmp_path) in told
+    assert "user" not in told
+    assert (stand_in.switched, stand_in.calls["batches"]) == ([], 0)
+
+
+@pytest.mark.parametrize("url", ["ftp://host", "http://[::1", "http://", "localhost:30000?x=1"])
+def test_an_address_that_is_none(url, capsys):
+    assert main.main(["ab", url]) == 1
+    assert "URL must be an address like localhost:30000 or https://host:443" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_cuts_no_number_off(stand_in, ab, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    (cell,) = ab()
+    shown = [
+        line for line in capsys.readouterr().out.splitlines() if " / " in line and "medians" not in line
+    ]
+    assert len(shown) == 1
+    assert f"{cell['step_on_over_off']['median']:.3f}" in shown[0]
+
+
+def test_a_range_of_very_many_rounds():
+    """More than a float can hold: 2**1100."""
+    found = compare.ratio([1 + each / 1100 for each in range(1100)])
+    assert found.low < found.median < found.high < 1.6
 
 
 @pytest.mark.parametrize(
@@ -423,7 +494,8 @@ def test_a_signal_leaves_the_server_as_it_was_found(sent, code):
         assert not stand_in.is_on
         process.send_signal(sent)
         _, errors = process.communicate(timeout=30)
-        assert (process.returncode, errors) == (code, "")
+        assert process.returncode == code
+        assert errors == "sglang-nsa-plugin ab: switching the plugin on, as it was found\n"
         assert stand_in.aborted.wait(10)
         assert stand_in.is_on
 

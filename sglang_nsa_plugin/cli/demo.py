@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sglang_nsa_plugin.cli import environment, terminal
+from sglang_nsa_plugin.cli import environment, files, terminal
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 DRAFT_TOKENS = 4
@@ -23,11 +21,11 @@ DRAFT_TOKENS = 4
 def run(steps: int, seed: int, json_path: str | None) -> int:
     """Prints the facts, a table and the verdict; returns 0 when every value of every role is equal."""
     console = terminal.console()
+    files.raise_if_unwritable("--json", json_path)
     with terminal.progress(console) as progress:
         result = _load_and_compare(steps, seed, progress)
+    files.write_json("--json", json_path, result)
     _print(console, result)
-    if json_path:
-        Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
     return 0 if result["verdict"] == "equal" else 1
 
 

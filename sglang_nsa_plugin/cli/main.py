@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from sglang_nsa_plugin.cli.ab.compare import FEWEST_ROUNDS
 # broken checkout of SGLang, a file that cannot be written. Any other error is a defect and keeps its
 # traceback.
 EXPECTED = (RuntimeError, ImportError, SyntaxError, OSError)
+MOST = 1_000_000  # of what is counted
 INTERRUPTED = 130  # the exit code by which shells recognise Ctrl-C
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ def _add_demo(commands: Commands) -> None:
         default=400,
         help="random batches of each role (default: 400)",
     )
-    demo.add_argument("--seed", type=int, default=0, help="seed of the random batches (default: 0)")
+    demo.add_argument("--seed", type=_seed, default=0, help="seed of the random batches (default: 0)")
     demo.add_argument("--json", metavar="FILE", help="also write the result to FILE as JSON")
     demo.set_defaults(run=_demo)
 
@@ -206,8 +208,17 @@ def _command(
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
+    is_number = text.isascii() and text.isdecimal()
+    if not is_number or len(text) > len(str(MOST)) or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 to {MOST:,}, got {text[:20]!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at most 18 digits, got {text[:20]!r}"
+        )
     return int(text)
 
 

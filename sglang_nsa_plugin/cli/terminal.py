@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+UNCUT = 120  # columns
+
 
 def console() -> Console:
     """Standard output. Text is printed as it is: no markup, no highlighted numbers."""
@@ -40,6 +42,13 @@ def print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
     for name, value in facts:
         table.add_row(name, value)
     console.print(table)
+
+
+def print_uncut(console: Console, table: Table) -> None:
+    """A table of numbers, none of which is cut off where the terminal is narrow."""
+    width, console.width = console.width, max(console.width, UNCUT)
+    console.print(table, crop=False)
+    console.width = width
 
 
 class Finding(NamedTuple):

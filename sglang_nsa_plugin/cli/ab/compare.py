@@ -95,10 +95,10 @@ def verdict_of(step: Ratio, control: Ratio) -> tuple[bool, str]:
 
 def _left_out(count: int) -> int:
     """How many values at either end the range of the median leaves out, at 95 % confidence."""
-    tail, left_out = 0.5**count, 0
-    while 2 * (tail + comb(count, left_out + 1) * 0.5**count) <= 0.05:
+    tail, left_out = 1, 0  # in whole numbers, of 2**count: many rounds are more than a float holds
+    while 2 * (tail + comb(count, left_out + 1)) / 2**count <= 0.05:
         left_out += 1
-        tail += comb(count, left_out) * 0.5**count
+        tail += comb(count, left_out)
     return left_out
 
 

@@ -84,7 +84,7 @@ class Answer:
 
     def raise_if_cut_short(self) -> None:
         """Neither SGLang nor a lost connection ended the request before its last token."""
-        reason = self.meta["finish_reason"]
+        reason = self.meta.get("finish_reason")
         if reason is None:
             raise ServerError("the answer of /generate broke off: did the server die? Its log says more")
         if reason["type"] != "length":

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sglang_nsa_plugin.cli import terminal
+
 COLUMNS = ("requests", "step ms", "on÷off", "off÷off", "tokens/s", "on÷off", "tokens/step")
 
 
@@ -20,10 +22,10 @@ def show(console: Console, result: dict[str, Any]) -> None:
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in COLUMNS:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for cell in result["cells"]:
         table.add_row(cell["load"], *(_row(cell) if "rounds" in cell else ("-",) * (len(COLUMNS) - 1)))
-    console.print(table)
+    terminal.print_uncut(console, table)
     for cell in result["cells"]:
         name = "external load" if cell["load"] == "external" else f"{cell['load']} at once"
         console.print(f"{name}: {cell['verdict']}", style=None if cell["resolved"] else "yellow")

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from sglang_nsa_plugin.cli import terminal
+from sglang_nsa_plugin.cli import files, terminal
 from sglang_nsa_plugin.cli.ab import compare, report
 from sglang_nsa_plugin.cli.ab.compare import ARMS, ON, Round
 from sglang_nsa_plugin.cli.ab.load import (
@@ -32,6 +32,11 @@ from sglang_nsa_plugin.state import DRAFT_EXTEND
 
 NOTHING_TO_COMPARE = 2
 WARM_UPS = ("off", "on")
+LOOKS = 4  # at a server before it is switched
+_FOUND_OFF = (
+    "The plugin is switched off on this server. It will be left so: if no other ab is running, and you "
+    "want it on, switch it on afterwards:\n{command}"
+)
 MOSTLY = 0.9  # of the steps; SGLang fills those of a batch size without a graph
 
 
@@ -67,37 +72,47 @@ class Cell:
 def run(server: Server, settings: Settings, json_path: str | None, plot_path: str | None) -> int:
     """Measures and prints; 0 if a cell was resolved, 1 if none was, 2 if nothing can be compared."""
     console = terminal.console()
+    files.raise_if_unwritable("--json", json_path)
+    files.raise_if_unwritable("--plot", plot_path, files.IMAGES)
     if plot_path:
         # First, so that a missing matplotlib costs no minutes.
         from sglang_nsa_plugin.cli.ab import plot
     info = server.info()
-    why_not = why_not_comparable(info, server.url)
+    why_not = why_not_comparable(info, server)
     if why_not is not None:
+        why_not, _, command = why_not.partition("\n")
         terminal.print_verdict(console, why_not, good=False)
+        console.print(command, end="\n" if command else "", soft_wrap=True)
         return NOTHING_TO_COMPARE
-    begin = time.monotonic()
+    begin, described = time.monotonic(), _described(server, info)
+    found_on = _switched_on(server)
+    if not found_on:
+        console.print(_FOUND_OFF.format(command=server.curl(True)), soft_wrap=True)
     cells = _cells(server, settings)
-    with (
-        left_as_found(server, server.records()[0]["switched_on"]),
-        terminal.progress(console) as progress,
-    ):
+    with left_as_found(server, found_on), terminal.progress(console) as progress:
         _measure(server, settings, cells, progress)
     result = {
-        **_described(server, info),
+        **described,
         "settings": asdict(settings),
         "seconds": round(time.monotonic() - begin, 1),
         "cells": [cell.result() for cell in cells],
     }
-    report.show(console, result)
-    if json_path:
-        Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
+    files.write_json("--json", json_path, result)
     if plot_path:
         plot.draw(result, Path(plot_path))
+    report.show(console, result)
     return 0 if any(cell["resolved"] for cell in result["cells"]) else 1
 
 
-def why_not_comparable(info: dict[str, Any], url: str) -> str | None:
+def _switched_on(server: Server) -> bool:
+    """Whether the plugin is switched on; asked a few times, as replicas may answer in turn."""
+    looks = [server.records()[0]["switched_on"] for _ in range(LOOKS)]
+    return bool(looks[-1])
+
+
+def why_not_comparable(info: dict[str, Any], server: Server) -> str | None:
     """Why this server has nothing to compare, and what to do; None if it has."""
+    url = server.url
     records: list[Record] = [state.get("nsa_metadata") for state in info["internal_states"]]
     if not records or None in records:
         return (
@@ -124,9 +139,21 @@ def why_not_comparable(info: dict[str, Any], url: str) -> str | None:
     if len(set(shown)) > 1:
         return (
             f"the ranks of the server at {url} are switched differently ({json.dumps(shown)}). Switch "
-            f"all of them first: {Server(url).curl(True)}"
+            f"all of them first:\n{server.curl(True)}"
+        )
+    of_roles = _switched_roles(records)
+    if len(set(of_roles.values())) > 1:
+        return (
+            f"the roles of the server at {url} are switched differently ({json.dumps(of_roles)}), and "
+            f"ab switches all of them. Switch all on, or all off, first:\n{server.curl(True)}"
         )
     return None
+
+
+def _switched_roles(records: list[Record]) -> dict[str, bool]:
+    """Of each role that the plugin fills on every rank, as the first rank shows it."""
+    first = of_roles(records[0])
+    return {role: first[role].get("switched_on", True) for role in filled_roles(records)}
 
 
 def _cells(server: Server, settings: Settings) -> list[Cell]:
@@ -223,7 +250,7 @@ def _raise_if_other(arm: str, role: str, fills: int, steps: int) -> None:
     if arm == ON and fills < MOSTLY * steps:
         raise NotResolvedError(
             f"the plugin filled {role} in {fills} of {steps} steps while it was on: /server_info counts "
-            "why, under fallbacks"
+            "why, under fallbacks. If that is only 'switched off in service', somebody else switches it"
         )
     if arm != ON and fills > 0:
         raise NotResolvedError(

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 KEY = "nsa_metadata"  # in a rank's internal state, and in a request to switch
 SWITCH_PATH = "/set_internal_state"
 ANSWER_S = 60  # for the longest pause of an answer: a rank answers between two of its steps
+BACK_S = 15  # the same, to leave the server as it was found
 GENERATE_S = 600
 PAUSES_S = (0.2, 0.5, 1, 2, 4)  # between attempts to leave the server as it was found
 # What urllib and http.client raise for a server that is away, dies or speaks something else.
@@ -49,20 +51,37 @@ class Server:
     """
 
     def __init__(self, url: str, api_key: str | None = None, admin_api_key: str | None = None) -> None:
-        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
-        self.api_key = api_key
-        self.admin_api_key = admin_api_key
+        self.url = _checked_address(url)
+        self.api_key = _checked_key("--api-key", api_key)
+        self.admin_api_key = _checked_key("--admin-api-key", admin_api_key)
+        self.answer_s: float = ANSWER_S
+        self._pids: list[Any] | None = None  # of the ranks, at the first look
 
     def info(self) -> dict[str, Any]:
         """``GET /server_info``."""
         found = self._json("/server_info")
-        if not isinstance(found, dict) or not isinstance(found.get("internal_states"), list):
+        states = found.get("internal_states") if isinstance(found, dict) else None
+        if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
             raise ServerError(f"{self.url}/server_info has no internal_states: this is no SGLang server")
-        return found
+        return dict(found)
 
     def records(self) -> list[Record]:
-        """The plugin's record of each rank that ``/server_info`` shows."""
-        return [state.get(KEY, {}) for state in self.info()["internal_states"]]
+        """The plugin's record of each rank that ``/server_info`` shows.
+
+        Raises:
+            ServerError: also where other processes answer than at the first look.
+        """
+        records = [state.get(KEY) or {} for state in self.info()["internal_states"]]
+        pids = [record.get("pid") for record in records]
+        if self._pids is None:
+            self._pids = pids
+        elif pids != self._pids:
+            raise ServerError(
+                f"other processes answer at {self.url} than before (pid {json.dumps(self._pids)}, now "
+                f"{json.dumps(pids)}). Either the server was started again, or the address leads to "
+                "several replicas: give the address of one"
+            )
+        return records
 
     def metric(self, name: str) -> float | None:
         """The sum of a metric over its labels; None without it, or where ``/metrics`` is off."""
@@ -115,10 +134,16 @@ class Server:
 
     def _json(self, path: str, body: Any = None, key: str | None = None) -> Any:
         with self._open(path, body, key) as response:
+            text = ""
             try:
-                return json.load(response)
+                text = response.read().decode(errors="replace")
+                return json.loads(text)
             except (ValueError, *NO_ANSWER) as error:
-                raise ServerError(f"{self.url}{path} answered no JSON: {_in_words(error)}") from error
+                what = f"{_readable(text)!r}" if text else _in_words(error)
+                raise ServerError(
+                    f"{self.url}{path} answered no JSON, but {what}: is this the address of an SGLang "
+                    "server?"
+                ) from error
 
     def _open(
         self, path: str, body: Any = None, key: str | None = None, limit_s: float | None = None
@@ -131,7 +156,7 @@ class Server:
             {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
         )
         try:
-            return _OPENER.open(request, timeout=limit_s or ANSWER_S)
+            return _OPENER.open(request, timeout=limit_s or self.answer_s)
         except urllib.error.HTTPError as error:
             raise ServerError(f"{self.url}{path} answered {_refusal(error)}") from error
         except NO_ANSWER as error:
@@ -147,31 +172,55 @@ def left_as_found(server: Server, found_on: bool) -> Iterator[None]:
     with _signals_as_exit(signal.SIGTERM, signal.SIGHUP):
         try:
             yield
+        except (KeyboardInterrupt, SystemExit):
+            _say(f"switching the plugin {_word(found_on)}, as it was found")
+            raise
         finally:
             _switch_back(server, found_on)
 
 
 def _switch_back(server: Server, on: bool) -> None:
+    """A signal does not cut the first attempt short, which a healthy server answers at once."""
     why, done = "interrupted", False
+    server.answer_s = BACK_S
     try:
-        for pause_s in (*PAUSES_S, None):
-            try:
-                if any(record.get("switched_on") is not on for record in server.records()):
-                    server.switch(on)
-                done = True
+        with _held_back(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            why, done = _tried(server, on)
+        for pause_s in PAUSES_S:
+            if done:
                 return
-            except ServerError as error:
-                why = str(error)
-            if pause_s is not None:
-                time.sleep(pause_s)
+            time.sleep(pause_s)
+            why, done = _tried(server, on)
     finally:
         if not done:
-            print(
-                f"sglang-nsa-plugin ab: could not switch the plugin {_word(on)} again, as it was found "
-                f"({why}). If the server still runs, do it by hand:\n    {server.curl(on)}",
-                file=sys.stderr,
-                flush=True,
+            _say(
+                f"could not switch the plugin {_word(on)} again, as it was found ({why}). If the server "
+                f"still runs, do it by hand:\n    {server.curl(on)}"
             )
+
+
+def _tried(server: Server, on: bool) -> tuple[str, bool]:
+    """Why the server is not as it was found; and whether it is."""
+    try:
+        if any(record.get("switched_on") is not on for record in server.records()):
+            server.switch(on)
+    except ServerError as error:
+        return str(error), False
+    return "", True
+
+
+@contextlib.contextmanager
+def _held_back(*signals: signal.Signals) -> Iterator[None]:
+    """These signals wait until the end, and then have the effect of one."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda each, _: came.append(each)) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager
@@ -189,19 +238,57 @@ def _signals_as_exit(*signals: signal.Signals) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _say(what: str) -> None:
+    print(f"sglang-nsa-plugin ab: {what}", file=sys.stderr, flush=True)
+
+
 def _refusal(error: urllib.error.HTTPError) -> str:
     if error.code in (401, 403):
         return (
             f"HTTP {error.code}: it wants a key. Pass --api-key, and --admin-api-key if the server was "
             "started with one"
         )
-    text = " ".join(error.read(2000).decode(errors="replace").split())
-    return f"HTTP {error.code}: {text[:300] or error.reason}"
+    if error.code in (301, 302, 303, 307, 308):
+        return f"HTTP {error.code}: it moved to {error.headers.get('Location')}. Give that address"
+    text = _readable(error.read(2000).decode(errors="replace"))
+    hint = ". Give the server's address alone, host:port" if error.code == 404 else ""
+    return f"HTTP {error.code}: {text or error.reason}{hint}"
+
+
+def _readable(text: str) -> str:
+    """The beginning, in one line and without control characters."""
+    line = " ".join(text.split())[:300]
+    return "".join(each for each in line if each.isprintable())
+
+
+def _checked_address(url: str) -> str:
+    address = (url if "://" in url else f"http://{url}").strip().rstrip("/")
+    try:
+        parts = urllib.parse.urlsplit(address)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise ServerError(
+            f"URL must be an address like localhost:30000 or https://host:443, got {url!r}"
+        )
+    return address
+
+
+def _checked_key(option: str, key: str | None) -> str | None:
+    """It goes into a header. The message does not show it."""
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ServerError(
+            f"{option} must be printable ASCII characters, and has others: was it read from a file with "
+            "line ends?"
+        )
+    return key
 
 
 def _in_words(error: Exception) -> str:
     reason = getattr(error, "reason", None) or error
-    return str(reason) or type(reason).__name__
+    words = str(reason) or type(reason).__name__
+    return f"{words}: does it speak http, not https?" if "WRONG_VERSION_NUMBER" in words else words
 
 
 def _word(on: bool) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from rich.progress import Progress, TaskID
 
-from sglang_nsa_plugin.cli import environment, terminal
+from sglang_nsa_plugin.cli import environment, files, terminal
 from sglang_nsa_plugin.cli.bench import cases, paths, report, timing
 from sglang_nsa_plugin.cli.bench.cases import BOTH, PAGED, Case, DirectFills, Grid, Setup
 from sglang_nsa_plugin.cli.bench.paths import ORIGINAL, OURS, SGLANG, SGLANG_KERNEL
@@ -38,6 +37,8 @@ DRAFT_TOKENS = 4
 def run(json_path: str | None, plot_path: str | None = None, quick: bool = False) -> int:
     """Times every case, prints the tables and returns 0."""
     console = terminal.console()
+    files.raise_if_unwritable("--json", json_path)
+    files.raise_if_unwritable("--plot", plot_path, files.IMAGES)
     if plot_path:
         # First, so that a missing matplotlib costs no minutes.
         from sglang_nsa_plugin.cli.bench import plot
@@ -45,11 +46,10 @@ def run(json_path: str | None, plot_path: str | None = None, quick: bool = False
     with terminal.progress(console) as progress:
         result = _measured(progress, quick)
     result["seconds"] = round(time.monotonic() - begin, 1)
-    report.show(console, result)
-    if json_path:
-        Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
+    files.write_json("--json", json_path, result)
     if plot_path:
         plot.draw(result, Path(plot_path))
+    report.show(console, result)
     return 0
 
 
