@@ -455,6 +455,38 @@ def test_what_cannot_work_is_told_before_anything_is_sent(stand_in, tmp_path, ca
     assert (stand_in.switched, stand_in.calls["batches"]) == ([], 0)
 
 
+def test_a_file_that_cannot_be_written_costs_no_result(stand_in, capsys):
+    assert main.main(["ab", stand_in.url, "--requests", "1", *LENGTHS, "--json", "/dev/full"]) == 1
+    told = capsys.readouterr()
+    assert "--json /dev/full: could not be written: No space left on device" in told.err
+    assert "1 at once: no difference beyond noise" in told.out
+
+
+def test_output_that_nobody_reads_costs_no_file(tmp_path):
+    path = tmp_path / "ab.json"
+    with StandIn(WallClock()) as stand_in, open("/dev/full", "w") as full:
+        few = ["--requests", "1", "--rounds", "6", "--input-len", "8", "--output-len", "64"]
+        arguments = ["-m", "sglang_nsa_plugin", "ab", stand_in.url, *few, "--json", str(path)]
+        done = subprocess.run([sys.executable, *arguments], stdout=full, check=False)
+    assert done.returncode != 0
+    assert len(json.loads(path.read_text())["cells"]) == 1
+
+
+def test_ranks_that_answer_in_another_order_are_the_same(stand_in, ab):
+    """SGLang lists data-parallel ranks in the order in which they answer."""
+    stand_in.records = [{**stand_in.records[0], "pid": pid, "fallbacks": {}} for pid in (8, 9)]
+    info = stand_in.server_info
+
+    def shuffled():
+        found = info()
+        stand_in.random.shuffle(found["internal_states"])
+        return found
+
+    with mock.patch.object(stand_in, "server_info", shuffled):
+        (cell,) = ab()
+    assert cell["resolved"]
+
+
 @pytest.mark.parametrize("url", ["ftp://host", "http://[::1", "http://", "localhost:30000?x=1"])
 def test_an_address_that_is_none(url, capsys):
     assert main.main(["ab", url]) == 1

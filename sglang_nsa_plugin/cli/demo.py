@@ -24,8 +24,10 @@ def run(steps: int, seed: int, json_path: str | None) -> int:
     files.raise_if_unwritable("--json", json_path)
     with terminal.progress(console) as progress:
         result = _load_and_compare(steps, seed, progress)
-    files.write_json("--json", json_path, result)
-    _print(console, result)
+    try:  # the file first: standard output may be a pipe that has ended
+        files.write_json("--json", json_path, result)
+    finally:
+        _print(console, result)
     return 0 if result["verdict"] == "equal" else 1
 
 

@@ -97,10 +97,12 @@ def run(server: Server, settings: Settings, json_path: str | None, plot_path: st
         "seconds": round(time.monotonic() - begin, 1),
         "cells": [cell.result() for cell in cells],
     }
-    files.write_json("--json", json_path, result)
-    if plot_path:
-        plot.draw(result, Path(plot_path))
-    report.show(console, result)
+    try:  # the files first: standard output may be a pipe that has ended
+        files.write_json("--json", json_path, result)
+        if plot_path:
+            plot.draw(result, Path(plot_path))
+    finally:
+        report.show(console, result)
     return 0 if any(cell["resolved"] for cell in result["cells"]) else 1
 
 

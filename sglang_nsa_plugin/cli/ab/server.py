@@ -72,6 +72,7 @@ class Server:
             ServerError: also where other processes answer than at the first look.
         """
         records = [state.get(KEY) or {} for state in self.info()["internal_states"]]
+        records.sort(key=lambda record: record.get("pid") or 0)  # SGLang lists them as they answer
         pids = [record.get("pid") for record in records]
         if self._pids is None:
             self._pids = pids

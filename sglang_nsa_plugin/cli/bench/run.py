@@ -46,10 +46,12 @@ def run(json_path: str | None, plot_path: str | None = None, quick: bool = False
     with terminal.progress(console) as progress:
         result = _measured(progress, quick)
     result["seconds"] = round(time.monotonic() - begin, 1)
-    files.write_json("--json", json_path, result)
-    if plot_path:
-        plot.draw(result, Path(plot_path))
-    report.show(console, result)
+    try:  # the files first: standard output may be a pipe that has ended
+        files.write_json("--json", json_path, result)
+        if plot_path:
+            plot.draw(result, Path(plot_path))
+    finally:
+        report.show(console, result)
     return 0
 
 
