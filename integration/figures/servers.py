@@ -24,6 +24,7 @@ SETUPS = {
     "no-overlap": "`--disable-overlap-schedule`",
     "memory": "memory released and resumed, weights updated",
     "memory-graphs": "the memory of CUDA graphs released and resumed, every replay shadow-checked",
+    "memory-graphs-fp8": "the same with `flashmla_kv`, FP8",
     "other-plugin": "another plugin patched the scheduler's constructor first: SGLang fills, and a log line says "
     "why; with a backend asked for by name the server does not start",
     "sampling": "temperature 0.3 to 1, a seeded server",

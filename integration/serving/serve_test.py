@@ -32,7 +32,7 @@ SLICES: dict[str, tuple[str, ...]] = {
     "eager": ("test_eager.py", "--servers=4"),
     "memory": ("test_memory.py",),
     "other-plugin": ("test_other_plugin.py",),
-    "memory-graphs": ("test_memory_graphs.py",),
+    "memory-graphs": ("test_memory_graphs.py", "--servers=4"),
     "sampling": ("test_sampling.py", "--servers=3"),
     "shadow": ("test_shadow_serving.py",),
     "shadow-load": ("test_shadow_load.py",),
