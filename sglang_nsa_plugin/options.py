@@ -49,7 +49,7 @@ ROLES_HELP = (
     f"(sglang-nsa-plugin). Environment: {ROLES_VARIABLE}. Default: all of a speculative step that fit."
 )
 WIDE_HELP = (
-    "The token-wide page tables of the filled roles (sglang-nsa-plugin): auto leaves them out where "
+    "The wide page tables of the filled roles (sglang-nsa-plugin): auto leaves them out where "
     f"nothing reads them, keep has SGLang allocate and fill them. Environment: {WIDE_VARIABLE}. "
     f"Default: {DEFAULT}."
 )

@@ -10,7 +10,7 @@ compared with the committed file of this GPU and exits with 1 where something go
 ``bare``    another floor: a kernel that is given what the fill has to look up (gather_floor.py).
 ``widths``  tables of different widths in turn; in ``bench`` minutes lie between them.
 ``copies``  how fast torch's copy and the driver's memset, which reads nothing, write the rows of the
-            token-wide table to the same places.
+            wide table to the same places.
 ``dram``    what ncu counts in three fills, next to the bytes that they must move.
 """
 

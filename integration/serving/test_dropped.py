@@ -3,7 +3,7 @@
     python -m integration.serving.serve_test dropped
     python -m integration.serving.serve_test dropped -- -k "flashmla_sparse or legacy"
 
-The token-wide page table, ``page_table_1``, is neither filled nor allocated where SGLang's own
+The wide page table, ``page_table_1``, is neither filled nor allocated where SGLang's own
 conditions, speculation aside, say that nothing reads it. Here the probe (``probe/``) gives the captured
 metadata such a table and fills it with -1, which is no slot. Whatever read it would leave every token
 out. The control is SGLang's older top-k, which does read it: there verify's -1 changes tokens and the

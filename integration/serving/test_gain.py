@@ -10,7 +10,7 @@ draft-extend alone and of the whole step stand side by side. Bounds are reported
 ``--check 1`` every fill is shadow-checked, in cells of their own: off ÷ off has no check, so that what
 on ÷ off is more there than without is what the checks cost. With SGLANG_ENABLE_METADATA_GLUE_GRAPH=1
 cells are kept apart, too.
-The servers keep SGLang's token-wide page tables: without them SGLang's own fill, which is what off
+The servers keep SGLang's wide page tables: without them SGLang's own fill, which is what off
 measures, is quicker than in a server without the plugin. ``gain_cells.py`` has the cells.
 """
 

@@ -24,7 +24,7 @@ class Request:
         backend: the implementation, or "auto".
         check_every: fills from one shadow check to the next; 0 for none.
         is_named: whether the role itself was asked for, and not filled because it is in the default.
-        keeps_wide_tables: whether SGLang's token-wide page tables stay where nothing reads them.
+        keeps_wide_tables: whether SGLang's wide page tables stay where nothing reads them.
     """
 
     backend: str

@@ -138,7 +138,7 @@ def drop_last_checks() -> None:
 def forget_graphs(fills: BackendFills) -> None:
     """Before SGLang allocates for new graphs: what was captured for the old ones goes.
 
-    In service SGLang fills from then on. The token-wide page tables stay dropped, because their memory
+    In service SGLang fills from then on. The wide page tables stay dropped, because their memory
     may have been given to the KV cache.
     """
     is_captured_again = bool(fills.captured) and fills.outcome.is_in_service

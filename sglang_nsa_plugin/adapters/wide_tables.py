@@ -1,4 +1,4 @@
-"""The token-wide page tables, which graphs of a speculative step do without where nothing reads them.
+"""The wide page tables, which graphs of a speculative step do without where nothing reads them.
 
 SGLang leaves ``page_table_1`` out of decode graphs whose top-k reads the paged table, but never with
 speculation. Draft-extend, draft-decode and verify run the same attention and read it no more than

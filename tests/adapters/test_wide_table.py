@@ -1,4 +1,4 @@
-"""The token-wide page table, which the graphs of a step do without where nothing reads it.
+"""The wide page table, which the graphs of a step do without where nothing reads it.
 
 SGLang itself decides when: it leaves the table out of decode graphs whose top-k reads the paged one. The
 adapter only lets it ask the same of a speculative step's graphs.
