@@ -55,7 +55,7 @@ class State:
         reason: why this adapter and implementation, or why none.
         switched_on: whether the fill is switched on in service.
         in_place: whether the plugin fills this role's steps; false until start-up is over.
-        is_expected: false where no fill is expected: the roles leave it out, or no step of it runs here.
+        is_expected: false where the roles leave it out, or this rank has no draft model or draft-decode.
         bytes_saved: of wide page tables that the graphs of this role do without.
         captures: batch sizes whose fill was recorded in a CUDA graph.
         count: counts the replays whose fill was in the graph.

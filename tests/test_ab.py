@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -229,7 +231,8 @@ def test_a_redirect_takes_no_key_elsewhere(stand_in, ab, capsys):
     with StandIn(WallClock()) as other:
         stand_in.redirect = f"{other.url}/server_info"
         assert ab("--api-key", "secret", code=1) is None
-        assert "/server_info answered HTTP 307" in capsys.readouterr().err
+        moved = f"/server_info answered HTTP 307: it moved. Give its new address, {other.url}"
+        assert moved in " ".join(capsys.readouterr().err.split())
 
 
 # Servers with nothing to compare: exit code 2, nothing sent, nothing switched
@@ -407,12 +410,49 @@ def test_no_server(ab, stand_in, capsys):
     assert f"no answer from {stand_in.url}/server_info: [Errno 1" in capsys.readouterr().err
 
 
+def test_a_second_signal_does_not_cut_the_way_back_short():
+    """As a wrapper or `timeout` sends it, while the server takes its time to answer."""
+    with StandIn(WallClock()) as stand_in, interrupted(stand_in) as process:
+        with mock.patch.object(stand_in, "server_info", slowly(stand_in.server_info)):
+            for _ in range(3):
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.2)
+            _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert errors == "sglang-nsa-plugin ab: switching the plugin on, as it was found\n"
+        assert stand_in.is_on
+
+
+def slowly(answer):
+    def answered():
+        time.sleep(0.5)
+        return answer()
+
+    return answered
+
+
+@contextlib.contextmanager
+def interrupted(stand_in):
+    """The command in a process of its own, which waits for its first answer, switched off."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sglang_nsa_plugin", "ab", stand_in.url, "--requests", "1"],
+        env={**os.environ, "PYTHONPATH": str(Path(main.__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert stand_in.generating.wait(30)
+    assert not stand_in.is_on
+    yield process
+
+
 def test_a_server_that_was_found_off_is_left_off_and_that_is_said(stand_in, ab, capsys):
     stand_in.records[0]["switched_on"] = False
     ab("--rounds", "6")
     assert not stand_in.is_on
     told = capsys.readouterr().out
-    assert told.startswith("The plugin is switched off on this server. It will be left so")
+    assert told.startswith("The plugin is switched off on this server, and stays so in the end.")
     assert f"\ncurl {stand_in.url}/set_internal_state -H" in told
 
 
@@ -513,17 +553,7 @@ def test_a_range_of_very_many_rounds():
     ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_a_signal_leaves_the_server_as_it_was_found(sent, code):
-    with StandIn(WallClock()) as stand_in:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sglang_nsa_plugin", "ab", stand_in.url, "--requests", "1"],
-            env={**os.environ, "PYTHONPATH": str(Path(main.__file__).parents[2])},
-            stderr=subprocess.PIPE,
-            text=True,
-            # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        assert stand_in.generating.wait(30)
-        assert not stand_in.is_on
+    with StandIn(WallClock()) as stand_in, interrupted(stand_in) as process:
         process.send_signal(sent)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == code

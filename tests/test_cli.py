@@ -50,11 +50,11 @@ def test_an_unknown_command_ends_with_the_choices():
         assert name in done.stderr
 
 
-@pytest.mark.parametrize("steps", ["0", "-3", "many"])
+@pytest.mark.parametrize("steps", ["0", "-3", "many", "1000001", "٣"])
 def test_the_number_of_steps_is_validated(steps):
     done = command("demo", "--steps", steps)
     assert done.returncode == 2
-    assert f"must be a whole number, 1 or more, got '{steps}'" in done.stderr
+    assert f"must be a whole number, 1 to 1,000,000, got '{steps}'" in done.stderr
 
 
 WITHOUT_SGLANG = "import sys; sys.modules['sglang'] = None"
@@ -79,10 +79,11 @@ def test_debug_shows_the_traceback(arguments):
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
-    done = command("verify", "--json", str(tmp_path / "missing" / "verify.json"))
+    path = tmp_path / "missing" / "verify.json"
+    done = command("verify", "--json", str(path))
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("sglang-nsa-plugin verify: [Errno 2] No such file or directory: ")
+    assert line.startswith(f"sglang-nsa-plugin verify: --json {path}: there is no folder ")
 
 
 RAISE = """

@@ -259,8 +259,13 @@ OF_COMMANDS = {
     "cli/bench/timing.py": {
         f"ctypes.{name}" for name in ("CDLL", "byref", "c_int", "c_size_t", "c_void_p")
     },
-    "cli/ab/server.py": {"http.client", "open(", "urllib.error", "urllib.request"},  # opens URLs
-    **{f"cli/{name}.py": {"write_text("} for name in ("ab/run", "bench/run", "demo", "verify")},
+    # Opens URLs.
+    "cli/ab/server.py": {
+        "http.client",
+        "open(",
+        *(f"urllib.{name}" for name in ("error", "parse", "request")),
+    },
+    "cli/files.py": {"write_text("},
 }
 
 

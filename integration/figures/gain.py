@@ -61,7 +61,7 @@ def _method() -> str:
         "the range in brackets holds the true median in 95 of 100 runs. The server has the GPU to itself unless the table says otherwise. *Context* is what the server "
         "was started for, which sets the width of its tables; prompts have 512 tokens. 2 layers have the weights "
         "of a small checkpoint, 61 thin layers dummy weights, with which a step gives one token. *Goal* is the "
-        "largest *on ÷ off* that was asked for before it was measured; 1.00 allows for the control's noise."
+        "*on ÷ off* that was set as the most before the measurement; 1.00 allows for the control's noise."
     )
 
 

@@ -114,7 +114,8 @@ def page() -> str:
 
 
 def _two_ranks(versions: list[str]) -> str:
-    with_two = [version for version in versions if "tp2.record" in parts(f"serve-{version}.json")]
+    needed = {"tp2.record", "dp2.record", "switch-tp2.load"}
+    with_two = [version for version in versions if needed <= parts(f"serve-{version}.json").keys()]
     return paragraph(
         f"Two GPUs, tensor parallel and with data-parallel attention, every role filled: {' and '.join(with_two)}. "
         "Both ranks decided alike and ran as many replays. With tensor parallelism both also followed the switch in "

@@ -84,7 +84,6 @@ class Outcome:
         """
         if self.phase is not Phase.IDLE:
             return
-        self.state.is_expected = True
         self._set(Phase.ACTIVE, choice.reason, adapter, choice.name)
         schedule = ""
         if makes_schedule is not None:
@@ -140,7 +139,7 @@ class Outcome:
         )
 
     def report_not_expected(self, reason: str) -> None:
-        """Nobody expects a fill: the roles leave this one out, or no step of it runs in this process."""
+        """No fill is expected: left out by the roles, or no draft model or draft-decode on this rank."""
         self.state.is_expected = False
         self.report_idle(reason)
 

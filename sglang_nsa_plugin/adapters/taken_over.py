@@ -58,9 +58,7 @@ def consider(
         why_not = by_request.why_not_named(backend, role, request.is_named)
     if why_not is None:
         _take_over(owner, backend, request, role, takeover)
-    elif why_not == ONE_STEP:  # of adaptive speculation, whose other backends have more
-        takeover.outcome.step_aside(request.asked_for, why_not)
-    else:
+    elif why_not != ONE_STEP:  # such a backend has nothing to fill, whoever fills the others
         takeover.outcome.step_aside(request.asked_for, why_not)
         takeover.release()  # one outcome for all backends of the role
 

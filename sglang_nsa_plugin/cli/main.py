@@ -151,11 +151,10 @@ def _add_ab(commands: Commands) -> None:
         description="Switches the plugin of a running server on and off in turn and compares the time "
         "of a speculative step. Nothing restarts, and the server is left as it was found. Sends batches "
         "of random prompts of its own; keep other traffic away meanwhile. The exit code is 0 if a "
-        "result was resolved, 1 if none was, and 2 if the server has nothing to compare: no plugin, or "
-        "one that does not fill draft-extend on all ranks.",
+        "result was resolved, 1 if none was, and 2 if the server has nothing to compare, which it says.",
         epilog="example: sglang-nsa-plugin ab localhost:30000 --requests 1,16,64",
     )
-    ab.add_argument("url", metavar="URL", help="the server's address")
+    ab.add_argument("url", metavar="URL", help="the address of one server, not of a load balancer")
     ab.add_argument(
         "--requests",
         type=_counts,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from sglang_nsa_plugin import options
-from sglang_nsa_plugin.cli import environment, findings, terminal
+from sglang_nsa_plugin.cli import environment, files, findings, terminal
 
 STDOUT = "-"
 KERNELS = {"cuda": "CUDA", "triton": "Triton", "torch": "PyTorch"}
@@ -24,13 +23,16 @@ WHERE = {
 def run(json_path: str | None) -> int:
     """Prints the facts, the fills and the verdict; returns 0 when the best kernel would be active."""
     console = terminal.console()
+    path = None if json_path == STDOUT else json_path
+    files.raise_if_unwritable("--json", path)
     result = _examine(console)
-    if json_path == STDOUT:
-        print(json.dumps(result, indent=2))
-    else:
-        _print(console, result)
-        if json_path:
-            Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
+    try:  # the file first: standard output may be a pipe that has ended
+        files.write_json("--json", path, result)
+    finally:
+        if json_path == STDOUT:
+            print(json.dumps(result, indent=2))
+        else:
+            _print(console, result)
     return 0 if result["works"] else 1
 
 

@@ -30,7 +30,7 @@ from cpu_pair import (
 from test_switch import ask
 
 from sglang_nsa_plugin import dispatch, options, self_test
-from sglang_nsa_plugin.adapters import by_request, hooks, in_graph, mqa_schedule, taken_over
+from sglang_nsa_plugin.adapters import by_request, hooks, in_graph, mqa_schedule, supported, taken_over
 from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.roles import DRAFT_DECODE_ROLE, DRAFT_EXTEND_ROLE, VERIFY_ROLE
 from sglang_nsa_plugin.dispatch import BackendUnavailableError
@@ -211,6 +211,16 @@ def test_a_backend_that_stays_with_sglang_takes_the_others_of_its_role_along(sm1
     assert taken_over.ATTRIBUTE not in vars(filled.ours.backend)
     assert VERIFY_STATE.reason.startswith("on this GPU verify needs context lengths of [requests, 4]")
     assert taken_over.RETIRED in vars(filled.ours.backend)  # switched off in its graphs
+
+
+def test_a_backend_without_a_draft_step_leaves_the_others_filled(state):
+    filled = make_pair(role="draft-decode")
+    takeover = taken_over.TAKEOVERS["draft-decode"]
+    takeover.arm(Request("auto", 0))
+    none = SimpleNamespace(attn_backends=[])
+    taken_over.consider(none, none, None, DRAFT_DECODE_ROLE, supported.why_draft_decode_unsupported)
+    assert takeover.backends == [filled.ours.backend]
+    assert takeover.outcome.why_not_switchable(False) is None
 
 
 def test_the_roles_that_the_log_names_are_all_of_them():

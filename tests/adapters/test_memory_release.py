@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from cpu_pair import make_pair, on_the_cpu, random_batch, skip_unless_captured
+from isolated import run
 
 from sglang_nsa_plugin.adapters import hooks, memory_release
 from sglang_nsa_plugin.adapters.adapter import Request
@@ -15,7 +16,7 @@ from sglang_nsa_plugin.adapters.outcome import OUTCOMES
 
 pytestmark = on_the_cpu
 
-CHECKED, UNCHECKED = Request("auto", 3, False), Request("auto", 0, False)
+CHECKED = Request("auto", 3)
 
 
 def skip_without_the_component():
@@ -47,16 +48,30 @@ def test_the_last_replay_before_a_release_is_not_compared(role, is_released, sta
         assert (outcome.state.checks, outcome.state.mismatches) == (5, 0)
 
 
-def test_the_release_is_hooked_where_fills_are_checked(monkeypatch):
+PROGRAM = """
+import sys
+from types import SimpleNamespace
+import sglang.srt.managers.scheduler as module
+from sglang.srt.managers.scheduler_components import weight_updater
+
+updater = weight_updater.SchedulerWeightUpdaterManager
+before = updater.release_memory_occupation
+def make(self, server_args):
+    print("hooked:", updater.release_memory_occupation is not before)
+
+module.Scheduler.__init__ = make
+from sglang.srt.plugins import load_plugins
+load_plugins()
+module.Scheduler(SimpleNamespace(speculative_algorithm="EAGLE", attention_backend="dsa"))
+"""
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_where_fills_are_checked_the_release_is_hooked_before_a_scheduler_binds_it(every):
     skip_without_the_component()
-    assert hooks.misfits([memory_release.HOOK]) == []
-    registered = []
-    monkeypatch.setattr(hooks, "register", registered.extend)
-    monkeypatch.setattr(hooks, "why_not_applied", lambda _: None)
-    memory_release.install([UNCHECKED])
-    assert registered == []
-    memory_release.install([UNCHECKED, CHECKED])
-    assert registered == [memory_release.HOOK]
+    done = run(PROGRAM, SGLANG_NSA_METADATA_CHECK=str(every))
+    assert done.returncode == 0, done.stderr
+    assert f"hooked: {every > 0}" in done.stdout
 
 
 def test_a_release_that_cannot_be_hooked_is_told(monkeypatch, caplog):

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cpu_pair import skip_unless_captured
 from isolated import run
 
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
@@ -175,6 +176,16 @@ def test_in_place_is_shown_of_the_roles_alone_that_the_server_names(tmp_path, ro
         if name.startswith("in_place ")
     }
     assert of_role == dict.fromkeys(shown, 0)
+
+
+def test_a_pipeline_stage_without_the_draft_model_shows_no_in_place_of_it(tmp_path):
+    skip_unless_captured()
+    without = SCHEDULER.replace(
+        "def make(self, server_args):", "def make(self, server_args):\n    self.draft_worker = None"
+    )
+    arguments = {**SPARSE, "SGLANG_NSA_METADATA_ROLES": "draft-extend,draft-decode", "labels": labels(0)}
+    succeed(without, **arguments, PROMETHEUS_MULTIPROC_DIR=tmp_path)
+    assert [name for name in samples(tmp_path) if name.startswith("in_place ")] == []
 
 
 def test_nothing_exists_when_metrics_are_off(tmp_path):

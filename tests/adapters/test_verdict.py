@@ -90,6 +90,10 @@ def test_one_speculative_step_has_no_draft_decode(tmp_path):
         (WITHOUT_SPECULATION, "no speculative decoding"),
         ({"speculative_algorithm": "EAGLE", "attention_backend": "fa3"}, "attention backend fa3 is not"),
         ({**DSA, "disaggregation_mode": "prefill"}, "a prefill server "),
+        (
+            {**DSA, "disaggregation_mode": "prefill", "enable_pd_role_switch": True},
+            "a prefill server ",
+        ),
     ],
 )
 def test_a_server_without_anything_to_fill_serves_whatever_was_asked_for(tmp_path, settings, reason):

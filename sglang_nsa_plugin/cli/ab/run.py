@@ -32,10 +32,10 @@ from sglang_nsa_plugin.state import DRAFT_EXTEND
 
 NOTHING_TO_COMPARE = 2
 WARM_UPS = ("off", "on")
-LOOKS = 4  # at a server before it is switched
+LOOKS = 4  # at a server before it is switched, as replicas may answer in turn
 _FOUND_OFF = (
-    "The plugin is switched off on this server. It will be left so: if no other ab is running, and you "
-    "want it on, switch it on afterwards:\n{command}"
+    "The plugin is switched off on this server, and stays so in the end. If you want it on, and no "
+    "other ab is running, switch it on afterwards:\n{command}"
 )
 MOSTLY = 0.9  # of the steps; SGLang fills those of a batch size without a graph
 
@@ -107,7 +107,7 @@ def run(server: Server, settings: Settings, json_path: str | None, plot_path: st
 
 
 def _switched_on(server: Server) -> bool:
-    """Whether the plugin is switched on; asked a few times, as replicas may answer in turn."""
+    """Whether the plugin is switched on, before it is switched."""
     looks = [server.records()[0]["switched_on"] for _ in range(LOOKS)]
     return bool(looks[-1])
 

@@ -79,8 +79,8 @@ class Server:
         elif pids != self._pids:
             raise ServerError(
                 f"other processes answer at {self.url} than before (pid {json.dumps(self._pids)}, now "
-                f"{json.dumps(pids)}). Either the server was started again, or the address leads to "
-                "several replicas: give the address of one"
+                f"{json.dumps(pids)}). Either the server was started again, and is switched on then, or "
+                "the address leads to several replicas: give the address of one"
             )
         return records
 
@@ -240,7 +240,8 @@ def _signals_as_exit(*signals: signal.Signals) -> Iterator[None]:
 
 
 def _say(what: str) -> None:
-    print(f"sglang-nsa-plugin ab: {what}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may have been closed
+        print(f"sglang-nsa-plugin ab: {what}", file=sys.stderr, flush=True)
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:
@@ -249,8 +250,10 @@ def _refusal(error: urllib.error.HTTPError) -> str:
             f"HTTP {error.code}: it wants a key. Pass --api-key, and --admin-api-key if the server was "
             "started with one"
         )
-    if error.code in (301, 302, 303, 307, 308):
-        return f"HTTP {error.code}: it moved to {error.headers.get('Location')}. Give that address"
+    place = error.headers.get("Location")
+    if error.code in (301, 302, 303, 307, 308) and place:
+        address = place.removesuffix(urllib.parse.urlsplit(error.url).path)
+        return f"HTTP {error.code}: it moved. Give its new address, {address}"
     text = _readable(error.read(2000).decode(errors="replace"))
     hint = ". Give the server's address alone, host:port" if error.code == 404 else ""
     return f"HTTP {error.code}: {text or error.reason}{hint}"
