@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,18 @@ def gpu_name(gpu: str) -> str:
 
 def commits(run: dict[str, Any]) -> str:
     """The commits on which the parts of a result file ran."""
-    of_parts = (part.get("of", run) if isinstance(part, dict) else run for part in run["parts"].values())
-    return ", ".join(sorted({of["commit"][:7] for of in of_parts}))
+    return ", ".join(sorted({of["commit"][:7] for of in _runs(run)}))
 
 
 def dates(run: dict[str, Any]) -> str:
     """The days on which the parts of a result file ran."""
-    of_parts = (part.get("of", run) for part in run["parts"].values())
-    return " and ".join(sorted({of["date"][:10] for of in of_parts}))
+    return " and ".join(sorted({of["date"][:10] for of in _runs(run)}))
+
+
+def _runs(file: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What says when and where each part of a result file ran."""
+    for part in file["parts"].values():
+        yield part.get("of", file) if isinstance(part, dict) else file
 
 
 def paragraph(text: str) -> str:

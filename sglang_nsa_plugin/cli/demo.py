@@ -21,13 +21,10 @@ DRAFT_TOKENS = 4
 def run(steps: int, seed: int, json_path: str | None) -> int:
     """Prints the facts, a table and the verdict; returns 0 when every value of every role is equal."""
     console = terminal.console()
-    files.raise_if_unwritable("--json", json_path)
+    files.raise_if_unwritable(json_path)
     with terminal.progress(console) as progress:
         result = _load_and_compare(steps, seed, progress)
-    try:  # the file first: standard output may be a pipe that has ended
-        files.write_json("--json", json_path, result)
-    finally:
-        _print(console, result)
+    files.write_and_show(result, json_path, lambda: _print(console, result))
     return 0 if result["verdict"] == "equal" else 1
 
 

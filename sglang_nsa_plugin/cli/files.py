@@ -1,22 +1,27 @@
-"""Files that a command is asked to write: looked at before it measures, written before it prints."""
+"""What --json and --plot name: looked at before a command measures, written before it prints."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 IMAGES = (".png", ".svg")
 
 
-def raise_if_unwritable(option: str, path: str | None, suffixes: tuple[str, ...] = ()) -> None:
+def raise_if_unwritable(json_path: str | None, plot_path: str | None = None) -> None:
     """So that a mistyped name costs no minutes.
 
     Raises:
-        RuntimeError: the file cannot be written there. The message names the option and the rule.
+        RuntimeError: a file cannot be written there. The message names the option and the rule.
     """
-    if path is None:
-        return
+    for option, path, suffixes in (("--json", json_path, ()), ("--plot", plot_path, IMAGES)):
+        if path is not None:
+            _raise_if_unwritable(option, path, suffixes)
+
+
+def _raise_if_unwritable(option: str, path: str, suffixes: tuple[str, ...]) -> None:
     name = Path(path)
     if not path or name.is_dir():
         raise RuntimeError(f"{option} must name a file, got {path!r}")
@@ -26,15 +31,28 @@ def raise_if_unwritable(option: str, path: str | None, suffixes: tuple[str, ...]
         raise RuntimeError(f"{option} {path}: there is no folder {name.parent}; make it first")
 
 
-def write_json(option: str, path: str | None, result: dict[str, Any]) -> None:
-    """The result as JSON, if a file is asked for.
+def write_and_show(
+    result: dict[str, Any],
+    json_path: str | None,
+    show: Callable[[], None],
+    draw: Callable[[], None] | None = None,
+) -> None:
+    """Writes the files that are asked for, then prints: standard output may be a pipe that has ended.
 
     Raises:
-        RuntimeError: it cannot be written. The message names the option and the file.
+        RuntimeError: the JSON file cannot be written. The result is printed all the same.
     """
-    if path is None:
-        return
+    try:
+        if json_path is not None:
+            _write_json(json_path, result)
+        if draw is not None:
+            draw()
+    finally:
+        show()
+
+
+def _write_json(path: str, result: dict[str, Any]) -> None:
     try:
         Path(path).write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:
-        raise RuntimeError(f"{option} {path}: could not be written: {error.strerror}") from error
+        raise RuntimeError(f"--json {path}: could not be written: {error.strerror}") from error

@@ -23,16 +23,13 @@ WHERE = {
 def run(json_path: str | None) -> int:
     """Prints the facts, the fills and the verdict; returns 0 when the best kernel would be active."""
     console = terminal.console()
-    path = None if json_path == STDOUT else json_path
-    files.raise_if_unwritable("--json", path)
-    result = _examine(console)
-    try:  # the file first: standard output may be a pipe that has ended
-        files.write_json("--json", path, result)
-    finally:
-        if json_path == STDOUT:
-            print(json.dumps(result, indent=2))
-        else:
-            _print(console, result)
+    if json_path == STDOUT:
+        result = _examine(console)
+        print(json.dumps(result, indent=2))
+    else:
+        files.raise_if_unwritable(json_path)
+        result = _examine(console)
+        files.write_and_show(result, json_path, lambda: _print(console, result))
     return 0 if result["works"] else 1
 
 

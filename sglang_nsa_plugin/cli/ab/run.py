@@ -72,8 +72,7 @@ class Cell:
 def run(server: Server, settings: Settings, json_path: str | None, plot_path: str | None) -> int:
     """Measures and prints; 0 if a cell was resolved, 1 if none was, 2 if nothing can be compared."""
     console = terminal.console()
-    files.raise_if_unwritable("--json", json_path)
-    files.raise_if_unwritable("--plot", plot_path, files.IMAGES)
+    files.raise_if_unwritable(json_path, plot_path)
     if plot_path:
         # First, so that a missing matplotlib costs no minutes.
         from sglang_nsa_plugin.cli.ab import plot
@@ -97,12 +96,12 @@ def run(server: Server, settings: Settings, json_path: str | None, plot_path: st
         "seconds": round(time.monotonic() - begin, 1),
         "cells": [cell.result() for cell in cells],
     }
-    try:  # the files first: standard output may be a pipe that has ended
-        files.write_json("--json", json_path, result)
-        if plot_path:
-            plot.draw(result, Path(plot_path))
-    finally:
-        report.show(console, result)
+    files.write_and_show(
+        result,
+        json_path,
+        lambda: report.show(console, result),
+        (lambda: plot.draw(result, Path(plot_path))) if plot_path else None,
+    )
     return 0 if any(cell["resolved"] for cell in result["cells"]) else 1
 
 

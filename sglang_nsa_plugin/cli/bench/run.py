@@ -37,8 +37,7 @@ DRAFT_TOKENS = 4
 def run(json_path: str | None, plot_path: str | None = None, quick: bool = False) -> int:
     """Times every case, prints the tables and returns 0."""
     console = terminal.console()
-    files.raise_if_unwritable("--json", json_path)
-    files.raise_if_unwritable("--plot", plot_path, files.IMAGES)
+    files.raise_if_unwritable(json_path, plot_path)
     if plot_path:
         # First, so that a missing matplotlib costs no minutes.
         from sglang_nsa_plugin.cli.bench import plot
@@ -46,12 +45,12 @@ def run(json_path: str | None, plot_path: str | None = None, quick: bool = False
     with terminal.progress(console) as progress:
         result = _measured(progress, quick)
     result["seconds"] = round(time.monotonic() - begin, 1)
-    try:  # the files first: standard output may be a pipe that has ended
-        files.write_json("--json", json_path, result)
-        if plot_path:
-            plot.draw(result, Path(plot_path))
-    finally:
-        report.show(console, result)
+    files.write_and_show(
+        result,
+        json_path,
+        lambda: report.show(console, result),
+        (lambda: plot.draw(result, Path(plot_path))) if plot_path else None,
+    )
     return 0
 
 
