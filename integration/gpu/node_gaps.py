@@ -337,14 +337,18 @@ def host() -> dict[str, Any]:
     }
 
 
-def by_case(rows: list[Row]) -> list[Row]:
-    """One row a case: its quartiles (first, median, third; µs) in each situation."""
+def by_case(rows: list[Row]) -> Row:
+    """The situations, and one row a case: its quartiles (first, median, third; µs) in each of them.
+
+    None stands for a case that was not measured in a situation.
+    """
+    situations = list(dict.fromkeys(row["situation"] for row in rows))
     cases: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         case = {name: row[name] for name in ("graph", "start", "before", "event")}
-        us = cases.setdefault(tuple(case.values()), {**case, "us": {}})["us"]
-        us[row["situation"]] = [row["us"][name] for name in ("q1", "median", "q3")]
-    return list(cases.values())
+        us = cases.setdefault(tuple(case.values()), {**case, "us": [None] * len(situations)})["us"]
+        us[situations.index(row["situation"])] = [row["us"][name] for name in ("q1", "median", "q3")]
+    return {"situations": situations, "rows": list(cases.values())}
 
 
 def as_text(row: Row) -> str:
@@ -385,7 +389,7 @@ def main() -> int:
             "command": command,
             **result_files.environment(),
             "host": host(),
-            "rows": by_case(rows),
+            **by_case(rows),
         }
         arguments.json.write_text(result_files.as_text(result) + "\n")
     return 0

@@ -15,10 +15,13 @@ def test_a_case_has_its_quartiles_in_each_situation():
         {"situation": "alone", **other, "us": {"median": 9.0, "q1": 9.0, "q3": 9.0}},
         {"situation": "profiled", **case, "us": {"median": 5.0, "q1": 4.0, "q3": 6.0}},
     ]
-    assert node_gaps.by_case(rows) == [
-        {**case, "us": {"alone": [1.0, 2.0, 3.0], "profiled": [4.0, 5.0, 6.0]}},
-        {**other, "us": {"alone": [9.0, 9.0, 9.0]}},
-    ]
+    assert node_gaps.by_case(rows) == {
+        "situations": ["alone", "profiled"],
+        "rows": [
+            {**case, "us": [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]},
+            {**other, "us": [[9.0, 9.0, 9.0], None]},
+        ],
+    }
 
 
 def test_the_spread_is_the_median_and_the_quartiles():
