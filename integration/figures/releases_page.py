@@ -50,6 +50,16 @@ SERVED_COLUMNS = (
     "requests of SGLang and plugin",
     "failed",
 )
+TESTED_COLUMNS = (
+    "SGLang",
+    "tests passed",
+    "failed",
+    "skipped",
+    "sanitizers",
+    "demo",
+    "SGLang's kit",
+    "commits",
+)
 
 
 def page() -> str:
@@ -72,14 +82,11 @@ def page() -> str:
                     "in `make serve-test`, and of the metadata of all three graphs there. The last two are of "
                     "`sglang-nsa-plugin bench` on an H200, which times the call before a draft-extend forward of "
                     f"{SHOWN_CASE['requests']} requests of {SHOWN_CASE['length']:,} tokens. All compared values "
-                    "were equal. A dash: not run. GPU figures of releases other than 0.5.17 and 0.5.23 are of an "
-                    "earlier version of the kernel, except those of servers of 0.5.14 and of 0.5.18 to 0.5.22. "
-                    "These servers ran beside others on one GPU, which lengthens their host times. With 0.5.14 "
-                    "SGLang filled draft-decode and verify, which is in the time with the plugin. `make gpu-test` "
-                    "of 0.5.21 and 0.5.23 had two failures, both of one test, which read SGLang's options in a way "
-                    "that these releases do not allow. It was mended, and passes with both when it is run alone: "
-                    "`pytest tests/gpu/test_gpu_in_graph.py -k wide_table`. Each result file names its GPU and "
-                    "commit."
+                    "were equal. A dash: not run. GPU figures of releases before 0.5.17 are of an earlier version of the "
+                    "kernel, except those of servers of 0.5.14. The servers of 0.5.14 and of 0.5.18 to 0.5.22 ran "
+                    "beside others on one GPU, which lengthens their host times. With 0.5.14 SGLang filled "
+                    "draft-decode and verify, which is in the time with the plugin. Each result file names its GPU "
+                    "and commit."
                 ),
                 "## Roles",
                 paragraph(
@@ -100,6 +107,13 @@ def page() -> str:
                 ),
                 table(SERVED_COLUMNS, [row for version in versions if (row := _served(version))]),
                 _two_ranks(versions),
+                "## GPU tests",
+                paragraph(
+                    "`make gpu-test`, over the release's own torch and native parts. Skipped are tests of what the release "
+                    "does not have, and those that need two GPUs. *SGLang's kit*: SGLang's own test of DSA metadata, "
+                    "while the plugin fills (`python3 -m integration.gpu.gpu_test --only sglang_kit`)."
+                ),
+                table(TESTED_COLUMNS, [row for version in versions if (row := _gpu_tested(version))]),
                 "## Generations",
                 table(
                     ("generation", "first release", "how SGLang plans draft-extend"),
@@ -167,6 +181,24 @@ def _served(version: str) -> tuple[str, ...] | None:
         f"{sum(load['seconds'] for load in loads) / 60:.0f}" if loads else "-",
         " and ".join(f"{count:,}" for count in answered) if loads else "-",
         str(sum(len(errors) for load in loads for errors in load["errors"].values())) if loads else "-",
+    )
+
+
+def _gpu_tested(version: str) -> tuple[str, ...] | None:
+    """What ``make gpu-test`` found; None for a release with which its tests did not run."""
+    found = parts(f"gpu-test-{version}.json")
+    if "tests" not in found:
+        return None
+    shown = {
+        name: found[name] for name in ("tests", "sanitizers", "demo", "sglang_kit") if name in found
+    }
+    verdicts = {name: "passed" if part["passed"] else "failed" for name, part in shown.items()}
+    counts = shown["tests"]["counts"]
+    return (
+        version,
+        *(f"{counts.get(outcome, 0):,}" for outcome in ("passed", "failed", "skipped")),
+        *(verdicts.get(name, "-") for name in ("sanitizers", "demo", "sglang_kit")),
+        ", ".join(sorted({part["of"]["commit"][:7] for part in shown.values()})),
     )
 
 

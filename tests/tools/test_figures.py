@@ -413,7 +413,7 @@ def test_the_host_times_of_the_empty_kernel_are_those_of_the_result_files():
     """Another table of docs/kernel.md."""
     page = (ROOT / "docs" / "kernel.md").read_text()
     runs = [load("no-op-host-time-h200.json")["parts"][name] for name in ("launch", "query", "seldom")]
-    served = [load(f"serve-0.5.{minor}.json")["parts"]["host_time"] for minor in (17, 18, 19, 21)]
+    served = [load(f"serve-0.5.{minor}.json")["parts"]["host_time"] for minor in (17, 18, 19, 21, 23)]
     runs += served
     for run in runs:
         us = run["median_us_by_role"]["plugin"]

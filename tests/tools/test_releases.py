@@ -72,6 +72,26 @@ def test_the_page_says_what_the_servers_of_a_release_were_asked(monkeypatch):
     assert releases_page._served("0.5.23") is None
 
 
+def test_the_page_says_what_gpu_test_found_with_a_release(monkeypatch):
+    def part(commit, **found):
+        return {"of": {"commit": commit}, **found}
+
+    found = {
+        "tests": part("b" * 40, passed=False, counts={"passed": 1_200, "failed": 2}),
+        "sglang_kit": part("a" * 7, passed=True),
+        "adapters": part("c" * 7, passed=False),  # of the tests, too
+    }
+    monkeypatch.setattr(releases_page, "parts", lambda name: found)
+    commits = "aaaaaaa, bbbbbbb"
+    row = releases_page._gpu_tested("0.5.23")
+    assert row == ("0.5.23", "1,200", "2", "0", "-", "-", "passed", commits)
+    found["demo"] = part("a" * 7, passed=False)
+    row = releases_page._gpu_tested("0.5.23")
+    assert row == ("0.5.23", "1,200", "2", "0", "-", "failed", "passed", commits)
+    del found["tests"]
+    assert releases_page._gpu_tested("0.5.23") is None
+
+
 def test_every_comparison_in_a_result_file_counts_what_differs():
     """`servers.comparisons` passes over one that does not."""
 
