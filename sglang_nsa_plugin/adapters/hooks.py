@@ -168,6 +168,17 @@ def register(hooks: Iterable[Hook]) -> None:
             HookRegistry.register(hook.target, hook.replacement, HookType.AROUND, source=source)
 
 
+def apply_now(hook: Hook) -> str | None:
+    """Registers a hook and has SGLang apply it: why it is not in force, or None."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    if unfit := misfits([hook]):
+        return f"this SGLang does not fit: {unfit[0]}"
+    register([hook])
+    HookRegistry.apply_hooks()
+    return why_not_applied([hook])
+
+
 def why_skipped(hooks: Iterable[Hook]) -> str | None:
     """Which of the registered hooks SGLang is going to skip, or None. Known before it applies them.
 

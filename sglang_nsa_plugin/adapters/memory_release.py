@@ -23,20 +23,14 @@ _MODULE = "sglang.srt.managers.scheduler_components.weight_updater"  # since 0.5
 
 def install(requests: Iterable[Request]) -> None:
     """Hooks the release where fills are checked; if that is not possible, says what may come of it."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
     if not any(request.check_every for request in requests) or not _has_module():
         return
-    problems = hooks.misfits([HOOK])
-    if not problems:
-        hooks.register([HOOK])
-        HookRegistry.apply_hooks()
-        problems = [why for why in (hooks.why_not_applied([HOOK]),) if why is not None]
-    if problems:
+    why_not = hooks.apply_now(HOOK)
+    if why_not is not None:
         logger.warning(
             "sglang-nsa-plugin: %s. If this server releases the memory of its CUDA graphs, the shadow "
             "check may report a difference that is none",
-            problems[0],
+            why_not,
         )
 
 

@@ -39,16 +39,8 @@ class TreeMask:
 
     def install(self, verify: Takeover) -> None:
         """Hooks SGLang's function. Where that is not possible the mask stays SGLang's, and no more."""
-        from sglang.srt.plugins.hook_registry import HookRegistry
-
         self._verify, self._said = verify, ""
-        misfits = hooks.misfits([HOOK])
-        if misfits:
-            self._leave(f"this SGLang does not fit: {misfits[0]}")
-            return
-        hooks.register([HOOK])
-        HookRegistry.apply_hooks()
-        why_not = hooks.why_not_applied([HOOK])
+        why_not = hooks.apply_now(HOOK)
         if why_not is not None:
             self._leave(why_not)
 

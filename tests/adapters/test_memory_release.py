@@ -80,4 +80,6 @@ def test_a_release_that_cannot_be_hooked_is_told(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         memory_release.install([CHECKED])
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("sglang-nsa-plugin: release_memory_occupation is missing. If this server")
+    assert line.startswith(
+        "sglang-nsa-plugin: this SGLang does not fit: release_memory_occupation is missing. If this server"
+    )
