@@ -474,10 +474,8 @@ def test_a_checked_step_serves_our_tensors():
     assert len(addresses) == 1
 
 
-def test_a_difference_is_told_and_sglang_plans_from_then_on(state, caplog):
-
-    pair = make_pair(check_every=2)
-    fill = pair.ours.backend._nsa_draft_extend_fill
+def plant_error(fill):
+    """Each launch gives token 5 a length that is too long by one."""
     bind = fill.bind
 
     def bind_wrongly(args):
@@ -485,17 +483,39 @@ def test_a_difference_is_told_and_sglang_plans_from_then_on(state, caplog):
         return lambda: (run(), args.seqlens_expanded[5:6].add_(1))
 
     fill.bind = bind_wrongly
+
+
+def plan(pair, generator):
+    random_batch(pair, generator, raw_bs=4)
+    pair.inputs.seq_lens.clamp_(min=DRAFT_TOKENS)
+    pair.ours.plan(pair.ours.batch(4))
+
+
+def test_a_difference_is_told_and_sglang_plans_from_then_on(state, caplog):
+    pair = make_pair(check_every=2)
+    plant_error(pair.ours.backend._nsa_draft_extend_fill)
     generator = torch.Generator().manual_seed(16)
     for _ in range(5):
-        random_batch(pair, generator, raw_bs=4)
-        pair.inputs.seq_lens.clamp_(min=DRAFT_TOKENS)
-        pair.ours.plan(pair.ours.batch(4))
+        plan(pair, generator)
     assert state.launches == 2
     assert state.mismatches == 1
     assert state.first_mismatch.startswith(f"{NAMES.outputs['seqlens_expanded']}[0, 5]")
     assert state.fallbacks == {FallbackReason.DIFFERENCE_FOUND.value: 3}
     assert len([r for r in caplog.records if "the shadow check found a diff" in r.getMessage()]) == 2
     step_and_expect_equal(pair, 4)
+
+
+def test_a_difference_is_told_though_the_fill_was_switched_off_meanwhile(state):
+    pair = make_pair(check_every=1)
+    plant_error(pair.ours.backend._nsa_draft_extend_fill)
+    generator = torch.Generator().manual_seed(16)
+    plan(pair, generator)
+    assert state.first_mismatch is None  # the next step looks
+    OUTCOME.switch(False)
+    plan(pair, generator)
+    assert state.first_mismatch.startswith(f"{NAMES.outputs['seqlens_expanded']}[0, 5]")
+    assert OUTCOME.has_failed
+    assert state.fallbacks == {FallbackReason.SWITCHED_OFF.value: 1}
 
 
 # --- ragged replay, 0.5.11 and 0.5.12 ---
