@@ -76,10 +76,10 @@ def test_where_fills_are_checked_the_release_is_hooked_before_a_scheduler_binds_
 
 def test_a_release_that_cannot_be_hooked_is_told(monkeypatch, caplog):
     skip_without_the_component()
-    monkeypatch.setattr(hooks, "misfits", lambda _: ["release_memory_occupation is missing"])
+    monkeypatch.setattr(hooks, "misfits", lambda _: ["the method is missing"])
     with caplog.at_level(logging.WARNING):
         memory_release.install([CHECKED])
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(
-        "sglang-nsa-plugin: this SGLang does not fit: release_memory_occupation is missing. If this server"
+        "sglang-nsa-plugin: this SGLang does not fit: the method is missing. If this server releases"
     )
