@@ -72,6 +72,17 @@ def test_the_page_says_what_the_servers_of_a_release_were_asked(monkeypatch):
     assert releases_page._served("0.5.23") is None
 
 
+def test_two_ranks_are_of_releases_that_ran_all_of_it(monkeypatch):
+    whole = {"tp2.record": {}, "dp2.record": {}, "switch-tp2.load": {}}
+    found = {
+        "serve-1.json": whole,
+        "serve-2.json": {"tp2.record": {}, "dp2.record": {}},
+        "serve-3.json": whole,
+    }
+    monkeypatch.setattr(releases_page, "parts", found.__getitem__)
+    assert "every role filled: 1 and 3. Both ranks" in releases_page._two_ranks(["1", "2", "3"])
+
+
 def test_the_page_says_what_gpu_test_found_with_a_release(monkeypatch):
     def part(commit, **found):
         return {"of": {"commit": commit}, **found}
