@@ -298,7 +298,7 @@ def _decline(server_args: Any, why_not: str) -> None:
 def _roles_with_metadata(server_args: Any) -> list[str]:
     """The roles that are asked for and of which this server has metadata; of the others it says why."""
     from sglang_nsa_plugin.adapters import install
-    from sglang_nsa_plugin.adapters.outcome import OUTCOME, report_idle
+    from sglang_nsa_plugin.adapters.outcome import OUTCOME, report_not_expected
 
     roles = options.roles_of(server_args)
     if DRAFT_EXTEND not in roles:
@@ -309,7 +309,7 @@ def _roles_with_metadata(server_args: Any) -> list[str]:
     }
     for reason in dict.fromkeys(why_idle.values()):
         if reason is not None:
-            report_idle([role for role in roles if why_idle[role] == reason], reason)
+            report_not_expected([role for role in roles if why_idle[role] == reason], reason)
     return [role for role in roles if why_idle[role] is None]
 
 

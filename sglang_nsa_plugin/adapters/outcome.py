@@ -197,12 +197,11 @@ class Outcome:
 
     def fail_in_service(self, error: Exception) -> None:
         """Filling a step raised this error."""
-        what = described(error)
-        self.reason = self.state.reason = f"filling a step failed: {what}"
-        self._fail("filling a step failed", what)
+        self._fail("filling a step failed", described(error))
 
     def _fail(self, why: str, what: str) -> None:
         self.phase, self.why_failed = Phase.FAILED, why
+        self.reason = self.state.reason = f"{why}: {what}"
         self.state.in_place = False
         logger.error(
             "sglang-nsa-plugin %s: %s: %s. SGLang %s, adapter %s, implementation %s. From now on this "
@@ -225,6 +224,14 @@ class Outcome:
 
 OUTCOMES = {role: Outcome(state) for role, state in STATES.items()}
 OUTCOME = OUTCOMES[DRAFT_EXTEND]
+
+
+def report_not_expected(roles: Iterable[str], reason: str) -> None:
+    """No fill of these roles is expected: the plugin is off, or the server has no such metadata."""
+    told = list(roles)
+    for role in told:
+        STATES[role].is_expected = False
+    report_idle(told, reason)
 
 
 def report_idle(roles: Iterable[str], reason: str) -> None:

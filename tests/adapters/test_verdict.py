@@ -222,3 +222,4 @@ def test_the_shadow_check_ends_what_was_in_place(state):
     state.in_place = True
     outcome.fail(Difference())
     assert state.in_place is False
+    assert state.reason.startswith("the shadow check found a difference: ")
