@@ -55,8 +55,8 @@ class State:
         reason: why this adapter and implementation, or why none.
         switched_on: whether the fill is switched on in service.
         in_place: whether the plugin fills this role's steps; false until start-up is over.
-        is_expected: false where the plugin is off, the roles leave this one out, or this rank has nothing
-            to fill: no NSA/DSA, no such step, no draft model.
+        is_expected: false where the plugin is off, the roles leave this one out, or this rank has
+            nothing to fill: no NSA/DSA, no such step, no draft model.
         bytes_saved: of wide page tables that the graphs of this role do without.
         captures: batch sizes whose fill was recorded in a CUDA graph.
         count: counts the replays whose fill was in the graph.

@@ -220,11 +220,10 @@ class BackendFills:
 
     def validate(self, captured: GraphFill, batch: Any) -> bool:
         """Whether the captured fill serves this batch; switches the fill on or off to match."""
-        has_failed = self.shadowed is not None and self.shadowed.check.failed()  # told while off, too
+        if self.shadowed is not None and self.shadowed.check.failed():  # told while off, too
+            return self.leave_to_sglang(FallbackReason.DIFFERENCE_FOUND)
         if not self.outcome.is_switched_on:
             return self.leave_to_sglang(FallbackReason.SWITCHED_OFF)
-        if has_failed:
-            return self.leave_to_sglang(FallbackReason.DIFFERENCE_FOUND)
         inputs = (batch.seq_lens, batch.req_pool_indices, self.backend.req_to_token)
         if not self._serves(captured, inputs) or not self._serves_kpool(captured, batch):
             return self.leave_to_sglang(FallbackReason.INPUTS_REPLACED)

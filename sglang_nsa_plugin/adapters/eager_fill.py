@@ -110,11 +110,10 @@ class EagerFill:
             backend.forward_metadata = ours
 
     def _why_fallback(self, batch: Any) -> FallbackReason | None:
-        has_failed = self.check is not None and self.check.failed()  # told while off, too
+        if self.check is not None and self.check.failed():  # told while off, too
+            return FallbackReason.DIFFERENCE_FOUND
         if not self.outcome.is_switched_on:
             return FallbackReason.SWITCHED_OFF
-        if has_failed:
-            return FallbackReason.DIFFERENCE_FOUND
         bs = batch.batch_size
         if not bs:
             return FallbackReason.NO_REQUESTS

@@ -35,6 +35,7 @@ from sglang_nsa_plugin.adapters.taken_over import (
     NAME,
     TAKEOVERS,
     consider,
+    does_without_wide_tables,
     forget_graphs,
     leave_unknown_call,
     record,
@@ -86,14 +87,15 @@ def _init_cuda_graph_state(
     **named: Any,
 ) -> Any:
     fills = getattr(backend, ATTRIBUTE, None)
-    if fills is None:
+    drops = does_without_wide_tables(backend)
+    if fills is not None:
+        forget_graphs(fills)
+    with wide_tables.decided_without_speculation([backend] if drops else ()):
         result = original(backend, max_bs, max_num_tokens, *more, **named)
+    if fills is None:
         draft_decode.share_metadata(backend)
         return result
-    forget_graphs(fills)
-    with wide_tables.decided_without_speculation([backend] if fills.drops_wide_tables else ()):
-        result = original(backend, max_bs, max_num_tokens, *more, **named)
-    dropped = fills.drops_wide_tables and wide_tables.is_dropped(backend)
+    dropped = drops and wide_tables.is_dropped(backend)
     fills.count_saved(wide_tables.bytes_of(backend, max_num_tokens) if dropped else 0)
     return result
 

@@ -110,7 +110,12 @@ class Outcome:
         return None
 
     def switch(self, on: bool) -> None:
-        """Somebody switched the fill in service; the next step is filled accordingly."""
+        """Somebody switched the fill in service; the next step is filled accordingly.
+
+        After a failure SGLang fills already: the position stays, because nobody could switch it back.
+        """
+        if self.has_failed:
+            return
         self.is_switched_on = self.state.switched_on = on
         logger.info(
             "sglang-nsa-plugin %s: switched %s in service: %s %s metadata from now on",

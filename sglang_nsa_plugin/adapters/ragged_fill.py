@@ -54,10 +54,10 @@ class RaggedFill:
 
     def replay(self, bs: int, seq_lens: Any, req_pool_indices: Any, spec_info: Any) -> bool:
         """Fills the tensors of this batch size; False when SGLang has to do it instead."""
-        if not self._outcome.is_switched_on:
-            return self._leave_to_sglang(FallbackReason.SWITCHED_OFF)
         if self._outcome.has_failed:
             return self._leave_to_sglang(FallbackReason.DIFFERENCE_FOUND)
+        if not self._outcome.is_switched_on:
+            return self._leave_to_sglang(FallbackReason.SWITCHED_OFF)
         if self._warns_of_no_check:
             logger.warning("sglang-nsa-plugin: %s", UNCHECKED)
             self._warns_of_no_check = False

@@ -99,6 +99,17 @@ def hand_back(owner: Any) -> None:
     vars(owner).pop(ATTRIBUTE, None)
 
 
+def does_without_wide_tables(backend: Any) -> bool:
+    """Whether a backend's next graphs do: as its fills ask, or, handed back, as its last graphs did.
+
+    The memory of a table that was left out may have been given to the KV cache.
+    """
+    fills = getattr(backend, ATTRIBUTE, None)
+    if fills is not None:
+        return bool(fills.drops_wide_tables)
+    return RETIRED in vars(backend) and wide_tables.is_dropped(backend)
+
+
 def _revalidate(owner: Any) -> None:
     getattr(owner, ATTRIBUTE).fast_path.clear()
 

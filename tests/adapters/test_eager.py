@@ -515,7 +515,7 @@ def test_a_difference_is_told_though_the_fill_was_switched_off_meanwhile(state):
     plan(pair, generator)
     assert state.first_mismatch.startswith(f"{NAMES.outputs['seqlens_expanded']}[0, 5]")
     assert OUTCOME.has_failed
-    assert state.fallbacks == {FallbackReason.SWITCHED_OFF.value: 1}
+    assert state.fallbacks == {FallbackReason.DIFFERENCE_FOUND.value: 1}
 
 
 # --- ragged replay, 0.5.11 and 0.5.12 ---

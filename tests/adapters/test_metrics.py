@@ -12,7 +12,6 @@ from cpu_pair import skip_unless_captured
 from isolated import run
 
 from sglang_nsa_plugin.adapters.fallbacks import FallbackReason
-from sglang_nsa_plugin.state import ROLES
 
 # A scheduler whose constructor makes nothing but the collector's labels; the hooks around it are real.
 SCHEDULER = """

@@ -160,7 +160,8 @@ def test_a_difference_is_not_switched_away(pair, state, caplog):
     OUTCOME.fail(Difference(1, "page_table_1", 0, 0, 1, 2, 1, None))
     ask(nsa_metadata=0)
     ask(nsa_metadata=1)
-    assert not record()["switched_on"]
+    assert record()["switched_on"], "off and on would leave it off: a failed fill cannot be switched on"
+    assert OUTCOME.has_failed
     assert "until this process ends" in caplog.text
 
 

@@ -230,7 +230,7 @@ def test_a_difference_is_told_though_verify_was_switched_off_meanwhile(state):
         replay_and_expect_equal(pair, random_batch(pair, generator))
     assert VERIFY_STATE.first_mismatch.startswith("cache_seqlens_int32[")
     assert OUTCOMES["verify"].has_failed
-    assert VERIFY_STATE.fallbacks == {"switched off in service": 3}
+    assert VERIFY_STATE.fallbacks == {"the shadow check found a difference": 3}
 
 
 # --- two roles in one process ---

@@ -154,6 +154,21 @@ def without_wide_table(pair) -> None:
         step.decode_cuda_graph_metadata["page_table"] = None
 
 
+@pytest.mark.parametrize("role", ["draft-extend", "verify"])
+@pytest.mark.parametrize("was_left_out", [True, False])
+def test_what_was_left_out_stays_out_of_all_later_graphs(role, was_left_out, state) -> None:
+    """SGLang fills them then. Its memory may have gone to the KV cache."""
+    pair = make_pair(role=role)
+    if was_left_out:
+        without_wide_table(pair)
+    taken_over.hand_back(pair.ours.backend)
+    for _ in range(2):  # captures
+        expected = None if was_left_out else pair.ours.draft_tokens
+        assert draft_tokens_as_sglang_decides(pair) == [expected] * len(pair.ours.steps())
+        if was_left_out:
+            pair.ours.backend.decode_cuda_graph_metadata["page_table"] = None
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_what_is_saved_is_counted(role, state, monkeypatch) -> None:
     """Here SGLang drops no table, so only draft-decode's second set is saved, which is shared."""
