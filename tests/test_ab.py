@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -12,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+from email.message import Message
 from pathlib import Path
 from unittest import mock
 
@@ -472,6 +475,37 @@ def test_other_processes_that_answer_are_told(stand_in, ab, capsys, at_batch):
     assert "give the address of one" in told
     assert (stand_in.switched == []) is (at_batch is None)
     assert ("do it by hand:\n    curl" in told) is (at_batch is not None)
+    another_switched = (
+        "Another one than the first may have been switched: see that nsa_metadata.switched_on is true"
+    )
+    assert (another_switched in told) is (at_batch is not None)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_replicas_that_answer_by_chance_are_told_before_one_is_switched(stand_in, ab, capsys, seed):
+    """As behind a service of Kubernetes: each connection goes to one of them."""
+    chance = random.Random(seed)
+    with mock.patch.object(stand_in, "_with_roles", lambda each: {**each, "pid": chance.choice([7, 8])}):
+        assert ab(code=1) is None
+    assert "other processes answer at" in capsys.readouterr().err
+    assert stand_in.switched == []
+
+
+def test_an_error_answer_that_breaks_off_is_still_an_answer():
+    """Else nobody would try again to leave the server as it was found."""
+    body = mock.Mock(read=mock.Mock(side_effect=http.client.IncompleteRead(b"")), fp=None)
+    error = urllib.error.HTTPError("http://host", 502, "Bad Gateway", Message(), body)
+    assert server._refusal(error) == "HTTP 502: Bad Gateway"
+
+
+def test_a_signal_that_nohup_has_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with server._signals_as_exit(signal.SIGTERM, signal.SIGHUP), server._held_back(signal.SIGHUP):
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
@@ -527,7 +561,13 @@ def test_ranks_that_answer_in_another_order_are_the_same(stand_in, ab):
     assert cell["resolved"]
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "http://[::1", "http://", "localhost:30000?x=1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("ftp://host", "http://[::1", "http://", "localhost:30000?x=1", "localhost:99999"),
+        *("http://a..b:3", f"http://{'a' * 64}:3", "localhost:1/ü", "localhost:１２"),
+    ],
+)
 def test_an_address_that_is_none(url, capsys):
     assert main.main(["ab", url]) == 1
     assert "URL must be an address like localhost:30000 or https://host:443" in capsys.readouterr().err

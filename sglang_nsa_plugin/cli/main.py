@@ -80,7 +80,7 @@ def _add_verify(commands: Commands) -> None:
     verify = _command(
         commands,
         "verify",
-        help="check this machine: which kernel would fill the metadata (20 s at most)",
+        help="check this machine: which kernel would fill the metadata (about 20 s)",
         description="Prints what is installed, whether SGLang would load the plugin, and whether the "
         "adapter fits this SGLang. Then runs one fill with each implementation, compares the values, "
         "times it, and prints a verdict. Needs no model. The exit code is 0 when the best "

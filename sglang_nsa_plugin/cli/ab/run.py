@@ -32,7 +32,7 @@ from sglang_nsa_plugin.state import DRAFT_EXTEND
 
 NOTHING_TO_COMPARE = 2
 WARM_UPS = ("off", "on")
-LOOKS = 4  # at a server before it is switched, as replicas may answer in turn
+LOOKS = 16  # at a server before it is switched: of two replicas each answers some, in turn or by chance
 _FOUND_OFF = (
     "The plugin is switched off on this server, and stays so in the end. If you want it on, and no "
     "other ab is running, switch it on afterwards:\n{command}"

@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 KEY = "nsa_metadata"  # in a rank's internal state, and in a request to switch
@@ -56,33 +56,40 @@ class Server:
         self.admin_api_key = _checked_key("--admin-api-key", admin_api_key)
         self.answer_s: float = ANSWER_S
         self._pids: list[Any] | None = None  # of the ranks, at the first look
+        self.has_met_others = False  # another process has answered since then
 
     def info(self) -> dict[str, Any]:
-        """``GET /server_info``."""
-        found = self._json("/server_info")
-        states = found.get("internal_states") if isinstance(found, dict) else None
-        if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
-            raise ServerError(f"{self.url}/server_info has no internal_states: this is no SGLang server")
-        return dict(found)
-
-    def records(self) -> list[Record]:
-        """The plugin's record of each rank that ``/server_info`` shows.
+        """``GET /server_info``.
 
         Raises:
             ServerError: also where other processes answer than at the first look.
         """
-        records = [state.get(KEY) or {} for state in self.info()["internal_states"]]
-        records.sort(key=lambda record: record.get("pid") or 0)  # SGLang lists them as they answer
-        pids = [record.get("pid") for record in records]
+        found = self._json("/server_info")
+        states = found.get("internal_states") if isinstance(found, dict) else None
+        if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
+            raise ServerError(f"{self.url}/server_info has no internal_states: this is no SGLang server")
+        self._look_who_answers(found)
+        return dict(found)
+
+    def records(self) -> list[Record]:
+        """The plugin's record of each rank that ``/server_info`` shows, in one order.
+
+        Raises:
+            ServerError: as :meth:`info`.
+        """
+        return _records_of(self.info())
+
+    def _look_who_answers(self, info: dict[str, Any]) -> None:
+        pids = [record.get("pid") for record in _records_of(info)]
         if self._pids is None:
             self._pids = pids
         elif pids != self._pids:
+            self.has_met_others = True
             raise ServerError(
                 f"other processes answer at {self.url} than before (pid {json.dumps(self._pids)}, now "
                 f"{json.dumps(pids)}). Either the server was started again, and is switched on then, or "
                 "the address leads to several replicas: give the address of one"
             )
-        return records
 
     def metric(self, name: str) -> float | None:
         """The sum of a metric over its labels; None without it, or where ``/metrics`` is off."""
@@ -164,6 +171,11 @@ class Server:
             raise ServerError(f"no answer from {self.url}{path}: {_in_words(error)}") from error
 
 
+def _records_of(info: dict[str, Any]) -> list[Record]:
+    records = [state.get(KEY) or {} for state in info["internal_states"]]
+    return sorted(records, key=lambda record: record.get("pid") or 0)  # SGLang lists them as they answer
+
+
 @contextlib.contextmanager
 def left_as_found(server: Server, found_on: bool) -> Iterator[None]:
     """Switches back at the end, also after an error, Ctrl-C, SIGTERM or the end of the terminal.
@@ -193,6 +205,12 @@ def _switch_back(server: Server, on: bool) -> None:
             time.sleep(pause_s)
             why, done = _tried(server, on)
     finally:
+        if server.has_met_others:
+            _say(
+                f"more than one process answered at {server.url}. Another one than the first may have "
+                f"been switched: see that {KEY}.switched_on is {json.dumps(on)} in the /server_info of "
+                "each replica, at its own address"
+            )
         if not done:
             _say(
                 f"could not switch the plugin {_word(on)} again, as it was found ({why}). If the server "
@@ -214,7 +232,7 @@ def _tried(server: Server, on: bool) -> tuple[str, bool]:
 def _held_back(*signals: signal.Signals) -> Iterator[None]:
     """These signals wait until the end, and then have the effect of one."""
     came: list[int] = []
-    before = {number: signal.signal(number, lambda each, _: came.append(each)) for number in signals}
+    before = _handled(signals, lambda each, _: came.append(each))
     try:
         yield
     finally:
@@ -231,12 +249,18 @@ def _signals_as_exit(*signals: signal.Signals) -> Iterator[None]:
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, leave) for number in signals}
+    before = _handled(signals, leave)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _handled(signals: Iterable[signal.Signals], handler: Callable[[int, Any], Any]) -> dict[int, Any]:
+    """Handles these signals, but for those that nohup has the process ignore; the former handlers."""
+    heeded = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heeded}
 
 
 def _say(what: str) -> None:
@@ -254,7 +278,10 @@ def _refusal(error: urllib.error.HTTPError) -> str:
     if error.code in (301, 302, 303, 307, 308) and place:
         address = place.removesuffix(urllib.parse.urlsplit(error.url).path)
         return f"HTTP {error.code}: it moved. Give its new address, {address}"
-    text = _readable(error.read(2000).decode(errors="replace"))
+    try:
+        text = _readable(error.read(2000).decode(errors="replace"))
+    except NO_ANSWER:  # it broke off
+        text = ""
     hint = ". Give the server's address alone, host:port" if error.code == 404 else ""
     return f"HTTP {error.code}: {text or error.reason}{hint}"
 
@@ -270,6 +297,7 @@ def _checked_address(url: str) -> str:
     try:
         parts = urllib.parse.urlsplit(address)
         is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
+        _raise_unless_sendable(parts)
     except ValueError:
         is_one = False
     if not is_one:
@@ -277,6 +305,13 @@ def _checked_address(url: str) -> str:
             f"URL must be an address like localhost:30000 or https://host:443, got {url!r}"
         )
     return address
+
+
+def _raise_unless_sendable(parts: urllib.parse.SplitResult) -> None:
+    """Raises ValueError for an address that http.client would fail at."""
+    (parts.hostname or "").encode("idna")
+    port = "" if parts.port is None else parts.netloc.rpartition(":")[2]
+    (parts.path + port).encode("ascii")
 
 
 def _checked_key(option: str, key: str | None) -> str | None:
