@@ -23,7 +23,7 @@ PERIOD_S = 1.0
 # Fields of State; prometheus_client adds the suffix _total.
 COUNTERS = {
     "replays": "Replays whose metadata was filled in the CUDA graph.",
-    "launches": "Steps whose metadata was filled by one launch from Python.",
+    "launches": "Steps whose metadata was filled from Python, before a graph or without one.",
     "checks": "Steps that the shadow check compared with SGLang's own fill.",
     "mismatches": "Values that differed in the check that found some; SGLang fills from then on.",
 }

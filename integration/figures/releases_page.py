@@ -132,7 +132,7 @@ def _two_ranks(versions: list[str]) -> str:
     with_two = [version for version in versions if needed <= parts(f"serve-{version}.json").keys()]
     return paragraph(
         f"Two GPUs, tensor parallel and with data-parallel attention, every role filled: {' and '.join(with_two)}. "
-        "Both ranks decided alike and ran as many replays. With tensor parallelism both also followed the switch in "
+        "Both ranks decided alike and ran the same number of replays. With tensor parallelism both also followed the switch in "
         "service."
     )
 
