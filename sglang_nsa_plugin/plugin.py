@@ -265,7 +265,7 @@ def activate(server_args: Any) -> None:
     why_other = install.why_other_attention(server_args)
     if why_other is not None:
         of_draft_model = {role: requests.pop(role) for role in OF_DRAFT_MODEL if role in requests}
-        _step_aside(of_draft_model, why_other)
+        _step_aside(of_draft_model, why_other, is_expected=False)
     why_not = install.install(requests) if requests else None
     if why_not is not None:
         _step_aside(requests, why_not)
@@ -313,12 +313,15 @@ def _roles_with_metadata(server_args: Any) -> list[str]:
     return [role for role in roles if why_idle[role] is None]
 
 
-def _step_aside(requests: Mapping[str, Request], why_not: str) -> None:
-    from sglang_nsa_plugin.adapters.outcome import OUTCOMES, report_idle
+def _step_aside(requests: Mapping[str, Request], why_not: str, *, is_expected: bool = True) -> None:
+    from sglang_nsa_plugin.adapters.outcome import OUTCOMES, report_idle, report_not_expected
 
     for role, request in requests.items():
         OUTCOMES[role].end_if_named(request.asked_for, why_not)
-    report_idle(requests, why_not)
+    if is_expected:
+        report_idle(requests, why_not)
+    else:
+        report_not_expected(requests, why_not)
 
 
 def _export_to_sgl_kernel() -> None:

@@ -481,7 +481,7 @@ def test_other_processes_that_answer_are_told(stand_in, ab, capsys, at_batch):
     assert (another_switched in told) is (at_batch is not None)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [15, 16, 28])  # the other one answers after four looks
 def test_replicas_that_answer_by_chance_are_told_before_one_is_switched(stand_in, ab, capsys, seed):
     """As behind a service of Kubernetes: each connection goes to one of them."""
     chance = random.Random(seed)
@@ -489,6 +489,22 @@ def test_replicas_that_answer_by_chance_are_told_before_one_is_switched(stand_in
         assert ab(code=1) is None
     assert "other processes answer at" in capsys.readouterr().err
     assert stand_in.switched == []
+
+
+def test_other_roles_are_switched_back_though_draft_extend_failed_meanwhile(stand_in, ab, capsys):
+    """A role that has failed keeps its switch, so what is shown of it says nothing of the others."""
+    asked, switch = [], stand_in.switch
+    stand_in.verify = {**stand_in.records[0], "in_place": True, "fallbacks": {}, "falls_back": False}
+
+    def with_a_failure(body):
+        asked.append(body["server_args"]["nsa_metadata"])
+        stand_in.verify["switched_on"] = bool(asked[-1])
+        return [True] if stand_in.calls["batches"] > 2 and stand_in.is_on else switch(body)
+
+    with mock.patch.object(stand_in, "switch", with_a_failure):
+        assert ab(code=1) is None
+    assert asked[-2:] == [0, 1]
+    assert "not every rank of" in capsys.readouterr().err
 
 
 def test_an_error_answer_that_breaks_off_is_still_an_answer():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -193,10 +194,13 @@ def _gpu_tested(version: str) -> tuple[str, ...] | None:
         name: found[name] for name in ("tests", "sanitizers", "demo", "sglang_kit") if name in found
     }
     verdicts = {name: "passed" if part["passed"] else "failed" for name, part in shown.items()}
-    counts = shown["tests"]["counts"]
+    counts = Counter(shown["tests"]["counts"])
     return (
         version,
-        *(f"{counts.get(outcome, 0):,}" for outcome in ("passed", "failed", "skipped")),
+        *(
+            f"{count:,}"
+            for count in (counts["passed"], counts["failed"] + counts["error"], counts["skipped"])
+        ),
         *(verdicts.get(name, "-") for name in ("sanitizers", "demo", "sglang_kit")),
         ", ".join(sorted({part["of"]["commit"][:7] for part in shown.values()})),
     )

@@ -115,6 +115,12 @@ class Outcome:
         After a failure SGLang fills already: the position stays, because nobody could switch it back.
         """
         if self.has_failed:
+            logger.info(
+                "sglang-nsa-plugin %s: %s, so SGLang fills %s already; its switch stays",
+                VERSION,
+                self.why_failed,
+                self.state.role,
+            )
             return
         self.is_switched_on = self.state.switched_on = on
         logger.info(

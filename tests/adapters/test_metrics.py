@@ -157,8 +157,9 @@ def test_info_names_version_adapter_and_implementation(tmp_path, implementation)
         {**SPARSE, "speculative_algorithm": None},
         {**SPARSE, "disaggregation_mode": "prefill"},
         {**SPARSE, "SGLANG_NSA_METADATA_BACKEND": "off"},
+        {**SPARSE, "speculative_draft_attention_backend": "fa3"},
     ],
-    ids=["other attention", "no speculation", "prefill", "off"],
+    ids=["other attention", "no speculation", "prefill", "off", "other attention of the draft model"],
 )
 def test_a_server_that_the_plugin_leaves_alone_shows_that_and_nothing_else(tmp_path, arguments):
     """An `in_place` of 0 would set off the alert for a server that is as somebody wants it."""

@@ -157,11 +157,13 @@ def refuses_unknown_keys() -> bool:
 
 
 def test_a_difference_is_not_switched_away(pair, state, caplog):
+    caplog.set_level(logging.INFO)
     OUTCOME.fail(Difference(1, "page_table_1", 0, 0, 1, 2, 1, None))
     ask(nsa_metadata=0)
     ask(nsa_metadata=1)
     assert record()["switched_on"], "off and on would leave it off: a failed fill cannot be switched on"
     assert OUTCOME.has_failed
+    assert "so SGLang fills draft-extend already; its switch stays" in caplog.text
     assert "until this process ends" in caplog.text
 
 

@@ -88,17 +88,17 @@ def test_the_page_says_what_gpu_test_found_with_a_release(monkeypatch):
         return {"of": {"commit": commit}, **found}
 
     found = {
-        "tests": part("b" * 40, passed=False, counts={"passed": 1_200, "failed": 2}),
+        "tests": part("b" * 40, passed=False, counts={"passed": 1_200, "failed": 2, "error": 3}),
         "sglang_kit": part("a" * 7, passed=True),
         "adapters": part("c" * 7, passed=False),  # of the tests, too
     }
     monkeypatch.setattr(releases_page, "parts", lambda name: found)
     commits = "aaaaaaa, bbbbbbb"
     row = releases_page._gpu_tested("0.5.23")
-    assert row == ("0.5.23", "1,200", "2", "0", "-", "-", "passed", commits)
+    assert row == ("0.5.23", "1,200", "5", "0", "-", "-", "passed", commits)
     found["demo"] = part("a" * 7, passed=False)
     row = releases_page._gpu_tested("0.5.23")
-    assert row == ("0.5.23", "1,200", "2", "0", "-", "failed", "passed", commits)
+    assert row == ("0.5.23", "1,200", "5", "0", "-", "failed", "passed", commits)
     del found["tests"]
     assert releases_page._gpu_tested("0.5.23") is None
 

@@ -221,11 +221,20 @@ def _switch_back(server: Server, on: bool) -> None:
 def _tried(server: Server, on: bool) -> tuple[str, bool]:
     """Why the server is not as it was found; and whether it is."""
     try:
-        if any(record.get("switched_on") is not on for record in server.records()):
+        if any(each is not on for record in server.records() for each in _positions(record)):
             server.switch(on)
     except ServerError as error:
         return str(error), False
     return "", True
+
+
+def _positions(record: Record) -> list[Any]:
+    """Of the switches of a rank: draft-extend's, and of each role that is filled.
+
+    They may differ: a role that has failed keeps its own.
+    """
+    filled = [role for role in record.get("roles", {}).values() if role.get("adapter")]
+    return [each.get("switched_on") for each in (record, *filled)]
 
 
 @contextlib.contextmanager
