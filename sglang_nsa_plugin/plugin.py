@@ -298,11 +298,11 @@ def _decline(server_args: Any, why_not: str) -> None:
 def _roles_with_metadata(server_args: Any) -> list[str]:
     """The roles that are asked for and of which this server has metadata; of the others it says why."""
     from sglang_nsa_plugin.adapters import install
-    from sglang_nsa_plugin.adapters.outcome import OUTCOME, report_not_expected
+    from sglang_nsa_plugin.adapters.outcome import report_not_expected
 
     roles = options.roles_of(server_args)
     if DRAFT_EXTEND not in roles:
-        OUTCOME.report_not_expected(f"{options.ROLES_FLAG} leaves it out")
+        report_not_expected([DRAFT_EXTEND], f"{options.ROLES_FLAG} leaves it out")
     is_off = options.backend_of(server_args) == "off"
     why_idle = {
         role: "switched off" if is_off else install.why_idle(server_args, role) for role in roles

@@ -476,7 +476,7 @@ def test_other_processes_that_answer_are_told(stand_in, ab, capsys, at_batch):
     assert (stand_in.switched == []) is (at_batch is None)
     assert ("do it by hand:\n    curl" in told) is (at_batch is not None)
     another_switched = (
-        "Another one than the first may have been switched: see that nsa_metadata.switched_on is true"
+        "another replica may have been switched. Check that nsa_metadata.switched_on is true"
     )
     assert (another_switched in told) is (at_batch is not None)
 

@@ -202,7 +202,7 @@ def _gpu_tested(version: str) -> tuple[str, ...] | None:
             for count in (counts["passed"], counts["failed"] + counts["error"], counts["skipped"])
         ),
         *(verdicts.get(name, "-") for name in ("sanitizers", "demo", "sglang_kit")),
-        ", ".join(sorted({part["of"]["commit"][:7] for part in shown.values()})),
+        commits({"parts": shown}),
     )
 
 

@@ -169,7 +169,7 @@ def register(hooks: Iterable[Hook]) -> None:
 
 
 def apply_now(hook: Hook) -> str | None:
-    """Registers a hook and has SGLang apply it: why it is not in force, or None."""
+    """Registers a hook and has SGLang apply it. Returns why it is not in force, or None."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     if unfit := misfits([hook]):

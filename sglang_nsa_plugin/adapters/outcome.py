@@ -116,7 +116,8 @@ class Outcome:
         """
         if self.has_failed:
             logger.info(
-                "sglang-nsa-plugin %s: %s, so SGLang fills %s already; its switch stays",
+                "sglang-nsa-plugin %s: %s, so SGLang already fills %s metadata; its switch stays as "
+                "it is",
                 VERSION,
                 self.why_failed,
                 self.state.role,
@@ -148,11 +149,6 @@ class Outcome:
             self.backend,
             where,
         )
-
-    def report_not_expected(self, reason: str) -> None:
-        """No fill is expected: left out by the roles, or no draft model or draft-decode on this rank."""
-        self.state.is_expected = False
-        self.report_idle(reason)
 
     def report_idle(self, reason: str) -> None:
         """SGLang fills the metadata itself; the same reason is logged once."""
@@ -238,11 +234,11 @@ OUTCOME = OUTCOMES[DRAFT_EXTEND]
 
 
 def report_not_expected(roles: Iterable[str], reason: str) -> None:
-    """No fill of these roles is expected: the plugin is off, or the server has no such metadata."""
-    told = list(roles)
-    for role in told:
+    """No fill of these roles is expected: somebody left them out, or this rank has nothing to fill."""
+    left = list(roles)
+    for role in left:
         STATES[role].is_expected = False
-    report_idle(told, reason)
+    report_idle(left, reason)
 
 
 def report_idle(roles: Iterable[str], reason: str) -> None:

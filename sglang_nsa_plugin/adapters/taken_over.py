@@ -100,9 +100,10 @@ def hand_back(owner: Any) -> None:
 
 
 def does_without_wide_tables(backend: Any) -> bool:
-    """Whether a backend's next graphs do: as its fills ask, or, handed back, as its last graphs did.
+    """Whether the next graphs of this backend leave the wide table out.
 
-    The memory of a table that was left out may have been given to the KV cache.
+    A backend that was handed back goes on as its last graphs did: the memory of their table may have
+    been given to the KV cache.
     """
     fills = getattr(backend, ATTRIBUTE, None)
     if fills is not None:

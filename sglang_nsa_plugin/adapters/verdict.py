@@ -8,6 +8,7 @@ from typing import Any
 from sglang_nsa_plugin.adapters import install, wide_tables
 from sglang_nsa_plugin.adapters.adapter import Request
 from sglang_nsa_plugin.adapters.hooks import why_replaced
+from sglang_nsa_plugin.adapters.outcome import report_not_expected
 from sglang_nsa_plugin.adapters.server_config import resolved
 from sglang_nsa_plugin.adapters.supported import ONE_STEP
 from sglang_nsa_plugin.containment import attempt
@@ -40,7 +41,7 @@ def conclude(scheduler: Any, server_args: Any, requests: Mapping[str, Request]) 
         why_idle = None if takeover.backends else _why_nothing_to_fill(role, scheduler, server_args)
         takeover.release()
         if why_idle is not None:
-            takeover.outcome.report_not_expected(why_idle)
+            report_not_expected([role], why_idle)
         else:
             asked_for = requests[role].asked_for
             takeover.outcome.step_aside(asked_for, f"{why_not} ({_configuration(server_args)})")

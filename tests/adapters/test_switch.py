@@ -163,7 +163,7 @@ def test_a_difference_is_not_switched_away(pair, state, caplog):
     ask(nsa_metadata=1)
     assert record()["switched_on"], "off and on would leave it off: a failed fill cannot be switched on"
     assert OUTCOME.has_failed
-    assert "so SGLang fills draft-extend already; its switch stays" in caplog.text
+    assert "so SGLang already fills draft-extend metadata; its switch stays as it is" in caplog.text
     assert "until this process ends" in caplog.text
 
 

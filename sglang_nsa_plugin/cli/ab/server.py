@@ -207,8 +207,8 @@ def _switch_back(server: Server, on: bool) -> None:
     finally:
         if server.has_met_others:
             _say(
-                f"more than one process answered at {server.url}. Another one than the first may have "
-                f"been switched: see that {KEY}.switched_on is {json.dumps(on)} in the /server_info of "
+                f"more than one process answered at {server.url}, and another replica may have been "
+                f"switched. Check that {KEY}.switched_on is {json.dumps(on)} in the /server_info of "
                 "each replica, at its own address"
             )
         if not done:
@@ -241,12 +241,8 @@ def _positions(record: Record) -> list[Any]:
 def _held_back(*signals: signal.Signals) -> Iterator[None]:
     """These signals wait until the end, and then have the effect of one."""
     came: list[int] = []
-    before = _handled(signals, lambda each, _: came.append(each))
-    try:
+    with _handled(signals, lambda number, _: came.append(number)):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if came:
         signal.raise_signal(came[0])
 
@@ -258,18 +254,20 @@ def _signals_as_exit(*signals: signal.Signals) -> Iterator[None]:
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    before = _handled(signals, leave)
+    with _handled(signals, leave):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(signals: Iterable[signal.Signals], handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Handles these signals meanwhile, but for those that the process ignores, as nohup has it do."""
+    heeded = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _handled(signals: Iterable[signal.Signals], handler: Callable[[int, Any], Any]) -> dict[int, Any]:
-    """Handles these signals, but for those that nohup has the process ignore; the former handlers."""
-    heeded = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heeded}
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def _say(what: str) -> None:
